@@ -1,0 +1,77 @@
+"""Every maximum of the broker: one name, its value, unit, where the number comes from, and what happens above it.
+
+Runs in: every process; imports nothing. docs/limits.md is printed from this table (scripts/docs), a test compares.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Limit(NamedTuple):
+    """One maximum: the value passes, value + 1 does not; then happens what `above` says."""
+
+    value: int
+    unit: str
+    source: str
+    above: str
+
+
+LIMITS: dict[str, Limit] = {
+    # --- the wire
+    "MESSAGE_BYTES": Limit(65536, "bytes", "design: one frame or one Varlink message", "EMSGSIZE or disconnect"),
+    "RESOURCES_PER_OPEN": Limit(64, "resources", "design; far below SCM_MAX_FD (253)", "InvalidParameter"),
+    "REPLY_WITH_DESCRIPTORS_BYTES": Limit(
+        32768, "bytes", "unix(7): one skb, so a stream socket takes it whole or not at all", "QuotaExceeded"
+    ),
+    "PATH_BYTES": Limit(4095, "bytes", "PATH_MAX with its NUL is 4096 (linux/limits.h)", "Denied"),
+    "NAME_BYTES": Limit(255, "bytes", "NAME_MAX (linux/limits.h): one path component", "Denied"),
+    "MESSAGE_SECONDS": Limit(10, "seconds", "design: a message must be complete", "disconnect"),
+    "UNSENT_BYTES": Limit(262144, "bytes", "guess: answers that wait for a client that does not read", "disconnect"),
+    "OFFERS": Limit(4096, "resources", "guess: a machine has some hundred nodes", "the list is cut"),
+    # --- the links between our processes
+    "LINK_BYTES": Limit(131072, "bytes", "one request of 64 KiB and its lengths fit twice", "the service ends"),
+    "POLICY_LINK_BYTES": Limit(16777216, "bytes", "a policy of POLICY_BYTES, compiled", "load fails"),
+    # --- the service as a whole
+    "DESCRIPTORS": Limit(65536, "descriptors", "RLIMIT_NOFILE asked for; the hard limit wins", "accepting pauses"),
+    "DESCRIPTORS_RESERVED": Limit(192, "descriptors", "links, one batch twice (64 node, 64 open)", "accepting pauses"),
+    "ACCEPTS_PER_TURN": Limit(16, "connections", "guess: short turns keep others served", "next turn"),
+    "ACCEPT_PAUSE_MS": Limit(100, "milliseconds", "guess: EMFILE is over when others closed", "tries again"),
+    "STOP_SECONDS": Limit(5, "seconds", "design: SIGTERM answers what is in flight", "children are killed"),
+    "START_SECONDS": Limit(20, "seconds", "guess: ten times a loaded slow machine", "start fails"),
+    # --- the audit
+    "AUDIT_REPEAT_SECONDS": Limit(10, "seconds", "guess: an admin reads at this pace", "counted, not repeated"),
+    "AUDIT_REPEAT_KINDS": Limit(1024, "refusals", "guess: memory below 1 MiB", "counted together"),
+    # --- the policy
+    "POLICY_FILE_BYTES": Limit(262144, "bytes", "guess: a large policy is 20 KiB; the parser is slow", "load fails"),
+    "POLICY_FILES": Limit(256, "files", "guess", "load fails"),
+    "POLICY_DEPTH": Limit(16, "levels", "the deepest valid policy has 6", "load fails"),
+    "POLICY_FINDINGS": Limit(200, "errors", "guess: nobody reads more at once", "the rest is counted"),
+    "WAIT_LIMIT_MS": Limit(10000, "milliseconds", "guess: what RateLimited promises at most", "capped"),
+}
+
+
+def __getattr__(name: str) -> int:
+    """`limits.MESSAGE_BYTES` is the value of that row."""
+    try:
+        return LIMITS[name].value
+    except KeyError:
+        raise AttributeError(name) from None
+
+
+class UserLimit(NamedTuple):
+    """A per-user maximum that the policy's `limits:` may change, from `least` to `most`."""
+
+    default: int
+    least: int
+    most: int
+    meaning: str
+
+
+USER_LIMITS: dict[str, UserLimit] = {
+    "connections": UserLimit(64, 1, 20_000, "connections at the same time"),
+    "requests_per_second": UserLimit(500, 1, 1_000_000, "requests a second, on average"),
+    "burst": UserLimit(1000, 1, 1_000_000, "requests at once, before the average counts"),
+    "unread_grants": UserLimit(32, 1, 1024, "descriptors sent and not yet read when a request comes"),
+    "leases": UserLimit(256, 1, 65_536, "descriptors that the broker still tracks (none in this version)"),
+}

@@ -1,0 +1,215 @@
+/* The client of scripts/bench, in C, so that its own part of a round trip is small, and the same for every broker.
+ *
+ *     client rounds CPU ROUNDS COUNT WHAT@SOCKET ...
+ *         pinned to CPU, in each round COUNT requests to every target in turn, each round beginning with another one;
+ *         prints one line a round: the median round trip of each target in nanoseconds. WHAT is
+ *             open     one descriptor of /dev/null, on a connection that stays
+ *             batch    sixteen of them in one request
+ *             ping     PING, answered by PONG
+ *             connect  a new connection and one descriptor over it; its end is not counted
+ *     client hold COUNT SOCKET
+ *         makes COUNT connections, says "ready" when the last one is answered, and keeps them until its input ends
+ */
+#define _GNU_SOURCE
+#include <err.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { BATCH = 16, TARGETS = 8, REPLY_BYTES = 65536, REST_NS = 100000 };
+
+#define RESOURCE "{\"device\":\"/dev/null\",\"access\":\"rw\"}"
+#define FOUR RESOURCE "," RESOURCE "," RESOURCE "," RESOURCE
+#define OPEN(resources) "{\"method\":\"io.fdbroker.Broker.Open\",\"parameters\":{\"resources\":[" resources "]}}"
+
+static const char open_one[] = OPEN(RESOURCE); /* the NUL at its end is the message's */
+static const char open_batch[] = OPEN(FOUR "," FOUR "," FOUR "," FOUR);
+static const char ping[] = {0, 0, 0, 4, 'P', 'I', 'N', 'G'};
+static const char pong[] = {0, 0, 0, 4, 'P', 'O', 'N', 'G'};
+
+struct target {
+    const char *socket;
+    const char *request;
+    size_t size;
+    int descriptors; /* that the reply brings; 0 for a PONG */
+    int fresh;       /* a connection for each request */
+    int connection;
+};
+
+static int connect_to(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    if (strlen(path) >= sizeof address.sun_path)
+        errx(1, "%s: too long for a socket", path);
+    strcpy(address.sun_path, path);
+    if (connection < 0 || connect(connection, (struct sockaddr *)&address, sizeof address))
+        err(1, "connect %s", path);
+    return connection;
+}
+
+/* One reply, with exactly the descriptors that belong to it, which are closed. */
+static void receive(int connection, int descriptors)
+{
+    static char reply[REPLY_BYTES];
+    union {
+        char bytes[CMSG_SPACE(BATCH * sizeof(int))];
+        struct cmsghdr aligned;
+    } control;
+    size_t received = 0;
+    int owned = 0;
+
+    do {
+        struct iovec rest = {reply + received, sizeof reply - received};
+        struct msghdr message = {
+            .msg_iov = &rest, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
+        ssize_t size = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
+
+        if (size <= 0)
+            err(1, "the broker hung up");
+        received += size;
+        for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
+            int numbers[BATCH];
+            int count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+
+            memcpy(numbers, CMSG_DATA(header), count * sizeof(int));
+            for (int index = 0; index < count; index++)
+                close(numbers[index]);
+            owned += count;
+        }
+    } while (descriptors ? reply[received - 1] != 0 : received < sizeof pong);
+    if (owned != descriptors || (!descriptors && memcmp(reply, pong, sizeof pong)))
+        errx(1, "%d descriptors instead of %d: %.*s", owned, descriptors, (int)received, reply);
+}
+
+static void ask(int connection, const struct target *target)
+{
+    if (send(connection, target->request, target->size, MSG_NOSIGNAL) != (ssize_t)target->size)
+        err(1, "send");
+    receive(connection, target->descriptors);
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * UINT64_C(1000000000) + now.tv_nsec;
+}
+
+static int by_value(const void *left, const void *right)
+{
+    uint64_t a = *(const uint64_t *)left, b = *(const uint64_t *)right;
+
+    return (a > b) - (a < b);
+}
+
+/* The median round trip of `count` requests. */
+static uint64_t measure(const struct target *target, uint64_t *times, int count)
+{
+    const struct timespec rest = {0, REST_NS};
+
+    for (int index = 0; index < count; index++) {
+        uint64_t began = now_ns();
+
+        if (target->fresh) {
+            int connection = connect_to(target->socket);
+
+            ask(connection, target);
+            times[index] = now_ns() - began;
+            close(connection);
+            nanosleep(&rest, NULL); /* the broker notices the end meanwhile, not during the next one */
+        } else {
+            ask(target->connection, target);
+            times[index] = now_ns() - began;
+        }
+    }
+    qsort(times, count, sizeof *times, by_value);
+    return times[count / 2];
+}
+
+static struct target parse(char *text)
+{
+    struct target target = {.request = open_one, .size = sizeof open_one, .descriptors = 1, .connection = -1};
+    char *at = strchr(text, '@');
+
+    if (!at)
+        errx(64, "%s: not WHAT@SOCKET", text);
+    *at = 0;
+    target.socket = at + 1;
+    if (!strcmp(text, "batch")) {
+        target.request = open_batch;
+        target.size = sizeof open_batch;
+        target.descriptors = BATCH;
+    } else if (!strcmp(text, "ping")) {
+        target.request = ping;
+        target.size = sizeof ping;
+        target.descriptors = 0;
+    } else if (!strcmp(text, "connect")) {
+        target.fresh = 1;
+    } else if (strcmp(text, "open")) {
+        errx(64, "%s: open, batch, ping or connect", text);
+    }
+    if (!target.fresh)
+        target.connection = connect_to(target.socket);
+    return target;
+}
+
+static int rounds(int cpu, int rounds, int count, int targets, char **names)
+{
+    struct target target[TARGETS];
+    uint64_t median[TARGETS], *times = calloc(count, sizeof *times);
+    cpu_set_t one;
+
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    if (targets > TARGETS || count < 1 || !times)
+        errx(64, "at most %d targets, at least one request", TARGETS);
+    if (sched_setaffinity(0, sizeof one, &one))
+        err(1, "CPU %d", cpu);
+    for (int index = 0; index < targets; index++)
+        target[index] = parse(names[index]);
+    for (int round = -1; round < rounds; round++) { /* the first one warms up */
+        for (int turn = 0; turn < targets; turn++) {
+            int index = (turn + round + 1) % targets;
+
+            median[index] = measure(&target[index], times, count);
+        }
+        for (int index = 0; round >= 0 && index < targets; index++)
+            printf("%llu%c", (unsigned long long)median[index], index + 1 < targets ? ' ' : '\n');
+    }
+    return 0;
+}
+
+static int hold(int count, const char *socket)
+{
+    const struct target last = {.request = ping, .size = sizeof ping};
+    int connection = -1;
+    char end;
+
+    for (int index = 0; index < count; index++)
+        connection = connect_to(socket);
+    if (connection >= 0)
+        ask(connection, &last); /* connections are taken in order, so all are in */
+    puts("ready");
+    fflush(stdout);
+    while (read(0, &end, 1) > 0)
+        ;
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc >= 6 && !strcmp(argv[1], "rounds"))
+        return rounds(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), argc - 5, argv + 5);
+    if (argc == 4 && !strcmp(argv[1], "hold"))
+        return hold(atoi(argv[2]), argv[3]);
+    errx(64, "usage: client rounds CPU ROUNDS COUNT WHAT@SOCKET ... | client hold COUNT SOCKET");
+}
