@@ -1,0 +1,411 @@
+"""The messages between launcher, opener and inbox: fixed formats, each length checked, one message a datagram.
+
+Runs in: all three. A taken-over inbox controls what the opener decodes here, so a message that is unknown, mis-sized
+or out of its turn is a LinkViolation, which ends the service.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from fdbroker import limits
+from fdbroker.errors import (
+    ClientNotReading,
+    Denied,
+    LinkViolation,
+    NoSuchResource,
+    NotWhatItWas,
+    OpenFailed,
+    QuotaExceeded,
+    RateLimited,
+    Refused,
+)
+from fdbroker.terms import ACCESS_NAMES, Offer, Resource
+
+_RESOURCES = limits.RESOURCES_PER_OPEN
+_ACCESS = {name: number for number, name in enumerate(ACCESS_NAMES)}
+
+# ---- inbox to opener
+
+
+class Open(NamedTuple):
+    """The client of `connection` asks for `resources`."""
+
+    connection: int
+    resources: list[Resource]
+
+
+class List(NamedTuple):
+    """The client of `connection` asks what it may open; with `watch` again after every change."""
+
+    connection: int
+    watch: bool
+
+
+# Why the inbox closed a connection, as an index; all but the first go into the audit.
+CLOSED_REASONS = (
+    "the client closed it",
+    "the client broke the protocol",
+    "a message came from another uid than the connection",
+    "a message was not complete in time",
+    "the client does not read its answers",
+)
+
+
+class Closed(NamedTuple):
+    """The inbox has closed its copy of the connection and will not name it again; `reason`: see CLOSED_REASONS."""
+
+    connection: int
+    reason: int
+
+
+class Drained(NamedTuple):
+    """The inbox answered all that was in flight and holds no connection any more."""
+
+
+# ---- opener to inbox
+
+
+class Connected(NamedTuple):
+    """A new connection of user `uid`; a duplicate of its socket comes with the message."""
+
+    connection: int
+    uid: int
+
+
+class Outcome(NamedTuple):
+    """How a request ended. `refusal` is None when the opener itself has written the reply to the client."""
+
+    connection: int
+    refusal: Refused | None
+
+
+class Offered(NamedTuple):
+    """A part of a listing; the last part has `last`."""
+
+    connection: int
+    last: bool
+    offers: list[Offer]
+
+
+class Drain(NamedTuple):
+    """Answer what is in flight, take nothing more, close all."""
+
+
+# ---- launcher to opener and back
+
+
+class Policy(NamedTuple):
+    """Use the policy in the sealed memfd that comes along; `generation` counts from 1."""
+
+    generation: int
+
+
+class Applied(NamedTuple):
+    """The policy of that generation is in force."""
+
+    generation: int
+
+
+class Stop(NamedTuple):
+    """Accept no more, drain, end."""
+
+
+class Ready(NamedTuple):
+    """The process is confined and serves."""
+
+
+class Ping(NamedTuple):
+    """Are you alive? Launcher to opener to inbox."""
+
+
+class Pong(NamedTuple):
+    """The answer, the same way back: so one answer speaks for both children."""
+
+
+ToOpener = Open | List | Closed | Drained | Policy | Stop
+ToInbox = Connected | Outcome | Offered | Drain
+Message = ToOpener | ToInbox | Applied | Ready | Ping | Pong
+
+# What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
+# that has no row here is out of turn. docs/protocol.md prints it.
+TURNS: Mapping[tuple[str, str], str] = {
+    ("idle", "Open"): "opening",
+    ("opening", "Outcome"): "idle",
+    ("idle", "List"): "listing",
+    ("listing", "Offered"): "idle",
+    ("listing", "Outcome"): "idle",
+    ("idle", "Watch"): "watching",
+    ("watching", "Offered"): "watching",
+    ("watching", "Outcome"): "idle",
+    ("idle", "Closed"): "gone",
+    ("opening", "Closed"): "gone",
+    ("listing", "Closed"): "gone",
+    ("watching", "Closed"): "gone",
+}
+
+# ---- formats. First byte: the type. All numbers in network byte order.
+_TYPE = struct.Struct("!B")
+_CLOSED = struct.Struct("!BQB")
+_CONNECTED = struct.Struct("!BQI")
+_OPEN = struct.Struct("!BQB")  # then `count` times: access, length of path, path
+_RESOURCE = struct.Struct("!BH")
+_LIST = struct.Struct("!BQB")
+_OUTCOME = struct.Struct("!BQBBI")  # code, index of the resource (255: none), number; then text
+_OFFERED = struct.Struct("!BQBH")  # last, count; then `count` times:
+_OFFER = struct.Struct("!BHH")  # access, length of path, length of where; path, where
+_GENERATION = struct.Struct("!BI")
+
+_OFFERS_PER_MESSAGE = 8  # two names of at most 4 KiB an offer: far below LINK_BYTES
+_NO_INDEX = 255
+_GRANTED = 0
+_REFUSAL_CODES: dict[type[Refused], int] = {
+    Denied: 1,
+    NoSuchResource: 2,
+    NotWhatItWas: 3,
+    OpenFailed: 4,
+    QuotaExceeded: 5,
+    RateLimited: 6,
+    ClientNotReading: 7,
+}
+
+
+def _exact(form: struct.Struct, data: bytes) -> tuple[int, ...]:
+    try:
+        return form.unpack(data)
+    except struct.error:
+        raise LinkViolation(f"message type {data[0]} of {len(data)} bytes, must be {form.size}") from None
+
+
+def _flag(value: int) -> bool:
+    if value > 1:
+        raise LinkViolation(f"a flag of value {value}")
+    return bool(value)
+
+
+def _access(value: int) -> str:
+    if value >= len(ACCESS_NAMES):
+        raise LinkViolation(f"an access of value {value}")
+    return ACCESS_NAMES[value]
+
+
+class _Cursor:
+    """Reads a variable message front to back; every read is checked, and nothing may be left over."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def numbers(self, form: struct.Struct) -> tuple[int, ...]:
+        if len(self._data) - self._at < form.size:
+            raise LinkViolation(f"message type {self._data[0]} cut at {len(self._data)} bytes")
+        values: tuple[int, ...] = form.unpack_from(self._data, self._at)
+        self._at += form.size
+        return values
+
+    def text(self, length: int) -> str:
+        end = self._at + length
+        if end > len(self._data):
+            raise LinkViolation(f"message type {self._data[0]} cut at {len(self._data)} bytes")
+        try:
+            value = self._data[self._at : end].decode()
+        except UnicodeDecodeError:
+            raise LinkViolation("text that is not UTF-8") from None
+        self._at = end
+        return value
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise LinkViolation(f"message type {self._data[0]}: {len(self._data) - self._at} bytes too many")
+
+
+def encode_open(connection: int, resources: Sequence[Resource]) -> bytes:
+    """Raises ValueError when a path is over 65535 bytes or there are over RESOURCES_PER_OPEN resources."""
+    if not 1 <= len(resources) <= _RESOURCES:
+        raise ValueError(f"{len(resources)} resources")
+    parts = [_OPEN.pack(1, connection, len(resources))]
+    for resource in resources:
+        path = resource.path.encode()
+        if len(path) > 0xFFFF:
+            raise ValueError("path too long")
+        parts += (_RESOURCE.pack(_ACCESS[resource.access], len(path)), path)
+    return b"".join(parts)
+
+
+def _decode_open(data: bytes) -> Open:
+    cursor = _Cursor(data)
+    _, connection, count = cursor.numbers(_OPEN)
+    if not 1 <= count <= _RESOURCES:
+        raise LinkViolation(f"{count} resources")
+    resources = []
+    for _ in range(count):
+        access, length = cursor.numbers(_RESOURCE)
+        resources.append(Resource(cursor.text(length), _access(access)))
+    cursor.end()
+    return Open(connection, resources)
+
+
+def encode_list(connection: int, *, watch: bool) -> bytes:
+    """With `watch` the listing comes again after each change."""
+    return _LIST.pack(2, connection, watch)
+
+
+def _decode_list(data: bytes) -> List:
+    _, connection, watch = _exact(_LIST, data)
+    return List(connection, _flag(watch))
+
+
+def encode_closed(connection: int, reason: int) -> bytes:
+    """The last word on a connection; `reason` is an index of CLOSED_REASONS."""
+    return _CLOSED.pack(3, connection, reason)
+
+
+def _decode_closed(data: bytes) -> Closed:
+    _, connection, reason = _exact(_CLOSED, data)
+    if reason >= len(CLOSED_REASONS):
+        raise LinkViolation(f"a reason of value {reason}")
+    return Closed(connection, reason)
+
+
+def encode_connected(connection: int, uid: int) -> bytes:
+    """The socket goes with it as the only descriptor."""
+    return _CONNECTED.pack(1, connection, uid)
+
+
+def _decode_connected(data: bytes) -> Connected:
+    _, connection, uid = _exact(_CONNECTED, data)
+    return Connected(connection, uid)
+
+
+def encode_outcome(connection: int, refusal: Refused | None) -> bytes:
+    """`refusal` None: the descriptors and the reply have left."""
+    if refusal is None:
+        return _OUTCOME.pack(2, connection, _GRANTED, _NO_INDEX, 0)
+    number, text = 0, ""
+    match refusal:
+        case NotWhatItWas():
+            text = refusal.reason
+        case OpenFailed():
+            number = refusal.number
+        case QuotaExceeded():
+            number, text = refusal.maximum, refusal.limit
+        case RateLimited():
+            number = refusal.retry_after_ms
+    index = _NO_INDEX if refusal.index is None else refusal.index
+    return _OUTCOME.pack(2, connection, _REFUSAL_CODES[type(refusal)], index, number) + text.encode()
+
+
+def _decode_outcome(data: bytes) -> Outcome:
+    cursor = _Cursor(data)
+    _, connection, code, position, number = cursor.numbers(_OUTCOME)
+    text = cursor.text(len(data) - _OUTCOME.size)
+    index = None if position == _NO_INDEX else position
+    refusal: Refused | None
+    match code:
+        case 0:
+            refusal = None
+        case 1:
+            refusal = Denied("no rule allows it", index=index)
+        case 2:
+            refusal = NoSuchResource("there is no such node now", index=index)
+        case 3:
+            refusal = NotWhatItWas(text, index=index)
+        case 4:
+            refusal = OpenFailed(number, index=index)
+        case 5:
+            refusal = QuotaExceeded(text, number)
+        case 6:
+            refusal = RateLimited(number)
+        case 7:
+            refusal = ClientNotReading()
+        case _:
+            raise LinkViolation(f"outcome {code}")
+    return Outcome(connection, refusal)
+
+
+def encode_offered(connection: int, offers: Sequence[Offer], *, last: bool) -> bytes:
+    """One part of a listing; `split_offers` makes them of the right size."""
+    parts = [_OFFERED.pack(3, connection, last, len(offers))]
+    for offer in offers:
+        path, where = offer.path.encode(), offer.where.encode()
+        parts += (_OFFER.pack(_ACCESS[offer.access], len(path), len(where)), path, where)
+    return b"".join(parts)
+
+
+def split_offers(connection: int, offers: Sequence[Offer]) -> list[bytes]:
+    """A whole listing as messages, at least one."""
+    starts = range(0, max(1, len(offers)), _OFFERS_PER_MESSAGE)
+    return [
+        encode_offered(connection, offers[start : start + _OFFERS_PER_MESSAGE], last=start == starts[-1])
+        for start in starts
+    ]
+
+
+def _decode_offered(data: bytes) -> Offered:
+    cursor = _Cursor(data)
+    _, connection, last, count = cursor.numbers(_OFFERED)
+    offers = []
+    for _ in range(count):
+        access, path_length, where_length = cursor.numbers(_OFFER)
+        offers.append(Offer(cursor.text(path_length), _access(access), cursor.text(where_length)))
+    cursor.end()
+    return Offered(connection, _flag(last), offers)
+
+
+def encode_policy(generation: int) -> bytes:
+    """The memfd goes with it as the only descriptor."""
+    return _GENERATION.pack(1, generation)
+
+
+def _decode_policy(data: bytes) -> Policy:
+    return Policy(_exact(_GENERATION, data)[1])
+
+
+def encode_applied(generation: int) -> bytes:
+    """Opener to launcher."""
+    return _GENERATION.pack(4, generation)
+
+
+def _decode_applied(data: bytes) -> Applied:
+    return Applied(_exact(_GENERATION, data)[1])
+
+
+def _plain(message: Message) -> Callable[[bytes], Message]:
+    def decode(data: bytes) -> Message:
+        _exact(_TYPE, data)
+        return message
+
+    return decode
+
+
+DRAINED, DRAIN, STOP, READY, PING, PONG = (_TYPE.pack(number) for number in (4, 4, 5, 6, 7, 8))
+
+Decoders = Mapping[int, Callable[[bytes], Message]]
+INBOX_TO_OPENER: Decoders = {
+    1: _decode_open,
+    2: _decode_list,
+    3: _decode_closed,
+    4: _plain(Drained()),
+    8: _plain(Pong()),
+}
+OPENER_TO_INBOX: Decoders = {
+    1: _decode_connected,
+    2: _decode_outcome,
+    3: _decode_offered,
+    4: _plain(Drain()),
+    7: _plain(Ping()),
+}
+LAUNCHER_TO_OPENER: Decoders = {1: _decode_policy, 5: _plain(Stop()), 7: _plain(Ping())}
+CHILD_TO_LAUNCHER: Decoders = {4: _decode_applied, 6: _plain(Ready()), 8: _plain(Pong())}
+
+
+def decode(decoders: Decoders, data: bytes) -> Message:
+    """One message, by the table of the direction that it came from. Raises LinkViolation."""
+    if not data:
+        raise LinkViolation("an empty message")
+    decoder = decoders.get(data[0])
+    if decoder is None:
+        raise LinkViolation(f"unknown message type {data[0]}")
+    return decoder(data)
