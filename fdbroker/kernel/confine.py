@@ -1,0 +1,120 @@
+"""Give up, for good, every right that a process of the broker does not need.
+
+Runs in: opener and inbox before they read anything, launcher after start-up.
+Source: capabilities(7), prctl(2), seccomp(2); docs/confinement.md says what each step is against.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+from typing import NamedTuple
+
+import prctl
+
+from fdbroker.kernel import capabilities, landlock, libc
+
+# linux/prctl.h, linux/seccomp.h
+_PR_CAPBSET_DROP = 24
+_PR_SET_SECUREBITS = 28
+_PR_SET_SECCOMP = 22
+_SECCOMP_MODE_FILTER = 2
+_INSTRUCTION_BYTES = 8  # struct sock_filter
+# NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE, each with its lock, and KEEP_CAPS locked off
+_SECUREBITS = 0xEF
+
+
+class Confinement(NamedTuple):
+    """What a process keeps.
+
+    `files` are Landlock rules (path, rights beneath it), `program` a seccomp filter, or b"" for none. `parent`: die
+    when this process does, 0 for none.
+    """
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    capabilities: frozenset[str]
+    files: tuple[tuple[str, int], ...]
+    program: bytes
+    parent: int
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def confine(to: Confinement) -> bool:
+    """Confine this process, which must be root and single-threaded. Returns whether Landlock is in force.
+
+    Raises OSError when any step fails, PermissionError when the result is not what was asked for, ProcessLookupError
+    when the parent is gone: the caller must end then.
+    """
+    _empty_bounding_set()
+    libc.prctl(_PR_SET_SECUREBITS, _SECUREBITS)  # python-prctl knows no ambient bit and refuses the number
+    if os.getuid() != to.uid:
+        os.setgroups(to.groups)
+        os.setresgid(to.gid, to.gid, to.gid)
+        os.setresuid(to.uid, to.uid, to.uid)
+    numbers = [capabilities.NUMBERS[name] for name in to.capabilities]
+    prctl.cap_effective.limit()
+    prctl.cap_inheritable.limit()
+    prctl.cap_permitted.limit(*numbers)
+    prctl.set_no_new_privs(1)
+    prctl.set_dumpable(0)
+    os.umask(0o077)
+    _verify(to)
+    if to.parent:
+        _die_with(to.parent)  # a change of uid would have cleared it
+    restricted = landlock.restrict(to.files)
+    if to.program:
+        _load_filter(to.program)
+    return restricted
+
+
+def _die_with(parent: int) -> None:
+    prctl.set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != parent:
+        raise ProcessLookupError(errno.ESRCH, "the launcher is gone")
+
+
+def _empty_bounding_set() -> None:
+    prctl.capbset.limit()
+    for number in range(64):  # those that are newer than python-prctl; the first unknown one ends it
+        try:
+            libc.prctl(_PR_CAPBSET_DROP, number)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return
+            raise
+
+
+def _verify(to: Confinement) -> None:
+    """Read back from the kernel what is in force: a step that silently did nothing must not go unnoticed."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        fields = dict(line.rstrip("\n").split(":\t", 1) for line in status if ":\t" in line)
+    permitted = f"{capabilities.mask(to.capabilities):016x}"
+    none = f"{0:016x}"
+    expected = {
+        "Uid": "\t".join([str(to.uid)] * 4),
+        "Gid": "\t".join([str(to.gid)] * 4),
+        "CapInh": none,
+        "CapPrm": permitted,
+        "CapEff": none,
+        "CapBnd": none,
+        "CapAmb": none,
+        "NoNewPrivs": "1",
+    }
+    for name, value in expected.items():
+        if fields.get(name) != value:
+            raise PermissionError(errno.EPERM, f"not confined: {name} is {fields.get(name)!r}, must be {value!r}")
+    if sorted(os.getgroups()) != sorted(to.groups):
+        raise PermissionError(errno.EPERM, f"not confined: groups are {os.getgroups()}, must be {to.groups}")
+
+
+def _load_filter(program: bytes) -> None:
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = _Program(len(program) // _INSTRUCTION_BYTES, ctypes.addressof(buffer))
+    libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))

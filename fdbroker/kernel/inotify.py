@@ -1,0 +1,47 @@
+"""inotify(7): be told that a directory's entries change.
+
+Runs in: opener. Only root changes /dev; nothing that is read here is used but the fact that something changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from fdbroker.kernel import libc
+
+# sys/inotify.h
+_IN_MOVED_FROM, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x40, 0x80, 0x100, 0x200
+_IN_ONLYDIR = 0x01000000
+_CHANGES = _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_ONLYDIR
+
+
+def create() -> int:
+    """An owned inotify descriptor, non-blocking and close-on-exec."""
+    descriptor: int = libc.INOTIFY_INIT1(os.O_CLOEXEC | os.O_NONBLOCK)
+    if descriptor < 0:
+        libc.fail("inotify_init1")
+    return descriptor
+
+
+def watch_directory(inotify: int, path: str) -> None:
+    """Report entries that come to or leave the directory `path`; watching it twice is one watch.
+
+    A directory that is not there, or may not be read, is left out: its own directory's watch tells when it comes.
+    """
+    if libc.INOTIFY_ADD_WATCH(inotify, os.fsencode(path), _CHANGES) < 0 and ctypes.get_errno() not in (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EACCES,
+    ):
+        libc.fail("inotify_add_watch")
+
+
+def drain(inotify: int) -> None:
+    """Forget what was reported."""
+    try:
+        while os.read(inotify, 65536):
+            pass
+    except BlockingIOError:
+        pass

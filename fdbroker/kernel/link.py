@@ -1,0 +1,116 @@
+"""One end of a link between two of our processes: whole messages, at most one descriptor each, never blocking.
+
+Runs in: every process of the broker. In the opener, a taken-over inbox controls what `receive` returns.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import deque
+from typing import Protocol
+
+from fdbroker import limits
+from fdbroker.errors import LinkViolation
+from fdbroker.kernel import sockets
+
+_LINK_BYTES = limits.LINK_BYTES
+
+
+class HasFileno(Protocol):
+    """Something that owns a descriptor."""
+
+    def fileno(self) -> int:
+        """The descriptor, borrowed."""
+
+
+class Link:
+    """Takes a connected SOCK_SEQPACKET socket. What cannot be sent at once waits in order, with its descriptor."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._waiting: deque[tuple[bytes, HasFileno | None]] = deque()
+        self._buffer = bytearray(_LINK_BYTES)
+        self._view = memoryview(self._buffer)
+
+    def fileno(self) -> int:
+        """For epoll."""
+        return self._sock.fileno()
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait for room: poll for EPOLLOUT and call `flush`."""
+        return len(self._waiting)
+
+    def send(self, message: bytes, owner: HasFileno | None = None) -> None:
+        """Send, or queue. The descriptor is borrowed from `owner`, which is held until it has left.
+
+        So a number that waits cannot be closed and used for something else. Raises OSError when the peer is gone.
+        """
+        if self._waiting or not self._try(message, owner):
+            self._waiting.append((message, owner))
+
+    def flush(self) -> None:
+        """Send what waits, as far as there is room."""
+        while self._waiting and self._try(*self._waiting[0]):
+            self._waiting.popleft()
+
+    def _try(self, message: bytes, owner: HasFileno | None) -> bool:
+        if owner is not None and owner.fileno() < 0:
+            return True  # its owner closed it while it waited: there is nothing to tell any more
+        try:
+            sockets.send(self._sock, message, () if owner is None else (owner.fileno(),))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.ETOOMANYREFS, errno.ENOBUFS):
+                return False
+            raise
+        return True
+
+    def receive(self) -> bytes | None:
+        """The next message without descriptors, b"" at the end, None when there is none now.
+
+        Descriptors that come with it are never installed: there is no room for them. Raises LinkViolation for a
+        message above LINK_BYTES.
+        """
+        try:
+            size = self._sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT | socket.MSG_TRUNC)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            return b""
+        if size > _LINK_BYTES:
+            raise LinkViolation(f"a message of {size} bytes, at most {_LINK_BYTES}")
+        return bytes(self._view[:size])
+
+    def receive_with_descriptor(self) -> tuple[bytes, int | None] | None:
+        """The next message and its descriptor, which the caller owns; b"" at the end, None when there is none now.
+
+        Raises LinkViolation when more than one descriptor came or the message was cut.
+        """
+        try:
+            size, descriptors = sockets.receive_into(self._sock, self._view, 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            return b"", None
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                raise LinkViolation(str(error)) from None
+            raise
+        return bytes(self._view[:size]), descriptors[0] if descriptors else None
+
+    def close(self) -> None:
+        """Close our end; what still waits is dropped."""
+        self._waiting.clear()
+        self._sock.close()
+
+
+def read_memfd(descriptor: int, maximum: int) -> bytes:
+    """All bytes of a memfd, which is borrowed. Raises LinkViolation above `maximum`."""
+    size = os.fstat(descriptor).st_size
+    if size > maximum:
+        raise LinkViolation(f"a file of {size} bytes, at most {maximum}")
+    return os.pread(descriptor, size, 0)

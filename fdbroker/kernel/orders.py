@@ -1,0 +1,71 @@
+"""What the launcher tells a child at its start: how to confine itself, and which descriptor is what.
+
+Runs in: launcher (writes), opener and inbox (read, first thing). No attacker controls anything here: it is the
+command line that root's launcher gave, so `ps` shows the admin how each process is confined.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from typing import NamedTuple
+
+from fdbroker.kernel.confine import Confinement, confine
+
+_FILTER_BYTES = 8 * 4096  # BPF_MAXINSNS
+
+
+class Order(NamedTuple):
+    """How to run. `files` are Landlock rules, `descriptors` names the inherited ones, `parent` is the launcher."""
+
+    uid: int
+    gid: int
+    groups: list[int]
+    capabilities: list[str]
+    files: list[tuple[str, int]]
+    descriptors: dict[str, int]
+    descriptors_max: int
+    parent: int
+
+
+def write(order: Order) -> str:
+    """The command line argument."""
+    return json.dumps(order._asdict(), separators=(",", ":"))
+
+
+def read(argument: str) -> tuple[Order, dict[str, int]]:
+    """The order, and its inherited descriptors by name, now close-on-exec and owned by the caller."""
+    order = Order(**json.loads(argument))
+    for descriptor in order.descriptors.values():
+        os.set_inheritable(descriptor, False)
+    return order, order.descriptors
+
+
+def obey(order: Order, filter_fd: int) -> bool:
+    """Confine this process; closes `filter_fd`, which holds the seccomp filter. Returns whether Landlock is in force.
+
+    Signals that a terminal sends to all of us are the launcher's to answer. Raises OSError: then the process must end.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir("/")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    wanted = order.descriptors_max if hard == resource.RLIM_INFINITY else min(order.descriptors_max, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    program = os.read(filter_fd, _FILTER_BYTES)
+    os.close(filter_fd)
+    files = tuple((path, rights) for path, rights in order.files)
+    return confine(
+        Confinement(
+            order.uid,
+            order.gid,
+            tuple(order.groups),
+            frozenset(order.capabilities),
+            files,
+            program,
+            order.parent,
+        )
+    )

@@ -1,0 +1,153 @@
+"""Unix sockets: who is at the other end, and messages with descriptors.
+
+Runs in: every process. A client controls what is received, but not the descriptors' flags or the credentials.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+import sys
+import termios
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fdbroker.kernel import libc
+
+# asm-generic/socket.h; Python 3.11 has no names for these
+SO_PEERPIDFD = 77
+SO_PASSRIGHTS = 83
+_SO_PEERSEC = 31
+_SO_PEERGROUPS = 59
+_UCRED = struct.Struct("iII")  # struct ucred: pid, uid, gid
+_FD_SIZE = array.array("i").itemsize
+_CREDENTIALS_SPACE = socket.CMSG_LEN(_UCRED.size)  # exactly: nothing else has room, so no descriptor comes in
+
+
+class Credentials(NamedTuple):
+    """struct ucred."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_credentials(sock: socket.socket) -> Credentials:
+    """Who called connect(2), frozen at that moment. Source: unix(7), SO_PEERCRED."""
+    return Credentials(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+
+def _option_bytes(sock: socket.socket, option: int, size: int) -> bytes:
+    """getsockopt(2) for values of any size: socket.getsockopt stops at 1024 bytes, which is 256 groups."""
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        length = ctypes.c_uint(size)
+        if libc.GETSOCKOPT(sock.fileno(), socket.SOL_SOCKET, option, buffer, length) == 0:
+            return buffer.raw[: length.value]
+        if ctypes.get_errno() != errno.ERANGE:
+            libc.fail(f"getsockopt({option})")
+        size = max(length.value, size * 2)
+
+
+def peer_groups(sock: socket.socket) -> frozenset[int]:
+    """The peer's supplementary groups at connect(2), however many. Source: socket(7), SO_PEERGROUPS."""
+    return frozenset(array.array("I", _option_bytes(sock, _SO_PEERGROUPS, 256)))
+
+
+def peer_label(sock: socket.socket) -> str:
+    """The peer's MAC label, or "" where no security module gives one. Source: unix(7), SO_PEERSEC."""
+    try:
+        return _option_bytes(sock, _SO_PEERSEC, 256).rstrip(b"\0").decode(errors="backslashreplace")
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return ""
+        raise
+
+
+def peer_pidfd(sock: socket.socket) -> int | None:
+    """An owned pidfd of the process that called connect(2), or None before Linux 6.5 or once it is gone."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno in (errno.ENOPROTOOPT, errno.ESRCH, errno.EINVAL, errno.ENODATA):
+            return None
+        raise
+
+
+def forbid_descriptors(sock: socket.socket) -> None:
+    """Make the peer's attempt to send a descriptor fail there (Linux 6.16); older kernels drop it on receipt."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+
+
+def ask_credentials(sock: socket.socket) -> None:
+    """Have every message carry its sender's credentials; accepted sockets inherit it from a listener."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """Memory, in bytes, of what the peer has not read yet: 0 when it has read all. Source: unix(7), SIOCOUTQ."""
+    buffer = bytearray(4)
+    fcntl.ioctl(sock, termios.TIOCOUTQ, buffer)  # SIOCOUTQ is the same number
+    return int.from_bytes(buffer, sys.byteorder)
+
+
+def receive_with_sender(sock: socket.socket, size: int) -> tuple[bytes, int, bool]:
+    """Read at most `size` bytes of one sender: the bytes, the sender's uid, and whether descriptors were sent.
+
+    The uid is -1 at the end of the stream. Descriptors never arrive: there is no room for them. Never blocks:
+    raises BlockingIOError. Needs `ask_credentials`. Source: unix(7), SCM_CREDENTIALS; recv(2), MSG_CTRUNC.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(size, _CREDENTIALS_SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+    uid = -1
+    for level, kind, value in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            uid = _UCRED.unpack(value)[1]
+    return data, uid, bool(flags & socket.MSG_CTRUNC)
+
+
+def send(sock: socket.socket, data: bytes | bytearray, descriptors: Sequence[int] = ()) -> int:
+    """sendmsg(2) without blocking, with `descriptors`, which are borrowed. Returns how many bytes were taken."""
+    if not descriptors:
+        return sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+    return sock.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def receive_into(
+    sock: socket.socket, buffer: bytearray | memoryview, descriptors: int, flags: int = 0
+) -> tuple[int, list[int]]:
+    """Read into `buffer`; how many bytes, and at most `descriptors` descriptors, which the caller owns.
+
+    All are close-on-exec. Raises OSError EMSGSIZE, with every received descriptor closed, when more came than there
+    was room for, or when the kernel could not install them all. Source: recv(2), MSG_CMSG_CLOEXEC, MSG_CTRUNC.
+    """
+    # CMSG_LEN, not CMSG_SPACE: its padding would let one descriptor more in
+    space = socket.CMSG_LEN(descriptors * _FD_SIZE) if descriptors else 0
+    size, ancillary, received_flags, _ = sock.recvmsg_into([buffer], space, flags | socket.MSG_CMSG_CLOEXEC)
+    owned = array.array("i")
+    for level, kind, value in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            owned.frombytes(value[: len(value) - len(value) % _FD_SIZE])
+    if received_flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        for descriptor in owned:
+            os.close(descriptor)
+        raise OSError(errno.EMSGSIZE, "recvmsg: message or descriptors were cut")
+    return size, owned.tolist()
+
+
+def hang_up(sock: socket.socket) -> None:
+    """End the connection for every process that holds it: close(2) in one leaves the other's copy open."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
