@@ -1,0 +1,12 @@
+"""The admin's policy: from YAML to a decision.
+
+| module | what it does | runs in |
+|---|---|---|
+| load | YAML text to a tree with positions, judged by schema | launcher, command line |
+| compile | names to ids, globs checked, one flat Policy | launcher, command line |
+| compiled | the Policy itself, to bytes and back | launcher, opener, command line |
+| decide | Policy, subject and path to allow or deny | opener, command line |
+| explain | why, what came near, and the smallest change | command line |
+
+Pure: no socket, and nothing is opened but the policy files, by load.
+"""

@@ -1,0 +1,231 @@
+"""Trees of values to one Policy: names to numbers, globs checked, and what no schema can say.
+
+Runs in: launcher, command line. Opens nothing but the policy's files, by load; names come from names.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fdbroker import limits
+from fdbroker.errors import Finding, PolicyError
+from fdbroker.policy import names
+from fdbroker.policy.compiled import Policy
+from fdbroker.policy.decide import NOBODY, decide, view
+from fdbroker.policy.load import Node, close, in_order, load
+from fdbroker.policy.paths import dangerous_name, glob_error
+from fdbroker.terms import ACCESS_COVERS, INVALID_ID, DenyRule, Resource, Rule, Subject
+
+# What a class's devices can do at all, where that is less than everything. Source: the drivers' file_operations.
+_CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
+
+
+class PolicyTest(NamedTuple):
+    """One entry of `tests:`: what `subject` gets when it asks for `resource`."""
+
+    subject: Subject
+    resource: Resource
+    allowed: bool
+    place: Node
+
+
+class Loaded(NamedTuple):
+    """A policy that has no error, and its tests."""
+
+    policy: Policy
+    tests: tuple[PolicyTest, ...]
+
+
+def load_policy(path: str, *, trusted: bool) -> Loaded:
+    """Load and compile all files of a policy. Raises PolicyError with everything that is wrong in any of them.
+
+    Rules add up over the files; of a limit that several files set the last one counts.
+    """
+    findings: list[Finding] = []
+    work = _Compiler(findings)
+    for document in load(path, findings, trusted=trusted):
+        work.document(document)
+    if findings:
+        raise PolicyError(in_order(findings))
+    return work.result()
+
+
+def failed_tests(loaded: Loaded) -> list[Finding]:
+    """The policy's own tests that do not come out as they say."""
+    findings = []
+    for test in loaded.tests:
+        allowed = bool(decide(view(loaded.policy, test.subject), test.resource).rules)
+        if allowed != test.allowed:
+            findings.append(
+                test.place.finding(
+                    "this test fails",
+                    "allow" if test.allowed else "deny",
+                    "allow" if allowed else "deny",
+                    f"try `fdbroker policy explain` for uid {test.subject.uid} and {test.resource.path}",
+                )
+            )
+    return findings
+
+
+class _Compiler:
+    def __init__(self, findings: list[Finding]) -> None:
+        self.findings = findings
+        self.administrators: tuple[set[int], set[int]] = (set(), set())
+        self.limits = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
+        self.by_uid: dict[int, list[Rule]] = {}
+        self.by_gid: dict[int, list[Rule]] = {}
+        self.everyone: list[Rule] = []
+        self.deny: list[DenyRule] = []
+        self.uid_limits: dict[int, dict[str, int]] = {}
+        self.gid_limits: dict[int, dict[str, int]] = {}
+        self.everyone_limits: dict[str, int] = {}
+        self.tests: list[PolicyTest] = []
+
+    def result(self) -> Loaded:
+        return Loaded(
+            Policy(
+                frozenset(self.administrators[0]),
+                frozenset(self.administrators[1]),
+                self.limits,
+                {uid: tuple(rules) for uid, rules in self.by_uid.items()},
+                {gid: tuple(rules) for gid, rules in self.by_gid.items()},
+                tuple(self.everyone),
+                tuple(self.deny),
+                self.uid_limits,
+                self.gid_limits,
+                self.everyone_limits,
+            ),
+            tuple(self.tests),
+        )
+
+    def document(self, document: Node) -> None:
+        parts = document.value
+        if "administrators" in parts:
+            self.administrators[0].update(self.ids(parts["administrators"].items("users"), "user"))
+            self.administrators[1].update(self.ids(parts["administrators"].items("groups"), "group"))
+        if "limits" in parts:
+            self.limits |= _plain(parts["limits"])
+        for name, (place, entry) in parts["groups"].value.items() if "groups" in parts else ():
+            gid = self.id(place, "group")
+            source = f"group {name}"
+            if gid is None:
+                self.entry(entry, source, [], {})  # for what else is wrong in it
+            else:
+                self.entry(entry, source, self.by_gid.setdefault(gid, []), self.gid_limits.setdefault(gid, {}), gid)
+        for name, (place, entry) in parts["users"].value.items() if "users" in parts else ():
+            uid = self.id(place, "user")
+            source = f"user {name}"
+            if uid is None:
+                self.entry(entry, source, [], {})
+            else:
+                self.entry(entry, source, self.by_uid.setdefault(uid, []), self.uid_limits.setdefault(uid, {}))
+        if "everyone" in parts:
+            self.entry(parts["everyone"], "everyone", self.everyone, self.everyone_limits)
+        for node in document.items("deny"):
+            self.deny_rule(node)
+        for node in document.items("tests"):
+            self.test(node)
+
+    # ---- names
+
+    def id(self, node: Node, kind: str) -> int | None:
+        number = names.uid_of(node.value) if kind == "user" else names.gid_of(node.value)
+        if number is None:
+            known = names.user_names() if kind == "user" else names.group_names()
+            self.findings.append(node.finding(f"unknown {kind} {node.value!r}", hint=close(node.value, known)))
+        elif number in NOBODY or number > INVALID_ID:
+            self.findings.append(
+                node.finding(f"{kind} {node.value!r} is number {number}, which stands for nobody and matches nothing")
+            )
+            return None
+        return number
+
+    def ids(self, nodes: Iterable[Node], kind: str) -> frozenset[int]:
+        numbers = [self.id(node, kind) for node in nodes]
+        return frozenset(number for number in numbers if number is not None)
+
+    # ---- rules
+
+    def entry(
+        self, entry: Node, source: str, rules: list[Rule], maxima: dict[str, int], gid: int | None = None
+    ) -> None:
+        if "limits" in entry.value:
+            maxima |= _plain(entry.value["limits"])
+        for node in entry.items("devices"):
+            rule = self.rule(node, source)
+            if node.get("membership") == "nss" and gid is not None:
+                # the database's word: the rule goes to its members of this moment, one by one
+                for uid in names.members_of(gid):
+                    self.by_uid.setdefault(uid, []).append(rule)
+            else:
+                rules.append(rule)
+
+    def glob(self, node: Node) -> str:
+        trouble = glob_error(node.value)
+        if trouble:
+            self.findings.append(node.finding(f"path {node.value!r}: {trouble}"))
+            return ""
+        return str(node.value)
+
+    def rule(self, node: Node, source: str) -> Rule:
+        pattern = self.glob(node.value["path"])
+        access = node.get("access") or "ro"
+        kernel_class = node.get("class") or ""
+        dangerous = bool(node.get("dangerous"))
+        most = _CLASS_ACCESS.get(kernel_class, "rw")
+        if access not in ACCESS_COVERS[most]:
+            place = node.value.get("access", node)
+            self.findings.append(place.finding(f"access of class {kernel_class}", most, access))
+        if pattern and not dangerous:
+            name = dangerous_name(pattern)
+            if name or kernel_class == "block":
+                what = f"{pattern} can match /dev/{name}" if name else "class block"
+                self.findings.append(
+                    node.value["path"].finding(
+                        f"{what}, which gives power over the machine",
+                        hint="add `dangerous: true` to say that this is meant, or write a narrower path",
+                    )
+                )
+        where = f"{node.file}:{node.line}"
+        return Rule(pattern, access, kernel_class, node.get("device") or "", dangerous, source, where)
+
+    def deny_rule(self, node: Node) -> None:
+        parts = []
+        users, groups = node.items("users"), node.items("groups")
+        for label, nodes in (("user", users), ("group", groups)):
+            parts += [f"{label} {one.value}" for one in nodes]
+        if node.get("everyone"):
+            parts.append("everyone")
+        if not parts:
+            self.findings.append(node.finding("a deny rule for nobody", hint="`everyone: false` names nobody"))
+        self.deny.append(
+            DenyRule(
+                tuple(self.glob(one) for one in node.items("devices")),
+                self.ids(users, "user"),
+                self.ids(groups, "group"),
+                bool(node.get("everyone")),
+                ", ".join(parts),
+                f"{node.file}:{node.line}",
+            )
+        )
+
+    def test(self, node: Node) -> None:
+        subject = node.value["as"]
+        uid = self.id(subject.value["user"], "user")
+        gids = self.ids(subject.items("groups"), "group")
+        if uid is None:
+            return
+        gid, all_gids = (min(gids, default=INVALID_ID), gids) if "groups" in subject.value else names.groups_of(uid)
+        self.tests.append(
+            PolicyTest(
+                Subject(uid, all_gids, gid, 0, "", "", foreign=False),
+                Resource(node.get("open"), node.get("access") or "ro"),
+                node.get("expect") == "allow",
+                node,
+            )
+        )
+
+
+def _plain(node: Node) -> dict[str, int]:
+    return {name: child.value for name, child in node.value.items()}

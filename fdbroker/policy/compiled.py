@@ -1,0 +1,72 @@
+"""A policy without names, globs checked: what the opener decides by. To bytes and back.
+
+Runs in: launcher (writes), opener (reads what the launcher wrote), command line. No attacker controls anything here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from fdbroker.terms import DenyRule, Rule
+
+
+class Policy(NamedTuple):
+    """The whole policy. `by_uid` and `by_gid` give the rules of a user or group; limits by name."""
+
+    administrator_uids: frozenset[int]
+    administrator_gids: frozenset[int]
+    limits: dict[str, int]
+    by_uid: dict[int, tuple[Rule, ...]]
+    by_gid: dict[int, tuple[Rule, ...]]
+    everyone: tuple[Rule, ...]
+    deny: tuple[DenyRule, ...]
+    uid_limits: dict[int, dict[str, int]]
+    gid_limits: dict[int, dict[str, int]]
+    everyone_limits: dict[str, int]
+
+    def all_rules(self) -> Iterable[Rule]:
+        """Every allow rule, each once."""
+        seen = set()
+        for rules in (self.everyone, *self.by_uid.values(), *self.by_gid.values()):
+            for rule in rules:
+                if rule not in seen:
+                    seen.add(rule)
+                    yield rule
+
+
+def to_bytes(policy: Policy) -> bytes:
+    """The policy as JSON; sets become sorted lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, frozenset):
+            return sorted(value)
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return value
+
+    return json.dumps(plain(tuple(policy))).encode()
+
+
+def from_bytes(data: bytes) -> Policy:
+    """The inverse of `to_bytes`. Raises ValueError, TypeError or LookupError for anything else."""
+    uids, gids, limits, by_uid, by_gid, everyone, deny, uid_limits, gid_limits, everyone_limits = json.loads(data)
+
+    def rules(items: list[list[Any]]) -> tuple[Rule, ...]:
+        return tuple(Rule(*item) for item in items)
+
+    return Policy(
+        frozenset(uids),
+        frozenset(gids),
+        limits,
+        {int(uid): rules(items) for uid, items in by_uid.items()},
+        {int(gid): rules(items) for gid, items in by_gid.items()},
+        rules(everyone),
+        tuple(DenyRule(tuple(p), frozenset(u), frozenset(g), e, source, where) for p, u, g, e, source, where in deny),
+        {int(uid): maxima for uid, maxima in uid_limits.items()},
+        {int(gid): maxima for gid, maxima in gid_limits.items()},
+        everyone_limits,
+    )

@@ -1,0 +1,69 @@
+"""Names of users and groups to numbers, by the machine's databases (NSS).
+
+Runs in: launcher, command line; never in the opener or the inbox, for NSS loads code and talks to services.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+
+
+def _number(name: str) -> int | None:
+    return int(name) if name.isascii() and name.isdecimal() and len(name) <= 10 else None
+
+
+def uid_of(name: str) -> int | None:
+    """The uid of a user's name or of a decimal number, which need not exist; None for an unknown name."""
+    number = _number(name)
+    if number is not None:
+        return number
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
+
+
+def gid_of(name: str) -> int | None:
+    """The gid of a group's name or of a decimal number, which need not exist; None for an unknown name."""
+    number = _number(name)
+    if number is not None:
+        return number
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
+def groups_of(uid: int) -> tuple[int, frozenset[int]]:
+    """The primary gid and all gids of a user by the databases; a uid without a user has its own number as group."""
+    try:
+        user = pwd.getpwuid(uid)
+    except KeyError:
+        return uid, frozenset({uid})
+    return user.pw_gid, frozenset(os.getgrouplist(user.pw_name, user.pw_gid))
+
+
+def members_of(gid: int) -> frozenset[int]:
+    """The uids of a group's members by the databases: those it lists and those whose primary group it is."""
+    members = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == gid}
+    try:
+        listed = grp.getgrgid(gid).gr_mem
+    except KeyError:
+        listed = []
+    for name in listed:
+        uid = uid_of(name)
+        if uid is not None:
+            members.add(uid)
+    return frozenset(members)
+
+
+def user_names() -> list[str]:
+    """All users that the databases list, for a suggestion."""
+    return [user.pw_name for user in pwd.getpwall()]
+
+
+def group_names() -> list[str]:
+    """All groups that the databases list, for a suggestion."""
+    return [group.gr_name for group in grp.getgrall()]
