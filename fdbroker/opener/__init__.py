@@ -1,0 +1,16 @@
+"""The root helper: accepts, identifies, decides, opens and sends; it alone grants. It never reads a client's socket.
+
+| module | what it does |
+|---|---|
+| request | the stages of a request, in order |
+| accept | connections in, and what happens at EMFILE |
+| identify | the kernel's word on who asks |
+| authorize | policy and limits |
+| open | find, judge and open a node |
+| audit | one record before a descriptor leaves |
+| send | descriptor and reply in one message |
+| listing | what a subject may open now |
+| service | the loop and the links |
+
+An attacker controls the paths that arrive through the inbox; a taken-over inbox every byte of its link.
+"""

@@ -1,0 +1,47 @@
+"""Where the launcher starts the opener: `python -I -m fdbroker.opener ORDERS`.
+
+Runs in: opener, as root until `obey` returns. Everything is imported before that: nothing can be afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+from fdbroker import errors, limits
+from fdbroker.errors import LinkViolation
+from fdbroker.kernel import orders
+from fdbroker.kernel.capabilities import Bracket
+from fdbroker.kernel.link import Link, read_memfd
+from fdbroker.opener.audit import Audit
+from fdbroker.opener.open import Nodes
+from fdbroker.opener.service import Opener
+from fdbroker.policy.compiled import from_bytes
+
+
+def main() -> int:
+    """Confine, then serve; the exit code tells the launcher how it ended."""
+    order, descriptors = orders.read(sys.argv[1])
+    orders.obey(order, descriptors["filter"])
+    journal = socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None
+    policy = from_bytes(read_memfd(descriptors["policy"], limits.POLICY_LINK_BYTES))
+    os.close(descriptors["policy"])
+    opener = Opener(
+        socket.socket(fileno=descriptors["listener"]),
+        Link(socket.socket(fileno=descriptors["launcher"])),
+        Link(socket.socket(fileno=descriptors["inbox"])),
+        policy,
+        Nodes(Bracket(frozenset(order.capabilities))),
+        Audit(journal),
+    )
+    try:
+        opener.serve()
+    except LinkViolation as violation:
+        opener.report_violation(violation)
+        return errors.EX_SOFTWARE
+    return errors.EX_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Stage authorize: the policy and the per-user limits.
+
+Runs in: opener. An attacker controls the asked paths and how often it asks.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+from fdbroker import limits
+from fdbroker.errors import ClientNotReading, Denied, QuotaExceeded, RateLimited
+from fdbroker.kernel import sockets
+from fdbroker.policy.compiled import Policy
+from fdbroker.policy.decide import View, decide, view
+from fdbroker.terms import Resource, Rule, Subject
+
+_WAIT_LIMIT_MS = limits.WAIT_LIMIT_MS
+# No message takes less of a socket's queue than its bytes and the kernel's struct sk_buff around them.
+_SKB_BYTES = 512
+_ACCOUNTS_KEPT = 1024
+# After this long without a request a bucket is full again, unless the policy gives a rate that low.
+_IDLE_S = 60
+
+
+class Account:
+    """What one user has in use, over all of its connections."""
+
+    __slots__ = ("connections", "refilled_at_s", "tokens")
+
+    def __init__(self, burst: int, now_s: float) -> None:
+        self.connections: set[Connection] = set()
+        self.tokens = float(burst)
+        self.refilled_at_s = now_s
+
+    def take_token(self, rate: int, burst: int, now_s: float) -> None:
+        """Count one request against the token bucket. Raises RateLimited when it is empty."""
+        self.tokens = min(float(burst), self.tokens + (now_s - self.refilled_at_s) * rate)
+        self.refilled_at_s = now_s
+        if self.tokens < 1.0:
+            wait_ms = math.ceil((1.0 - self.tokens) * 1000 / rate)
+            raise RateLimited(min(wait_ms, _WAIT_LIMIT_MS))
+        self.tokens -= 1.0
+
+
+class Accounts:
+    """One account a user. It outlives the user's connections, or a new connection would bring a new bucket."""
+
+    def __init__(self) -> None:
+        self._by_uid: dict[int, Account] = {}
+
+    def of(self, uid: int, burst: int, now_s: float) -> Account:
+        """The user's account."""
+        account = self._by_uid.get(uid)
+        if account is None:
+            if len(self._by_uid) >= _ACCOUNTS_KEPT:
+                self._forget_idle(now_s)
+            account = self._by_uid[uid] = Account(burst, now_s)
+        return account
+
+    def _forget_idle(self, now_s: float) -> None:
+        for uid, account in list(self._by_uid.items()):
+            if not account.connections and now_s - account.refilled_at_s > _IDLE_S:
+                del self._by_uid[uid]
+
+
+class Connection:
+    """One client: its number, our copy of its socket, and who it is. Owns the socket until `close`."""
+
+    __slots__ = ("_sent", "account", "number", "sock", "state", "subject", "view")
+
+    def __init__(self, number: int, sock: socket.socket, subject: Subject, seen: View, account: Account) -> None:
+        self.number = number
+        self.sock = sock
+        self.subject = subject
+        self.view = seen
+        self.account = account
+        self.state = "idle"  # a state of link.TURNS
+        self._sent: deque[tuple[int, int]] = deque()  # (bytes in the socket's queue, grants) of messages maybe unread
+        account.connections.add(self)
+
+    def see(self, policy: Policy) -> None:
+        """Judge by this policy from now on."""
+        self.view = view(policy, self.subject)
+
+    def note_sent(self, size: int, grants: int) -> None:
+        """A message of `size` bytes with `grants` descriptors has left."""
+        self._sent.append((size + _SKB_BYTES, grants))
+
+    def unread_grants(self) -> int:
+        """How many descriptors wait unread, never too few: the newest messages that fill the socket's queue."""
+        if not self._sent:
+            return 0
+        queued = sockets.unread_bytes(self.sock)
+        unread = 0
+        kept: deque[tuple[int, int]] = deque()
+        while self._sent and queued > 0:
+            size, grants = self._sent.pop()
+            kept.appendleft((size, grants))
+            queued -= size
+            unread += grants
+        self._sent = kept
+        return unread
+
+    def close(self) -> None:
+        """Hang up, for the inbox's copy too, and free what the user had in use."""
+        self.account.connections.discard(self)
+        sockets.hang_up(self.sock)
+        self.sock.close()
+
+
+def authorize_connection(account: Account, seen: View) -> None:
+    """One connection more for this user? Raises QuotaExceeded."""
+    maximum = seen.limits["connections"]
+    if len(account.connections) >= maximum:
+        raise QuotaExceeded("connections", maximum)
+
+
+def authorize_request(connection: Connection, now_s: float) -> None:
+    """One request more, of whatever kind? Raises RateLimited, ClientNotReading or QuotaExceeded."""
+    maxima = connection.view.limits
+    connection.account.take_token(maxima["requests_per_second"], maxima["burst"], now_s)
+    maximum = maxima["unread_grants"]
+    if connection.unread_grants() >= maximum:
+        raise ClientNotReading
+    if sum(one.unread_grants() for one in connection.account.connections) >= maximum:
+        raise QuotaExceeded("unread_grants", maximum)
+
+
+def authorize_resources(connection: Connection, resources: Sequence[Resource]) -> list[tuple[Rule, ...]]:
+    """The rules that allow each resource, never none. Raises Denied for the first that nothing allows."""
+    allowed = []
+    for index, resource in enumerate(resources):
+        decision = decide(connection.view, resource)
+        if not decision.rules:
+            by = decision.denied_by
+            raise Denied(f"denied by {by.where} ({by.source})" if by else "no rule allows it", index=index)
+        allowed.append(decision.rules)
+    return allowed

@@ -1,0 +1,72 @@
+"""Stage send: the descriptors and the reply in one message, taken whole or not at all.
+
+Runs in: opener. An attacker controls the paths in the reply and whether it reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import socket
+from collections.abc import Sequence
+
+from fdbroker import limits
+from fdbroker.errors import ClientNotReading, QuotaExceeded
+from fdbroker.kernel import sockets
+from fdbroker.terms import Grant
+
+_REPLY_BYTES = limits.REPLY_WITH_DESCRIPTORS_BYTES
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def compose(grants: Sequence[Grant]) -> bytes:
+    """The Varlink reply of Open; grant k owns descriptor k. Raises QuotaExceeded when it would not fit one message."""
+    reply = _encode(
+        {
+            "parameters": {
+                "grants": [
+                    {
+                        "fileDescriptor": index,
+                        "resource": {"device": grant.resource.path, "access": grant.resource.access},
+                        "access": grant.resource.access,
+                        "rule": grant.rule.where,
+                        "rdev": grant.rdev,
+                        "revocable": False,
+                    }
+                    for index, grant in enumerate(grants)
+                ]
+            }
+        }
+    ).encode()
+    if len(reply) >= _REPLY_BYTES:
+        raise QuotaExceeded("reply_bytes", _REPLY_BYTES)
+    return reply + b"\0"
+
+
+def send_grants(sock: socket.socket, reply: bytes, descriptors: Sequence[int]) -> None:
+    """Send; the descriptors stay the caller's, the client gets its own.
+
+    Raises ClientNotReading when the socket, or the kernel's count of descriptors in flight, has no room;
+    ConnectionError when the client is gone.
+    """
+    try:
+        sent = sockets.send(sock, reply, descriptors)
+    except BlockingIOError:
+        raise ClientNotReading from None
+    except OSError as error:
+        if error.errno == errno.ETOOMANYREFS:
+            raise ClientNotReading from None
+        raise
+    if sent != len(reply):
+        raise ConnectionError(errno.EPIPE, "a reply with descriptors was cut")
+
+
+def say_refusal(sock: socket.socket, refusal: QuotaExceeded) -> None:
+    """Tell a client that is not let in, as far as it listens; its protocol is not known yet, so in Varlink."""
+    error = {
+        "error": f"io.fdbroker.Broker.{refusal.wire_name}",
+        "parameters": {"limit": refusal.limit, "maximum": refusal.maximum},
+    }
+    with contextlib.suppress(OSError):
+        sockets.send(sock, _encode(error).encode() + b"\0")

@@ -1,0 +1,299 @@
+"""The opener's loop: the listening socket, the links, and what each message of them sets off.
+
+Runs in: opener. A taken-over inbox controls every message of its link: whatever is unknown, mis-sized or out of turn
+raises LinkViolation, which ends the service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import socket
+import time
+
+from fdbroker import limits
+from fdbroker.errors import LinkViolation, QuotaExceeded, Refused
+from fdbroker.kernel import inotify, sockets
+from fdbroker.kernel.link import Link, read_memfd
+from fdbroker.opener.accept import Acceptor, OutOfDescriptors
+from fdbroker.opener.audit import Audit, NotRecorded, Record
+from fdbroker.opener.authorize import Accounts, Connection, authorize_connection, authorize_request
+from fdbroker.opener.identify import Identifier
+from fdbroker.opener.listing import offers
+from fdbroker.opener.open import Nodes
+from fdbroker.opener.request import answer_open
+from fdbroker.opener.send import say_refusal
+from fdbroker.policy.compiled import Policy, from_bytes
+from fdbroker.policy.decide import view
+from fdbroker.terms import Subject
+from fdbroker.wire import link
+
+_ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
+_ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
+_MESSAGES_PER_TURN = 64
+# Several nodes come together, each is made, renamed, given its owner: one listing for all of them.
+_SETTLE_S = 0.1
+
+
+class Opener:
+    """All that the opener holds. `serve` returns when it is told to stop and all is answered."""
+
+    def __init__(
+        self, listener: socket.socket, launcher: Link, inbox: Link, policy: Policy, nodes: Nodes, audit: Audit
+    ) -> None:
+        self._acceptor: Acceptor | None = Acceptor(listener)
+        self._launcher = launcher
+        self._inbox = inbox
+        self._policy = policy
+        self._nodes = nodes
+        self._audit = audit
+        self._identifier = Identifier()
+        self._accounts = Accounts()
+        self._connections: dict[int, Connection] = {}
+        self._watching: dict[int, list[bytes]] = {}  # connection -> the listing that it was sent last
+        self._last_number = 0
+        self._inotify = inotify.create()
+        self._changed_at_s: float | None = None
+        self._paused_until_s = 0.0
+        self._accepting = False
+        self._inbox_full = False
+        self._epoll = select.epoll()
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._connections_max = descriptors - limits.DESCRIPTORS_RESERVED
+
+    def serve(self) -> None:
+        """Serve until the launcher says stop, or goes. Raises LinkViolation and OSError: then the process must end."""
+        poll = self._epoll
+        poll.register(self._launcher.fileno(), select.EPOLLIN)
+        poll.register(self._inbox.fileno(), select.EPOLLIN)
+        poll.register(self._inotify, select.EPOLLIN)
+        self._launcher.send(link.READY)
+        while True:
+            self._arm()
+            for descriptor, events in poll.poll(self._timeout_s()):
+                if descriptor == self._inbox.fileno():
+                    if events & select.EPOLLOUT:
+                        self._inbox.flush()
+                    if events & ~select.EPOLLOUT and not self._read_inbox():
+                        return
+                elif descriptor == self._launcher.fileno():
+                    if not self._read_launcher():
+                        return
+                elif descriptor == self._inotify:
+                    inotify.drain(self._inotify)
+                    self._changed_at_s = self._changed_at_s or time.monotonic()
+                elif self._acceptor is not None:
+                    self._accept(self._acceptor)
+            self._timers()
+
+    def _arm(self) -> None:
+        """Poll for what can be used: room in the inbox's link if messages wait for it, and else new connections."""
+        full = bool(self._inbox.waiting)
+        if full != self._inbox_full:
+            self._inbox_full = full
+            self._epoll.modify(self._inbox.fileno(), select.EPOLLIN | (select.EPOLLOUT if full else 0))
+        if self._acceptor is None:
+            return
+        wanted = not full and (not self._paused_until_s or time.monotonic() >= self._paused_until_s)
+        if wanted != self._accepting:
+            self._accepting = wanted
+            if wanted:
+                self._paused_until_s = 0.0
+                self._epoll.register(self._acceptor.fileno(), select.EPOLLIN)
+            else:
+                self._epoll.unregister(self._acceptor.fileno())
+
+    # ---- timers
+
+    def _timeout_s(self) -> float:
+        """Until when nothing but a message can happen; -1 for ever."""
+        if self._paused_until_s:
+            return _ACCEPT_PAUSE_S
+        if self._changed_at_s is not None and self._watching:
+            return _SETTLE_S
+        return float(limits.AUDIT_REPEAT_SECONDS) if self._audit.counting else -1
+
+    def _timers(self) -> None:
+        if self._changed_at_s is not None and time.monotonic() - self._changed_at_s >= _SETTLE_S:
+            self._changed_at_s = None
+            self._list_again()
+        if self._audit.counting:
+            self._audit.flush(time.monotonic())
+
+    # ---- accept, identify
+
+    def _accept(self, acceptor: Acceptor) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            try:
+                if len(self._connections) >= self._connections_max:
+                    acceptor.turn_one_away()
+                    raise OutOfDescriptors
+                sock = acceptor.accept()
+            except OutOfDescriptors:
+                self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
+                self._turned_away("accept", None, "no descriptors left")
+                return
+            if sock is None:
+                return
+            self._welcome(sock)
+            if self._inbox.waiting:
+                return
+
+    def _welcome(self, sock: socket.socket) -> None:
+        """Identify one client and hand its socket on; `sock` is taken, and closed if the client is turned away."""
+        try:
+            subject = self._identifier.identify(sock)
+        except OSError as error:
+            self._turned_away("identify", None, f"the kernel does not say who it is: {error.strerror}")
+            sockets.hang_up(sock)
+            sock.close()
+            return
+        seen = view(self._policy, subject)
+        account = self._accounts.of(subject.uid, seen.limits["burst"], time.monotonic())
+        try:
+            authorize_connection(account, seen)
+        except QuotaExceeded as refusal:
+            self._turned_away("accept", subject, str(refusal))
+            say_refusal(sock, refusal)
+            sockets.hang_up(sock)
+            sock.close()
+            return
+        self._last_number += 1
+        connection = Connection(self._last_number, sock, subject, seen, account)
+        self._connections[connection.number] = connection
+        self._inbox.send(link.encode_connected(connection.number, subject.uid), sock)
+
+    def _turned_away(self, stage: str, subject: Subject | None, reason: str) -> None:
+        # without its pid: a user that connects in a loop, each time from a new process, is one refusal
+        who = subject._replace(pid=0) if subject is not None else None
+        self._audit.refuse(Record("turned-away", stage, 0, who, None, reason), time.monotonic())
+
+    # ---- the inbox's link
+
+    def _read_inbox(self) -> bool:
+        """Answer what the inbox asks; false when it is gone as it should be."""
+        for _ in range(_MESSAGES_PER_TURN):
+            data = self._inbox.receive()
+            if data is None:
+                return True
+            if not data:
+                if self._acceptor is None:  # it was told to drain
+                    return False
+                raise LinkViolation("the inbox is gone")
+            match link.decode(link.INBOX_TO_OPENER, data):
+                case link.Open(number, resources):
+                    connection = self._turn(number, "Open")
+                    self._end_turn(connection, answer_open(connection, resources, self._nodes, self._audit))
+                case link.List(number, watch):
+                    self._list(self._turn(number, "Watch" if watch else "List"))
+                case link.Closed(number, reason):
+                    self._close(self._turn(number, "Closed"), reason)
+                case link.Pong():
+                    self._launcher.send(link.PONG)
+                case link.Drained():
+                    if self._acceptor is not None:
+                        raise LinkViolation("the inbox drained without being told to")
+        return True
+
+    def _turn(self, number: int, event: str) -> Connection:
+        """The connection of that number, in the state after `event`. Raises LinkViolation when it is not its turn."""
+        connection = self._connections.get(number)
+        if connection is None:
+            raise LinkViolation(f"{event} in the name of connection {number}, which does not exist")
+        state = link.TURNS.get((connection.state, event))
+        if state is None:
+            raise LinkViolation(f"{event} on connection {number}, which is {connection.state}")
+        connection.state = state
+        return connection
+
+    def _end_turn(self, connection: Connection, refusal: Refused | None) -> None:
+        connection.state = link.TURNS[connection.state, "Outcome"]
+        self._inbox.send(link.encode_outcome(connection.number, refusal))
+
+    def _close(self, connection: Connection, reason: int) -> None:
+        if reason:
+            why = link.CLOSED_REASONS[reason]
+            record = Record("disconnected", "decode", connection.number, connection.subject, None, why)
+            self._audit.refuse(record, time.monotonic())
+        del self._connections[connection.number]
+        self._watching.pop(connection.number, None)
+        connection.close()
+
+    # ---- listings
+
+    def _list(self, connection: Connection) -> None:
+        try:
+            authorize_request(connection, time.monotonic())
+        except Refused as refusal:
+            self._end_turn(connection, refusal)
+            return
+        parts = self._listing(connection)
+        if connection.state == "watching":
+            self._watching[connection.number] = parts
+        connection.state = link.TURNS[connection.state, "Offered"]
+        for part in parts:
+            self._inbox.send(part)
+
+    def _listing(self, connection: Connection) -> list[bytes]:
+        folders: set[str] = set()
+        listed = offers(connection.view, self._nodes, folders)
+        for folder in folders:
+            inotify.watch_directory(self._inotify, folder)
+        return link.split_offers(connection.number, listed)
+
+    def _list_again(self) -> None:
+        """Tell every watching client whose list has changed."""
+        for number, before in list(self._watching.items()):
+            parts = self._listing(self._connections[number])
+            if parts != before:
+                self._watching[number] = parts
+                for part in parts:
+                    self._inbox.send(part)
+
+    # ---- the launcher's link
+
+    def _read_launcher(self) -> bool:
+        """Do what the launcher says; false when it is gone, which ends the service."""
+        received = self._launcher.receive_with_descriptor()
+        if received is None:
+            return True
+        data, descriptor = received
+        if not data:
+            return False
+        try:
+            match link.decode(link.LAUNCHER_TO_OPENER, data):
+                case link.Policy(generation) if descriptor is not None:
+                    self._use(from_bytes(read_memfd(descriptor, limits.POLICY_LINK_BYTES)))
+                    self._launcher.send(link.encode_applied(generation))
+                case link.Stop():
+                    self._stop()
+                case link.Ping():
+                    self._inbox.send(link.PING)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        return True
+
+    def _use(self, policy: Policy) -> None:
+        """Judge by `policy` from the next request on."""
+        self._policy = policy
+        for connection in self._connections.values():
+            connection.see(policy)
+        self._list_again()
+
+    def _stop(self) -> None:
+        if self._acceptor is not None:
+            if self._accepting:
+                self._epoll.unregister(self._acceptor.fileno())
+            self._acceptor.close()
+            self._acceptor = None
+            self._accepting = False
+            self._paused_until_s = 0.0
+            self._inbox.send(link.DRAIN)
+
+    def report_violation(self, violation: LinkViolation) -> None:
+        """Record why the service ends."""
+        with contextlib.suppress(NotRecorded):
+            self._audit.write(Record("violation", "decode", 0, None, None, f"the inbox broke its rules: {violation}"))
