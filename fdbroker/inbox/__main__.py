@@ -1,0 +1,30 @@
+"""Where the launcher starts the inbox: `python -I -m fdbroker.inbox ORDERS`.
+
+Runs in: inbox, as root until `obey` returns. Everything is imported before that: nothing can be afterwards.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+from fdbroker import errors
+from fdbroker.inbox.service import Inbox
+from fdbroker.kernel import orders
+from fdbroker.kernel.link import Link
+
+
+def main() -> int:
+    """Confine, then serve; the exit code tells the launcher how it ended."""
+    order, descriptors = orders.read(sys.argv[1])
+    orders.obey(order, descriptors["filter"])
+    inbox = Inbox(
+        Link(socket.socket(fileno=descriptors["launcher"])),
+        Link(socket.socket(fileno=descriptors["opener"])),
+    )
+    inbox.serve()
+    return errors.EX_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""What a decoded request means: an answer at once, or a question to the opener.
+
+Runs in: inbox. An attacker controls every value here; none of them says who it is.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fdbroker import __version__, limits
+from fdbroker.errors import ClientNotReading, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, Refused
+from fdbroker.terms import ACCESS_NAMES, Offer, Resource
+from fdbroker.wire import frame, varlink
+from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
+
+_RESOURCES = limits.RESOURCES_PER_OPEN
+_BROKER = "io.fdbroker.Broker"
+
+
+class Answer(NamedTuple):
+    """Send these bytes, if any; the request is done."""
+
+    data: bytes
+
+
+class AskOpen(NamedTuple):
+    """Ask the opener for these; it answers the client itself, or says how to refuse."""
+
+    resources: list[Resource]
+
+
+class AskList(NamedTuple):
+    """Ask the opener what the client may open; with `watch` again after every change."""
+
+    watch: bool
+
+
+Action = Answer | AskOpen | AskList
+
+
+def dispatch_frame(payload: bytes) -> Action:
+    """A frame of the inbox framing. This version has no topics, so nothing but PING is allowed to anybody."""
+    if payload == frame.PING:
+        return Answer(frame.encode_frame(frame.PONG))
+    if payload == frame.SHUTDOWN:
+        return Answer(frame.encode_status(errno.EPERM))
+    return Answer(frame.encode_status(errno.EACCES))
+
+
+def dispatch_varlink(message: bytes) -> Action:
+    """A Varlink message. Raises ProtocolViolation when no call can be told from it."""
+    oneway = False
+    try:
+        call = varlink.decode_call(message)
+        oneway = call.oneway
+        action = _method(call)(call)
+    except VarlinkError as error:
+        action = Answer(varlink.encode_error(error.name, error.parameters))
+    # who wants no answer gets none; every method of ours is nothing but its answer
+    return Answer(b"") if oneway else action
+
+
+def _method(call: Call) -> Callable[[Call], Action]:
+    methods = varlink.METHODS.get(call.interface)
+    if methods is None:
+        raise VarlinkError(f"{SERVICE}.InterfaceNotFound", interface=call.interface)
+    if call.method not in methods:
+        raise VarlinkError(f"{SERVICE}.MethodNotFound", method=f"{call.interface}.{call.method}")
+    return HANDLERS[call.interface, call.method]
+
+
+def _only(call: Call, *names: str) -> None:
+    for name in call.parameters:
+        if name not in names:
+            raise invalid_parameter(name)
+
+
+def _get_info(call: Call) -> Action:
+    _only(call)
+    return Answer(
+        varlink.encode_reply(
+            {
+                "vendor": "fdbroker",
+                "product": "fdbroker",
+                "version": __version__,
+                "url": "https://fdbroker.io/",
+                "interfaces": list(varlink.DESCRIPTIONS),
+            }
+        )
+    )
+
+
+def _get_interface_description(call: Call) -> Action:
+    _only(call, "interface")
+    name = call.parameters.get("interface")
+    if not isinstance(name, str):
+        raise invalid_parameter("interface")
+    if name not in varlink.DESCRIPTIONS:
+        raise VarlinkError(f"{SERVICE}.InterfaceNotFound", interface=name)
+    return Answer(varlink.encode_reply({"description": varlink.DESCRIPTIONS[name]}))
+
+
+def _open(call: Call) -> Action:
+    _only(call, "resources")
+    listed = call.parameters.get("resources")
+    if not isinstance(listed, list) or not 1 <= len(listed) <= _RESOURCES:
+        raise invalid_parameter("resources")
+    return AskOpen([_resource(value) for value in listed])
+
+
+def _resource(value: Any) -> Resource:
+    if not isinstance(value, dict):
+        raise invalid_parameter("resources")
+    for name in value:
+        if name not in ("device", "access"):
+            raise invalid_parameter(name)
+    device, access = value.get("device"), value.get("access")
+    if not isinstance(device, str):
+        raise invalid_parameter("device")
+    if access is None:
+        access = "ro"
+    if access not in ACCESS_NAMES:
+        raise invalid_parameter("access")
+    return Resource(device, access)
+
+
+def _list(call: Call) -> Action:
+    _only(call)
+    return AskList(call.more)
+
+
+HANDLERS: dict[tuple[str, str], Callable[[Call], Action]] = {
+    (SERVICE, "GetInfo"): _get_info,
+    (SERVICE, "GetInterfaceDescription"): _get_interface_description,
+    (_BROKER, "Open"): _open,
+    (_BROKER, "List"): _list,
+}
+
+
+def refusal_reply(refusal: Refused, resources: Sequence[Resource]) -> bytes:
+    """The error reply of Open or List; `resources` are those that were asked for."""
+    parameters: dict[str, Any] = {}
+    match refusal:
+        case QuotaExceeded():
+            parameters = {"limit": refusal.limit, "maximum": refusal.maximum}
+        case RateLimited():
+            parameters = {"retryAfterMilliseconds": refusal.retry_after_ms}
+        case ClientNotReading():
+            pass
+        case _:
+            resource = resources[refusal.index or 0]
+            parameters["resource"] = {"device": resource.path, "access": resource.access}
+            if isinstance(refusal, NotWhatItWas):
+                parameters["reason"] = refusal.reason
+            elif isinstance(refusal, OpenFailed):
+                parameters["errno"] = refusal.number
+    return varlink.encode_error(f"{_BROKER}.{refusal.wire_name}", parameters)
+
+
+def offers_reply(offers: Sequence[Offer], *, continues: bool) -> bytes:
+    """The reply of List."""
+    listed = [
+        {"resource": {"device": one.path, "access": one.access}, "access": one.access, "rule": one.where}
+        for one in offers
+    ]
+    return varlink.encode_reply({"resources": listed}, continues=continues)

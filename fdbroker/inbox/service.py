@@ -1,0 +1,333 @@
+"""The inbox's loop: clients in, questions to the opener, answers out.
+
+Runs in: inbox, without any right. An attacker controls what clients send, when, and whether they read.
+
+While a question is with the opener, nothing is written to that client and none of its further messages is looked at:
+so answers keep the order of the requests, and opener and inbox never write at the same time.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+from fdbroker import limits
+from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation
+from fdbroker.inbox import dispatch
+from fdbroker.inbox.decode import Decoder
+from fdbroker.kernel import sockets
+from fdbroker.kernel.link import Link
+from fdbroker.terms import Offer, Resource
+from fdbroker.wire import frame, link
+from fdbroker.wire.frame import TooLong
+
+_READ_BYTES = 65536
+_MESSAGE_S = limits.MESSAGE_SECONDS
+_UNSENT_BYTES = limits.UNSENT_BYTES
+_MESSAGES_PER_TURN = 64
+_ENDED, _BROKE, _FOREIGN, _SLOW, _DEAF = range(len(link.CLOSED_REASONS))
+
+
+class Client:
+    """One connection: our copy of its socket, the uid that all its messages must come from, what waits."""
+
+    __slots__ = (
+        "asked",
+        "decoder",
+        "doomed",
+        "ended",
+        "events",
+        "number",
+        "offers",
+        "out",
+        "question",
+        "sock",
+        "state",
+        "uid",
+    )
+
+    def __init__(self, number: int, uid: int, sock: socket.socket) -> None:
+        self.number = number
+        self.uid = uid
+        self.sock = sock
+        self.decoder = Decoder()
+        self.state = "idle"  # a state of link.TURNS
+        self.question: dispatch.AskOpen | dispatch.AskList | None = None  # to put once `out` is sent
+        self.asked: Sequence[Resource] = ()
+        self.offers: list[Offer] = []
+        self.out = bytearray()
+        self.events = select.EPOLLIN
+        self.ended = False  # it sends no more
+        self.doomed = False  # close once all is sent
+
+
+class Inbox:
+    """All that the inbox holds. `serve` returns when it has drained, or the opener or the launcher is gone."""
+
+    def __init__(self, launcher: Link, opener: Link) -> None:
+        self._launcher = launcher
+        self._opener = opener
+        self._opener_full = False
+        self._by_number: dict[int, Client] = {}
+        self._by_descriptor: dict[int, Client] = {}
+        self._partial: dict[int, float] = {}  # number -> when its message began; in order of time
+        self._more: dict[int, Client] = {}  # whose whole messages wait for the next turn
+        self._draining = False
+        self._epoll = select.epoll()
+
+    def serve(self) -> None:
+        """Serve. Raises LinkViolation when the opener breaks its rules, OSError when it is gone in mid-sentence."""
+        poll = self._epoll
+        poll.register(self._launcher.fileno(), select.EPOLLIN)
+        poll.register(self._opener.fileno(), select.EPOLLIN)
+        self._launcher.send(link.READY)
+        while not (self._draining and not self._by_number):
+            full = bool(self._opener.waiting)
+            if full != self._opener_full:
+                self._opener_full = full
+                poll.modify(self._opener.fileno(), select.EPOLLIN | (select.EPOLLOUT if full else 0))
+            for descriptor, events in poll.poll(self._timeout_s()):
+                if descriptor == self._opener.fileno():
+                    if events & select.EPOLLOUT:
+                        self._opener.flush()
+                    if events & ~select.EPOLLOUT and not self._read_opener():
+                        return
+                elif descriptor == self._launcher.fileno():
+                    if self._launcher.receive() == b"":
+                        return
+                else:
+                    client = self._by_descriptor.get(descriptor)
+                    if client is not None:
+                        self._client_event(client, events)
+            for client in list(self._more.values()):
+                self._work(client)
+            self._end_slow()
+        self._opener.send(link.DRAINED)
+
+    def _timeout_s(self) -> float:
+        if self._more:
+            return 0
+        if self._partial:
+            began_s = next(iter(self._partial.values()))
+            return max(0.0, began_s + _MESSAGE_S - time.monotonic())
+        return -1
+
+    def _end_slow(self) -> None:
+        """Disconnect whose message is not complete in time."""
+        if not self._partial:
+            return
+        limit_s = time.monotonic() - _MESSAGE_S
+        for number, began_s in list(self._partial.items()):
+            if began_s > limit_s:
+                return
+            self._close(self._by_number[number], _SLOW)
+
+    # ---- the opener's link
+
+    def _read_opener(self) -> bool:
+        """Do what the opener says; false when it is gone."""
+        for _ in range(_MESSAGES_PER_TURN):
+            received = self._opener.receive_with_descriptor()
+            if received is None:
+                return True
+            data, descriptor = received
+            if not data:
+                return False
+            sock = None
+            if descriptor is not None:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+            match link.decode(link.OPENER_TO_INBOX, data):
+                case link.Connected(number, uid) if sock is not None:
+                    self._welcome(Client(number, uid, sock))
+                case link.Outcome(number, refusal):
+                    client = self._by_number.get(number)
+                    if client is not None:
+                        if refusal is not None:
+                            client.out += dispatch.refusal_reply(refusal, client.asked)
+                            client.doomed |= isinstance(refusal, ClientNotReading)
+                        self._end_turn(client)
+                case link.Offered(number, last, offers):
+                    client = self._by_number.get(number)
+                    if client is not None:
+                        self._offered(client, offers, last=last)
+                case link.Drain():
+                    self._drain()
+                case link.Ping():
+                    self._opener.send(link.PONG)
+                case other:
+                    raise LinkViolation(f"{other!r} with the wrong descriptors")
+        return True
+
+    def _welcome(self, client: Client) -> None:
+        self._by_number[client.number] = client
+        self._by_descriptor[client.sock.fileno()] = client
+        self._epoll.register(client.sock.fileno(), client.events)
+        if self._draining:
+            self._close(client, _ENDED)
+
+    def _offered(self, client: Client, offers: list[Offer], *, last: bool) -> None:
+        client.offers += offers
+        if not last:
+            return
+        watching = client.state == "watching"
+        client.out += dispatch.offers_reply(client.offers, continues=watching)
+        client.offers = []
+        if not watching:
+            self._end_turn(client)
+        elif len(client.out) > _UNSENT_BYTES:
+            self._close(client, _DEAF)
+        else:
+            self._settle(client)
+
+    def _end_turn(self, client: Client) -> None:
+        client.state = "idle"
+        client.asked = ()
+        self._work(client)
+
+    def _drain(self) -> None:
+        """Answer what has been asked, read nothing more."""
+        self._draining = True
+        for client in list(self._by_number.values()):
+            if client.state == "watching":
+                self._close(client, _ENDED)
+            elif client.state == "idle":
+                if not client.out:
+                    self._read(client)
+                if client.number in self._by_number:
+                    self._settle(client)
+
+    # ---- clients
+
+    def _client_event(self, client: Client, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._work(client)
+        if client.number not in self._by_number:
+            return
+        if client.state != "idle" and events & (select.EPOLLHUP | select.EPOLLERR):
+            self._close(client, _ENDED)  # nobody is there to hear the answer
+        elif events & ~select.EPOLLOUT:
+            if client.state == "idle" and not client.out and not client.ended:
+                self._read(client)
+            elif events & (select.EPOLLHUP | select.EPOLLERR):
+                self._close(client, _ENDED)
+            else:
+                self._interest(client, readable=False)  # what waits now comes first
+
+    def _read(self, client: Client) -> None:
+        try:
+            data, uid, cut = sockets.receive_with_sender(client.sock, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._close(client, _ENDED)
+            return
+        if not data:
+            client.ended = True
+            self._settle(client)
+        elif uid != client.uid:
+            self._close(client, _FOREIGN)
+        elif cut:
+            self._close(client, _BROKE)  # it sent descriptors, which nobody asked for
+        else:
+            client.decoder.feed(data)
+            self._work(client)
+
+    def _work(self, client: Client) -> None:
+        """Take the client's whole messages in order, until one waits for the opener or for the client to read."""
+        self._more.pop(client.number, None)
+        try:
+            for _ in range(_MESSAGES_PER_TURN):
+                if client.state != "idle" or client.doomed:
+                    break
+                if client.question is None and not self._take(client):
+                    break
+                if client.question is not None and not self._ask(client):
+                    break
+                if len(client.out) > _READ_BYTES and not self._send(client):
+                    break
+            else:
+                self._more[client.number] = client
+        except TooLong:
+            if client.decoder.framed:
+                client.out += frame.encode_status(errno.EMSGSIZE)
+            client.doomed = True
+        except ProtocolViolation:
+            self._close(client, _BROKE)
+            return
+        self._settle(client)
+
+    def _take(self, client: Client) -> bool:
+        """Decode and dispatch one message; false when no whole one is there."""
+        message = client.decoder.next_message()
+        if message is None:
+            return False
+        self._partial.pop(client.number, None)
+        dispatch_message = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
+        action = dispatch_message(message)
+        if isinstance(action, dispatch.Answer):
+            client.out += action.data
+        else:
+            client.question = action
+        return True
+
+    def _ask(self, client: Client) -> bool:
+        """Put the question to the opener once all answers before it are sent; false when they are not."""
+        if not self._send(client):
+            return False
+        question, client.question = client.question, None
+        match question:
+            case dispatch.AskOpen(resources):
+                client.state = link.TURNS[client.state, "Open"]
+                client.asked = resources
+                self._opener.send(link.encode_open(client.number, resources))
+            case dispatch.AskList(watch):
+                client.state = link.TURNS[client.state, "Watch" if watch else "List"]
+                self._opener.send(link.encode_list(client.number, watch=watch))
+        return True
+
+    def _send(self, client: Client) -> bool:
+        """Send what waits; true when all of it is sent. A client that is gone is noticed when it is read."""
+        if client.out:
+            try:
+                sent = sockets.send(client.sock, client.out)
+            except BlockingIOError:
+                return False
+            except OSError:
+                client.doomed = True
+                client.out.clear()
+                return True
+            del client.out[:sent]
+        return not client.out
+
+    def _settle(self, client: Client) -> None:
+        """After whatever happened: send, close if that was all, and wait for what can come next."""
+        sent = self._send(client)
+        idle = client.state == "idle" and client.question is None and client.number not in self._more
+        if sent and idle and (client.doomed or client.ended or self._draining):
+            self._close(client, _BROKE if client.doomed and client.decoder.partial else _ENDED)
+            return
+        if idle and client.decoder.partial:
+            self._partial.setdefault(client.number, time.monotonic())
+        else:
+            self._partial.pop(client.number, None)
+        readable = (idle and sent) or bool(client.events & select.EPOLLIN)
+        self._interest(client, readable=readable and not client.ended)
+
+    def _interest(self, client: Client, *, readable: bool) -> None:
+        events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if client.out else 0)
+        if events != client.events:
+            client.events = events
+            self._epoll.modify(client.sock.fileno(), events)
+
+    def _close(self, client: Client, reason: int) -> None:
+        del self._by_number[client.number]
+        del self._by_descriptor[client.sock.fileno()]
+        self._more.pop(client.number, None)
+        self._partial.pop(client.number, None)
+        # taken out by hand: epoll would keep it for as long as the opener's copy is open
+        self._epoll.unregister(client.sock.fileno())
+        client.sock.close()
+        self._opener.send(link.encode_closed(client.number, reason))

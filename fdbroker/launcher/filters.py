@@ -1,0 +1,67 @@
+"""The children's seccomp filters, compiled here, so that the children only load the bytes.
+
+Runs in: launcher. What no healthy process of ours does kills it; what else is not on its list fails with EPERM, for
+another version of Python or of the C library may try it and go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import termios
+
+import pyseccomp
+
+# What Python and the C library do in any process.
+_RUNTIME = """
+    brk mmap munmap mremap madvise mprotect futex rt_sigreturn rt_sigaction rt_sigprocmask sigaltstack exit exit_group
+    restart_syscall clock_gettime clock_nanosleep gettimeofday getpid gettid getuid geteuid getgid getegid getrandom
+    read write close fcntl fstat newfstatat lseek poll ppoll sched_yield
+"""
+_LOOP = """
+    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 sendmsg sendto recvmsg recvfrom shutdown getsockopt
+    getsockname
+"""
+_OPENER = """
+    accept4 openat2 openat readlinkat getdents64 capset inotify_init1 inotify_add_watch pread64 dup prlimit64
+"""
+
+# A process of ours that does one of these is not itself any more.
+_DEADLY = """
+    execve execveat ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd bpf perf_event_open keyctl add_key
+    request_key mount umount2 pivot_root chroot move_mount fsopen fsmount open_tree mount_setattr unshare setns
+    init_module finit_module delete_module kexec_load kexec_file_load reboot swapon swapoff io_uring_setup
+    io_uring_enter io_uring_register userfaultfd open_by_handle_at setuid setgid setreuid setregid setresuid
+    setresgid setgroups setfsuid setfsgid fork vfork socket bind connect listen memfd_secret quotactl acct
+    settimeofday clock_settime sethostname setdomainname iopl ioperm modify_ldt
+"""
+
+PROCESSES = {"opener": _RUNTIME + _LOOP + _OPENER, "inbox": _RUNTIME + _LOOP}
+
+
+def compile_filter(process: str) -> int:
+    """A seccomp filter as an owned memfd at its beginning. Raises OSError when libseccomp refuses."""
+    program = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
+    for name in PROCESSES[process].split():
+        _add(program, pyseccomp.ALLOW, name)
+    for name in _DEADLY.split():
+        _add(program, pyseccomp.KILL_PROCESS, name)
+    if process == "opener":
+        # of ioctl only: how much has the client not read yet
+        _add(program, pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, termios.TIOCOUTQ))
+    # glibc then falls back to clone, which is not on the list
+    _add(program, pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+    descriptor = os.memfd_create(f"seccomp-{process}")
+    with open(descriptor, "r+b", closefd=False) as file:
+        program.export_bpf(file)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _add(program: pyseccomp.SyscallFilter, action: int, name: str, *arguments: pyseccomp.Arg) -> None:
+    try:
+        program.add_rule(action, name, *arguments)
+    except (OSError, ValueError) as error:
+        # unknown to this libseccomp or this architecture: it stays with EPERM, like everything not on the list
+        if getattr(error, "errno", errno.EINVAL) not in (errno.EFAULT, errno.EINVAL, errno.EDOM):
+            raise

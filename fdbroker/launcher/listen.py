@@ -1,0 +1,156 @@
+"""The listening socket: the one that systemd passes, or one bound in place with its final owner and mode.
+
+Runs in: launcher, as root. Whoever may write to the socket's folder could replace it: so that must be root alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import os
+import socket
+import stat
+
+from fdbroker.errors import EX_CONFIG, EX_UNAVAILABLE, FdbrokerError
+from fdbroker.kernel import sockets
+
+_LISTEN_FDS_START = 3  # sd_listen_fds(3)
+_BACKLOG = 4096  # net.core.somaxconn cuts it
+DEFAULT_ADDRESS = "/run/fdbroker/socket"
+DEFAULT_GROUP = "fdbroker"
+
+
+class CannotListen(FdbrokerError):
+    """There is no socket to serve on; the text says why and what to do."""
+
+    exit_code = EX_CONFIG
+
+
+class AnotherBroker(CannotListen):
+    """Somebody listens at the address already."""
+
+    exit_code = EX_UNAVAILABLE
+
+
+class Listener:
+    """The listening socket, and how to leave its place clean: a path that we bound is ours to remove."""
+
+    def __init__(self, sock: socket.socket, path: str = "") -> None:
+        self.sock = sock
+        self.path = path
+        self._identity = _identity(path) if path else None
+        sock.setblocking(False)  # for the opener, which may not do that itself
+        # inherited by accepted sockets, so set before the first client can send anything
+        sockets.ask_credentials(sock)
+        sockets.forbid_descriptors(sock)
+
+    def remove(self) -> None:
+        """Unlink the path if it is still the socket that we bound."""
+        if self.path and _identity(self.path) == self._identity:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def inherited() -> Listener | None:
+    """The socket from systemd, or None when none was passed to this very process.
+
+    Takes descriptor 3 and removes the variables, so that nobody after us believes them. Raises CannotListen when
+    descriptor 3 is no good.
+    """
+    count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdecimal() or int(count) == 0:
+        return None
+    if int(count) != 1:
+        raise CannotListen(f"systemd passed {count} sockets; fdbroker serves one: check the units' ListenStream=")
+    try:
+        sock = socket.socket(fileno=_LISTEN_FDS_START)
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise CannotListen(f"LISTEN_FDS says that descriptor 3 is a socket, but: {error.strerror}") from None
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listening:
+        raise CannotListen("descriptor 3 is no listening Unix stream socket: use ListenStream=/path")
+    name = sock.getsockname()
+    if not isinstance(name, str) or not name.startswith("/"):
+        raise CannotListen("descriptor 3 listens on an abstract address, which has no mode: use ListenStream=/path")
+    os.set_inheritable(_LISTEN_FDS_START, False)
+    return Listener(sock)
+
+
+def bound(path: str, mode: int, group: str | None) -> Listener:
+    """Bind and listen at `path`, which from its first moment has `mode` and `group` (None: root's own).
+
+    Raises AnotherBroker, or CannotListen when the path is not ours to use.
+    """
+    if not path.startswith("/"):
+        raise CannotListen(f"{path!r} is no absolute path; abstract addresses have no mode and are refused")
+    folder = os.path.dirname(path)
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise CannotListen(f"{folder}: {error.strerror}; make it: install -d -m 0755 {folder}") from None
+    if status.st_uid != 0 or (status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX):
+        raise CannotListen(f"{folder} must be root's and not writable by others, or they could replace the socket")
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    gid_before = os.getegid()
+    mask_before = os.umask(0o777 & ~mode)
+    try:
+        if group is not None:
+            os.setegid(_gid_of(group))
+        sock.bind(path)
+    except OSError as error:
+        sock.close()
+        raise CannotListen(f"cannot bind {path}: {error.strerror}") from None
+    finally:
+        os.umask(mask_before)
+        os.setegid(gid_before)
+    listener = Listener(sock, path)
+    sock.listen(_BACKLOG)
+    return listener
+
+
+def _gid_of(group: str) -> int:
+    try:
+        return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise CannotListen(f"there is no group {group!r}: groupadd --system {group}") from None
+
+
+def group_exists(group: str) -> bool:
+    """Whether the group database knows it."""
+    try:
+        grp.getgrnam(group)
+    except KeyError:
+        return False
+    return True
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket of root's at which nobody listens any more; refuse anything else that is in the way."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode) or status.st_uid != 0:
+        raise CannotListen(f"{path} is in the way and is no socket of root's; it is left alone: remove it yourself")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            if error.errno != errno.ECONNREFUSED:
+                raise CannotListen(f"{path} is in the way: {error.strerror}") from None
+        else:
+            raise AnotherBroker(f"a broker serves at {path} already")
+    os.unlink(path)

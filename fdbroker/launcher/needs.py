@@ -1,0 +1,109 @@
+"""What the opener must be able to do for a policy, and no more: capabilities, groups, folders.
+
+Runs in: launcher, command line. Root alone makes the nodes that are looked at here; none is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import NamedTuple
+
+from fdbroker.errors import RestartNeeded
+from fdbroker.kernel.devices import nodes_matching
+from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
+from fdbroker.policy.compiled import Policy
+from fdbroker.policy.paths import is_literal, literal_folder
+from fdbroker.terms import Rule
+
+_MODE_BITS = {"ro": 4, "wo": 2, "rw": 6}
+_RIGHTS = {"ro": READ_FILE, "wo": WRITE_FILE, "rw": READ_FILE | WRITE_FILE}
+_CAPABILITY = {"ro": "CAP_DAC_READ_SEARCH", "wo": "CAP_DAC_OVERRIDE", "rw": "CAP_DAC_OVERRIDE"}
+
+
+class Needs(NamedTuple):
+    """`reasons` says of each capability and group which rule needs it; `files` are Landlock rights by path."""
+
+    capabilities: frozenset[str]
+    groups: frozenset[int]
+    files: dict[str, int]
+    reasons: tuple[str, ...]
+
+
+def needs(policy: Policy) -> Needs:
+    """Look at the nodes that the rules name as they are now.
+
+    A node that its group or everybody may open needs no capability. A rule that matches nothing yet does: nobody
+    knows the mode of a node that comes later.
+    """
+    capabilities: set[str] = set()
+    groups: set[int] = set()
+    files: dict[str, int] = {}
+    reasons = []
+    for rule in policy.all_rules():
+        found = [path for path in nodes_matching(rule.pattern, set()) if os.path.exists(path)]
+        for need in {_need(path, rule) for path in found} or {_CAPABILITY[rule.access]}:
+            if isinstance(need, int):
+                groups.add(need)
+                reasons.append(f"group {need}: {rule.where} {rule.pattern}")
+            elif need:
+                capabilities.add(need)
+                reasons.append(f"{need}: {rule.where} {rule.pattern}")
+        for path in _places(rule.pattern, found):
+            files[path] = files.get(path, 0) | _RIGHTS[rule.access] | READ_DIR
+    files["/proc"] = READ_FILE  # identify: a client's comm and user namespace
+    if "CAP_DAC_OVERRIDE" in capabilities:
+        capabilities.discard("CAP_DAC_READ_SEARCH")  # it does all that this one does
+    return Needs(frozenset(capabilities), frozenset(groups), files, tuple(sorted(set(reasons))))
+
+
+def _need(path: str, rule: Rule) -> str | int:
+    """A capability, a gid, or "" for the opener to open `path` as `rule` says."""
+    folder = os.path.dirname(path)
+    while len(folder) >= len("/dev"):
+        if not os.stat(folder).st_mode & stat.S_IXOTH:
+            return _CAPABILITY[rule.access]
+        folder = os.path.dirname(folder)
+    status = os.stat(path)
+    bits = _MODE_BITS[rule.access]
+    if status.st_mode & bits == bits:
+        return ""
+    # not root's own group: it owns half the machine, and a group is always in force, a capability only for a moment
+    if status.st_gid != 0 and status.st_mode >> 3 & bits == bits:
+        return status.st_gid
+    return _CAPABILITY[rule.access]
+
+
+def _places(pattern: str, found: list[str]) -> set[str]:
+    """Where Landlock must let the opener open: the narrowest places that nodes can come and go in."""
+    folder = literal_folder(pattern)
+    if folder == "/dev" and is_literal(pattern) and found:
+        places = {pattern}
+    else:
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        places = {folder}
+    # links lead elsewhere
+    for path in found:
+        real = os.path.realpath(path)
+        if real != path and real.startswith("/dev/"):
+            places.add(os.path.dirname(real))
+    return places
+
+
+def check_reload(given: Needs, wanted: Needs) -> None:
+    """Whether an opener that was started with `given` can serve a policy with `wanted`. Raises RestartNeeded."""
+    missing = sorted(wanted.capabilities - given.capabilities)
+    if "CAP_DAC_OVERRIDE" in given.capabilities:
+        missing = []
+    missing += [f"group {gid}" for gid in sorted(wanted.groups - given.groups)]
+    for path, rights in wanted.files.items():
+        if not any(
+            (path == place or path.startswith(place + "/")) and rights & ~allowed == 0
+            for place, allowed in given.files.items()
+        ):
+            missing.append(f"access to {path}")
+    if missing:
+        raise RestartNeeded(
+            f"the new policy needs {', '.join(missing)}, which the opener gave up when it started: restart fdbroker"
+        )

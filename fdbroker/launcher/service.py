@@ -1,0 +1,231 @@
+"""The launcher's life: load, start, then signals, reload and watchdog until it stops.
+
+Runs in: launcher. It reads nothing from any client; its children's links carry a few fixed words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+from typing import NamedTuple
+
+from fdbroker import errors, limits
+from fdbroker.errors import FdbrokerError, PolicyError
+from fdbroker.kernel import confine, landlock
+from fdbroker.launcher import listen, start
+from fdbroker.launcher.needs import Needs, check_reload, needs
+from fdbroker.launcher.notify import Notify
+from fdbroker.policy.compile import failed_tests, load_policy
+from fdbroker.policy.compiled import Policy, to_bytes
+from fdbroker.wire import link
+
+_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+
+class Options(NamedTuple):
+    """What `fdbroker serve` was told."""
+
+    policy: str
+    address: str
+    mode: int
+    group: str | None
+
+
+class ServiceFailed(FdbrokerError):
+    """A child died, or did not come up; the service ends, and its manager starts it again."""
+
+
+def say(text: str) -> None:
+    """One message to standard error, which the service manager puts into the journal."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"fdbroker: {text}\n")
+        sys.stderr.flush()
+
+
+def checked_policy(path: str) -> tuple[Policy, Needs]:
+    """Load, test, and see what it needs. Raises PolicyError when anything is wrong or a test of the policy fails."""
+    loaded = load_policy(path, trusted=True)
+    failed = failed_tests(loaded)
+    if failed:
+        raise PolicyError(failed)
+    return loaded.policy, needs(loaded.policy)
+
+
+class Launcher:
+    """The service. `run` returns when it was told to stop."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._notify = Notify()
+        self._generation = 1
+        self._stop_at_s = 0.0
+        self._children: list[start.Child] = []
+        self._epoll = select.epoll()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def run(self) -> None:
+        """Serve. Raises PolicyError and CannotListen before anything is started, ServiceFailed afterwards."""
+        policy, self._given = checked_policy(self._options.policy)
+        options = self._options
+        listener = listen.inherited() or listen.bound(options.address, options.mode, options.group)
+        try:
+            self._catch_signals()
+            self._children = start.start_children(listener.sock, to_bytes(policy), self._given)
+            listener.sock.close()  # the opener alone accepts
+            self._await_ready()
+            self._confine(listener.path)
+            self._notify.tell(READY=1, STATUS=f"Serving with {options.policy}")
+            say(f"serving with {options.policy}")
+            self._loop()
+        finally:
+            listener.remove()
+            for child in self._children:
+                child.link.close()
+
+    # ---- start
+
+    def _catch_signals(self) -> None:
+        def note(_number: int, _frame: FrameType | None) -> None:
+            """The number comes through the wake-up pipe."""
+
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, note)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def _await_ready(self) -> None:
+        """Wait for both children to be confined and to serve."""
+        self._epoll.register(self._wake_read, select.EPOLLIN)
+        for child in self._children:
+            self._epoll.register(child.link.fileno(), select.EPOLLIN)
+        deadline_s = time.monotonic() + limits.START_SECONDS
+        missing = {child.name for child in self._children}
+        while missing:
+            if time.monotonic() > deadline_s:
+                raise ServiceFailed(f"{' and '.join(sorted(missing))} did not come up in {limits.START_SECONDS} s")
+            self._epoll.poll(0.5)
+            for child in self._children:
+                data = child.link.receive()
+                if data == b"":
+                    raise ServiceFailed(self._end_of(child))
+                if data is not None:
+                    link.decode(link.CHILD_TO_LAUNCHER, data)
+                    missing.discard(child.name)
+
+    def _confine(self, bound_path: str) -> None:
+        """Give up what starting needed. Reload reads the policy and NSS again, and no more."""
+        read = landlock.READ_FILE | landlock.READ_DIR
+        places = ["/etc", "/usr", "/lib", "/lib64", "/run", "/var/lib", "/proc", sys.prefix, sys.base_prefix]
+        files = [(place, read) for place in (*places, os.path.dirname(os.path.abspath(self._options.policy)))]
+        files += [(place, read) for place in sys.path if place]
+        if bound_path:
+            files.append((os.path.dirname(bound_path), landlock.REMOVE_FILE))
+        # needs() lists the folders of /dev and reads no node
+        files.append(("/dev", landlock.READ_DIR))
+        kept = confine.Confinement(os.getuid(), os.getgid(), tuple(os.getgroups()), frozenset(), tuple(files), b"", 0)
+        if not confine.confine(kept):
+            say("warning: this kernel has no Landlock; what the opener can open is limited by its capabilities alone")
+
+    # ---- run
+
+    def _loop(self) -> None:
+        watchdog_s = self._notify.watchdog_s
+        ping_at_s = time.monotonic() if watchdog_s else 0.0
+        while True:
+            now_s = time.monotonic()
+            if watchdog_s and now_s >= ping_at_s:
+                ping_at_s = now_s + watchdog_s
+                self._opener.link.send(link.PING)
+            ends_s = [at_s for at_s in (ping_at_s, self._stop_at_s) if at_s]
+            self._epoll.poll(max(0.0, min(ends_s) - now_s) if ends_s else -1)
+            for number in self._signals():
+                if number == signal.SIGHUP:
+                    self._reload()
+                elif not self._stop_at_s:
+                    self._stop()
+            if self._read_children() or (self._stop_at_s and time.monotonic() >= self._stop_at_s):
+                return
+
+    @property
+    def _opener(self) -> start.Child:
+        return self._children[0]
+
+    def _signals(self) -> bytes:
+        try:
+            return os.read(self._wake_read, 64)
+        except BlockingIOError:
+            return b""
+
+    def _read_children(self) -> bool:
+        """What the children say; true when both have ended as they were told to."""
+        for child in self._children:
+            while True:
+                data = child.link.receive()
+                if data is None:
+                    break
+                if not data:
+                    if not self._stop_at_s:
+                        raise ServiceFailed(self._end_of(child))
+                    with contextlib.suppress(FileNotFoundError):
+                        self._epoll.unregister(child.link.fileno())
+                    break
+                match link.decode(link.CHILD_TO_LAUNCHER, data):
+                    case link.Pong():
+                        self._notify.tell(WATCHDOG=1)
+                    case link.Applied(generation):
+                        text = f"Serving with {self._options.policy}, reloaded {generation - 1} times"
+                        self._notify.tell(READY=1, STATUS=text)
+                        say(f"the policy is reloaded: {self._options.policy}")
+        if not self._stop_at_s:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for child in self._children:
+                child.process.wait(0.02)
+            return True
+        return False
+
+    def _end_of(self, child: start.Child) -> str:
+        """How a child ended, whose link is at its end."""
+        try:
+            code = child.process.wait(1)
+        except subprocess.TimeoutExpired:
+            return f"the {child.name} closed its link and still runs"
+        return f"the {child.name} ended with " + (f"signal {-code}" if code < 0 else f"exit code {code}")
+
+    def _reload(self) -> None:
+        """Load the policy again; on any error the old one stays in force."""
+        self._notify.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        try:
+            policy, wanted = checked_policy(self._options.policy)
+            check_reload(self._given, wanted)
+        except (FdbrokerError, OSError) as error:
+            say(f"the policy is NOT reloaded, the old one stays in force:\n{error}")
+            self._notify.tell(READY=1, STATUS="The last reload failed, the policy before it is in force")
+            return
+        self._generation += 1
+        # a file object, so that the link holds it for as long as it waits for room
+        memfd = open(start.memfd("policy", to_bytes(policy)), "rb")  # noqa: SIM115
+        self._opener.link.send(link.encode_policy(self._generation), memfd)
+
+    def _stop(self) -> None:
+        self._notify.tell(STOPPING=1)
+        # what is left of the five seconds is for the kernel: our end takes the children with us
+        self._stop_at_s = time.monotonic() + limits.STOP_SECONDS - 0.5
+        self._opener.link.send(link.STOP)
+
+
+def serve(options: Options) -> int:
+    """Run the service to its end; returns the exit code."""
+    os.umask(0o022)
+    try:
+        Launcher(options).run()
+    except FdbrokerError as error:
+        say(str(error))
+        return error.exit_code
+    return errors.EX_OK

@@ -1,0 +1,153 @@
+"""Start the children: each by exec, with its orders, an environment of our own, and exactly its descriptors.
+
+Runs in: launcher, as root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import grp
+import os
+import pwd
+import socket
+import subprocess
+import sys
+from typing import NamedTuple
+
+from fdbroker import limits
+from fdbroker.kernel import orders
+from fdbroker.kernel.link import Link
+from fdbroker.launcher.filters import compile_filter
+from fdbroker.launcher.needs import Needs
+
+_JOURNAL = "/run/systemd/journal/socket"
+_JOURNAL_BYTES = 8 * 1024 * 1024  # SO_SNDBUF, as sd_journal_send(3) sets it
+# the ids that systemd's DynamicUser= takes from: systemd.io, "Users, Groups, UIDs and GIDs"
+_DYNAMIC_IDS = range(61184, 65520)
+_USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox"}
+_NO_NEEDS = Needs(frozenset(), frozenset(), {}, ())
+
+
+class Child(NamedTuple):
+    """A running child, and the launcher's end of the link to it."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    link: Link
+
+
+def identities() -> dict[str, tuple[int, int]]:
+    """Find uid and gid for opener and inbox: their system users, or where those do not exist unused dynamic ids."""
+    found = {}
+    taken: set[int] = set()
+    for name, user in _USERS.items():
+        try:
+            entry = pwd.getpwnam(user)
+            found[name] = (entry.pw_uid, entry.pw_gid)
+        except KeyError:
+            number = _unused_id(taken)
+            taken.add(number)
+            found[name] = (number, number)
+    return found
+
+
+def _unused_id(taken: set[int]) -> int:
+    running = set()
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+                running.add(os.stat(f"/proc/{name}").st_uid)
+    # not always the first: two brokers that start together must not meet
+    first = os.getpid() * 2 % len(_DYNAMIC_IDS)
+    for offset in range(len(_DYNAMIC_IDS)):
+        number = _DYNAMIC_IDS[(first + offset) % len(_DYNAMIC_IDS)]
+        if number not in taken and number not in running and not _known(number):
+            return number
+    raise OSError("no unused id in systemd's dynamic range")
+
+
+def _known(number: int) -> bool:
+    try:
+        pwd.getpwuid(number)
+    except KeyError:
+        try:
+            grp.getgrgid(number)
+        except KeyError:
+            return False
+    return True
+
+
+def journal_socket() -> socket.socket | None:
+    """A socket connected to the journal, owned by the caller, or None where there is no journal."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sock.connect(_JOURNAL)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _JOURNAL_BYTES)
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def memfd(name: str, data: bytes) -> int:
+    """An owned, sealed memfd with `data`."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+def start_children(listener: socket.socket, policy: bytes, need: Needs) -> list[Child]:
+    """Start opener and inbox; the caller owns them, and keeps `listener`."""
+    ids = identities()
+    to_opener, opener_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    to_inbox, inbox_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    between = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    policy_fd = memfd("policy", policy)
+    journal = journal_socket()
+    opener = {
+        "listener": listener.fileno(),
+        "launcher": opener_end.fileno(),
+        "inbox": between[0].fileno(),
+        "policy": policy_fd,
+    }
+    if journal is not None:
+        opener["journal"] = journal.fileno()
+    inbox = {"launcher": inbox_end.fileno(), "opener": between[1].fileno()}
+    try:
+        return [
+            Child("opener", _start("opener", ids["opener"], opener, need), Link(to_opener)),
+            Child("inbox", _start("inbox", ids["inbox"], inbox, _NO_NEEDS), Link(to_inbox)),
+        ]
+    finally:
+        os.close(policy_fd)
+        for sock in (opener_end, inbox_end, *between, journal):
+            if sock is not None:
+                sock.close()
+
+
+def _start(name: str, ids: tuple[int, int], descriptors: dict[str, int], need: Needs) -> subprocess.Popen[bytes]:
+    filter_fd = compile_filter(name)
+    order = orders.Order(
+        *ids,
+        sorted(need.groups),
+        sorted(need.capabilities),
+        sorted(need.files.items()),
+        {**descriptors, "filter": filter_fd},
+        limits.DESCRIPTORS,
+        os.getpid(),
+    )
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-B", "-m", f"fdbroker.{name}", orders.write(order)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+            pass_fds=tuple(order.descriptors.values()),
+            cwd="/",
+        )
+    finally:
+        os.close(filter_fd)
