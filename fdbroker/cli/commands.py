@@ -1,0 +1,195 @@
+"""The commands that talk to the broker, and how errors become exit codes.
+
+Runs in: the launcher (`serve`), the programs of users (`open`, `list`, `ping`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from fdbroker import __version__, errors
+from fdbroker.cli import policy, show
+from fdbroker.errors import Denied, FdbrokerError
+from fdbroker.terms import ACCESS_NAMES
+from fdbroker.wire.journal import escaped
+
+_LISTEN_FDS_START = 3  # sd_listen_fds(3)
+
+
+def run() -> int:
+    """Run one command; returns the exit code, which is one of sysexits.h's."""
+    try:
+        code = app.main(standalone_mode=False)
+    except click.Abort:
+        return errors.EX_TEMPFAIL
+    except click.ClickException as error:
+        error.show()
+        return errors.EX_USAGE
+    except FdbrokerError as error:
+        show.error(escaped_lines(str(error)))
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return errors.EX_OK
+    return code if isinstance(code, int) else errors.EX_OK
+
+
+def escaped_lines(text: str) -> str:
+    """A message of several lines, each escaped."""
+    return "\n".join(map(escaped, text.split("\n")))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fdbroker")
+def app() -> None:
+    """Hands open descriptors of devices to programs that may not open them, as a policy allows."""
+
+
+app.add_command(policy.group)
+
+_socket = click.option(
+    "--socket", "address", metavar="PATH", help="Default: $FDBROKER_SOCKET, else /run/fdbroker/socket."
+)
+_as_json = click.option("--json", "json_", is_flag=True, help="Print JSON.")
+
+
+@app.command()
+@click.option("--policy", "policy_file", default=policy.DEFAULT_POLICY, show_default=True, help="The policy file.")
+@click.option("--socket", "address", metavar="PATH", help="Where to listen, unless systemd passes a socket.")
+@click.option("--mode", default="0660", show_default=True, help="The mode of the socket, octal.")
+@click.option("--group", help="The group of the socket, a name or a number. Default: fdbroker, if there is one.")
+@click.option("--check", is_flag=True, help="Check the policy, say what the opener needs for it, and end.")
+def serve(policy_file: str, address: str | None, mode: str, group: str | None, check: bool) -> None:
+    """Run the broker, as root."""
+    from fdbroker.launcher import listen, service  # noqa: PLC0415 -- users' commands need none of it
+
+    try:
+        bits = int(mode, 8)
+    except ValueError:
+        bits = -1
+    if not 0 <= bits <= 0o777:
+        raise click.BadParameter("is an octal number such as 0660", param_hint="--mode")
+    if check:
+        _, need = service.checked_policy(policy_file)
+        show.line(f"{policy_file} is valid; the opener needs:", "green")
+        for reason in need.reasons or ("no capability and no group",):
+            show.line(f"  {reason}")
+        return
+    if os.geteuid() != 0:
+        raise click.UsageError("the broker is started as root; its processes then give that up")
+    if group is None and listen.group_exists(listen.DEFAULT_GROUP):
+        group = listen.DEFAULT_GROUP
+    elif group is None and "LISTEN_FDS" not in os.environ:
+        service.say(f"warning: there is no group {listen.DEFAULT_GROUP}: the socket is root's; see --group")
+    path = address or os.environ.get("FDBROKER_SOCKET") or listen.DEFAULT_ADDRESS
+    raise click.exceptions.Exit(service.serve(service.Options(policy_file, path, bits, group)))
+
+
+@app.command("open")
+@click.argument("words", nargs=-1, required=True, metavar="RESOURCE... [-- COMMAND ...]", type=click.UNPROCESSED)
+@click.option("--access", type=click.Choice(ACCESS_NAMES), default="ro", show_default=True, help="What to ask for.")
+@_as_json
+@_socket
+def open_(words: tuple[str, ...], access: str, json_: bool, address: str | None) -> None:
+    """Ask for device nodes, all or nothing.
+
+    With COMMAND, run it in this program's place with the descriptors from 3 on, in the order asked for, blocking,
+    LISTEN_FDS saying how many and LISTEN_FDNAMES their paths. Without, say what was granted, and close it.
+    """
+    resources, command = _split(words)
+    for resource in resources:
+        if not resource.startswith("/dev/"):
+            raise click.BadParameter(f"{escaped(resource)}: a resource is a path below /dev", param_hint="RESOURCE")
+    from fdbroker.client.sync import Client  # noqa: PLC0415
+
+    with Client.connect(address) as client:
+        try:
+            owned = client.open_all(resources, access)
+        except Denied as denial:
+            asked = " ".join(map(_quoted, resources))
+            show.error(escaped(str(denial)))
+            show.error(f"what would allow it: fdbroker policy explain --access {access} {asked}")
+            raise click.exceptions.Exit(denial.exit_code) from None
+        except (ValueError, UnicodeError) as error:
+            raise click.UsageError(str(error)) from None
+    if command:
+        _become(command, [descriptor.detach() for descriptor in owned], resources)
+    granted = [{"resource": one.resource, "access": one.access, "rdev": one.rdev, "rule": one.rule} for one in owned]
+    for descriptor in owned:
+        descriptor.close()
+    if json_:
+        show.as_json(granted)
+    else:
+        show.table(("RESOURCE", "ACCESS", "NUMBER", "RULE"), [tuple(one.values()) for one in granted])
+
+
+def _split(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Click takes the `--` away, so where it stood is read from the command line itself."""
+    count = len(words)
+    if "--" in sys.argv:
+        count -= len(sys.argv) - sys.argv.index("--") - 1
+    if count <= 0:
+        raise click.UsageError("no resource before --")
+    return list(words[:count]), list(words[count:])
+
+
+def _quoted(word: str) -> str:
+    return escaped(word) if word.isprintable() and " " not in word else repr(word)
+
+
+def _become(command: list[str], numbers: list[int], names: list[str]) -> None:
+    """Run `command` instead of this program with exactly these descriptors, from 3 on; never returns."""
+    # first above all of them, so that none is overwritten before it was moved
+    top = max(numbers) + len(numbers) + _LISTEN_FDS_START
+    for offset, number in enumerate(numbers):
+        os.dup2(number, top + offset, inheritable=False)
+    for offset in range(len(numbers)):
+        os.dup2(top + offset, _LISTEN_FDS_START + offset, inheritable=True)
+        os.set_blocking(_LISTEN_FDS_START + offset, True)
+    # our own, and whatever was left open in us by accident
+    os.closerange(_LISTEN_FDS_START + len(numbers), os.sysconf("SC_OPEN_MAX"))
+    environment = dict(os.environ)
+    environment["LISTEN_FDS"] = str(len(numbers))
+    environment["LISTEN_PID"] = str(os.getpid())
+    environment["LISTEN_FDNAMES"] = ":".join(name.replace(":", "_") for name in names)
+    try:
+        os.execvpe(command[0], command, environment)  # noqa: S606 -- running it is what the user asked for
+    except OSError as error:
+        show.error(f"{escaped(command[0])}: {error.strerror}")
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+@app.command("list")
+@click.option("--more", is_flag=True, help="Go on: the whole list again after every change.")
+@_as_json
+@_socket
+def list_(more: bool, json_: bool, address: str | None) -> None:
+    """What you may open now, with the most access."""
+    from fdbroker.client.sync import Client  # noqa: PLC0415
+
+    with Client.connect(address) as client:
+        for offers in client.watch() if more else [client.offers()]:
+            rows = [{"resource": offer.path, "access": offer.access, "rule": offer.where} for offer in offers]
+            if json_:
+                show.as_json(rows)
+            else:
+                show.table(("RESOURCE", "ACCESS", "RULE"), [tuple(row.values()) for row in rows])
+                if more:
+                    show.line("")
+
+
+@app.command()
+@_as_json
+@_socket
+def ping(json_: bool, address: str | None) -> None:
+    """Whether the broker answers, and how fast."""
+    from fdbroker.client.sync import ping as send_ping  # noqa: PLC0415
+
+    seconds = send_ping(address)
+    if json_:
+        show.as_json({"seconds": seconds})
+    else:
+        show.line(f"PONG after {seconds * 1000:.2f} ms", "green")

@@ -1,0 +1,52 @@
+"""What people see: tables and colour on a terminal, JSON where `--json` asks for it. What others wrote is escaped.
+
+Runs in: the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fdbroker.wire.journal import escaped
+
+
+def as_json(value: Any) -> None:
+    """One JSON document on a line."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on a terminal; elsewhere one line a row with tabs between, and no heading, for other programs."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            sys.stdout.write("\t".join(map(escaped, row)) + "\n")
+        sys.stdout.flush()
+        return
+    from rich.console import Console  # noqa: PLC0415 -- a fifth of a second that only terminals need
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    made = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        made.add_row(*(Text(escaped(cell)) for cell in row))
+    Console().print(made)
+
+
+def line(text: str, style: str = "") -> None:
+    """One line, in colour on a terminal."""
+    if style and sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        Console().print(Text(text, style=style), soft_wrap=True)
+    else:
+        sys.stdout.write(text + "\n")
+
+
+def error(text: str) -> None:
+    """One message for people, on standard error."""
+    sys.stderr.write(f"fdbroker: {text}\n")

@@ -1,0 +1,173 @@
+"""The asyncio client: a socket and the event loop around `calls`.
+
+Runs in: any program. Several tasks may call at once; answers come in the order of the calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
+
+from fdbroker.client import calls
+from fdbroker.client.descriptor import Descriptor
+from fdbroker.errors import BrokerUnavailable, FdbrokerError, ProtocolViolation
+from fdbroker.kernel import sockets
+from fdbroker.terms import Offer
+from fdbroker.wire import varlink
+
+_READ_BYTES = 65536
+
+
+class _Waiting:
+    """One call: a queue of replies, so that a caller that gave up does not hold up those behind it."""
+
+    def __init__(self) -> None:
+        self.replies: asyncio.Queue[tuple[varlink.Reply, list[int]] | FdbrokerError] = asyncio.Queue()
+        self.abandoned = False
+
+    def discard(self) -> None:
+        """Close what came for a caller that is not there any more."""
+        self.abandoned = True
+        while not self.replies.empty():
+            item = self.replies.get_nowait()
+            if isinstance(item, tuple):
+                calls.close_all(item[1])
+
+
+class Client:
+    """A connection to the broker, which this object owns. Use it as an async context manager, or `close` it.
+
+    After BrokerUnavailable or ProtocolViolation it is closed; after a refusal it goes on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._replies = calls.Replies()
+        self._buffer = bytearray(_READ_BYTES)
+        self._waiting: deque[_Waiting] = deque()
+        self._writing = asyncio.Lock()
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @classmethod
+    async def connect(cls, address: str | None = None) -> Self:
+        """See `fdbroker.aio.connect`."""
+        path = calls.address(address, os.environ)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, path)
+        except OSError as error:
+            sock.close()
+            raise BrokerUnavailable(f"nobody answers at {path}: {error.strerror or error}") from None
+        return cls(sock)
+
+    async def open(self, path: str, access: str = "ro") -> Descriptor:
+        """Ask for one device node; returns its descriptor, owned by the caller. Errors: as in the blocking client."""
+        return (await self.open_all([path], access))[0]
+
+    async def open_all(self, paths: list[str], access: str = "ro") -> list[Descriptor]:
+        """Ask for 1 to 64 nodes at once: all of them, in this order, or none and the error of the first in the way."""
+        waiting = await self._send(calls.open_call(paths, access))
+        reply, numbers = await self._next(waiting)
+        return calls.opened(reply, lambda _count: numbers)
+
+    async def offers(self) -> list[Offer]:
+        """What this program may open now, with the most access that it may ask for."""
+        waiting = await self._send(calls.list_call(more=False))
+        return calls.offered((await self._next(waiting))[0])
+
+    async def watch(self) -> AsyncIterator[list[Offer]]:
+        """The same list now and again after every change, without end; close the client to stop.
+
+        Nothing else is answered on this client from then on.
+        """
+        waiting = await self._send(calls.list_call(more=True))
+        while True:
+            yield calls.offered((await self._next(waiting))[0])
+
+    def close(self) -> None:
+        """Close the connection; who still waits gets BrokerUnavailable."""
+        self._end(BrokerUnavailable("the client was closed"))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _send(self, call: bytes) -> _Waiting:
+        async with self._writing:
+            if self._sock.fileno() < 0:
+                raise BrokerUnavailable("the client is closed")
+            waiting = _Waiting()
+            self._waiting.append(waiting)
+            try:
+                await self._loop.sock_sendall(self._sock, call)
+            except OSError:
+                pass  # it hung up, and may have said why: the reader finds that, or the end
+            except asyncio.CancelledError:
+                self.close()  # half a call cannot be taken back
+                raise
+            return waiting
+
+    async def _next(self, waiting: _Waiting) -> tuple[varlink.Reply, list[int]]:
+        try:
+            item = await waiting.replies.get()
+        except asyncio.CancelledError:
+            waiting.discard()
+            raise
+        if isinstance(item, FdbrokerError):
+            raise item
+        return item
+
+    def _readable(self) -> None:
+        try:
+            size, numbers = sockets.receive_into(
+                self._sock, self._buffer, calls.DESCRIPTORS_PER_READ, socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(BrokerUnavailable(f"the connection to the broker is lost: {error.strerror}"))
+            return
+        if not size:
+            self._end(BrokerUnavailable("the broker closed the connection"))
+            return
+        self._replies.feed(bytes(self._buffer[:size]), numbers)
+        try:
+            while (reply := self._replies.next_reply()) is not None:
+                self._deliver(reply)
+        except ProtocolViolation as error:
+            self._end(error)
+
+    def _deliver(self, reply: varlink.Reply) -> None:
+        """Give a reply, with the descriptors that it owns, to the call that waits longest."""
+        if not self._waiting:
+            # a refusal at accept comes before any call
+            error = calls.refusal(reply.error, reply.parameters) if reply.error else None
+            self._end(error or ProtocolViolation("a reply that nobody asked for"))
+            return
+        waiting = self._waiting[0] if reply.continues else self._waiting.popleft()
+        grants = reply.parameters.get("grants", [])
+        numbers = self._replies.take(len(grants)) if isinstance(grants, list) else []
+        if waiting.abandoned:
+            calls.close_all(numbers)
+        elif reply.error:
+            waiting.replies.put_nowait(calls.refusal(reply.error, reply.parameters))
+        else:
+            waiting.replies.put_nowait((reply, numbers))
+
+    def _end(self, error: FdbrokerError) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+        self._replies.close()
+        while self._waiting:
+            self._waiting.popleft().replies.put_nowait(error)

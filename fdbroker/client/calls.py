@@ -1,0 +1,187 @@
+"""The client's half of the protocol: calls to bytes, bytes and descriptors to answers. No I/O.
+
+Runs in: any program. What it reads comes from the broker; a broker that breaks the rules gets ProtocolViolation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fdbroker import limits
+from fdbroker.client.descriptor import Descriptor
+from fdbroker.errors import (
+    REFUSALS,
+    ClientNotReading,
+    Denied,
+    FdbrokerError,
+    NoSuchResource,
+    NotWhatItWas,
+    OpenFailed,
+    ProtocolViolation,
+    QuotaExceeded,
+    RateLimited,
+    Refused,
+)
+from fdbroker.terms import ACCESS_NAMES, Offer
+from fdbroker.wire import varlink
+
+DEFAULT_ADDRESS = "/run/fdbroker/socket"
+# A listing is at most OFFERS names of 4 KiB; everything else is far smaller.
+REPLY_BYTES = 32 * 1024 * 1024
+# SCM_MAX_FD: the most descriptors that one message carries
+DESCRIPTORS_PER_READ = 253
+_BROKER = "io.fdbroker.Broker"
+_TEXTS: dict[type[Refused], str] = {
+    Denied: "denied: no rule of the policy allows it, or a deny rule forbids it",
+    NoSuchResource: "there is no such node now",
+}
+
+
+class CallFailed(FdbrokerError):
+    """The broker answered with an error that this library does not know; `name` is the full Varlink name."""
+
+    def __init__(self, name: str, parameters: Mapping[str, Any]) -> None:
+        super().__init__(f"{name} {dict(parameters)}")
+        self.name = name
+        self.parameters = dict(parameters)
+
+
+def address(given: str | None, environment: Mapping[str, str]) -> str:
+    """Where the broker is: what was given, else `$FDBROKER_SOCKET`, else the default."""
+    return given or environment.get("FDBROKER_SOCKET") or DEFAULT_ADDRESS
+
+
+def open_call(paths: Iterable[str], access: str) -> bytes:
+    """The bytes of Open. Raises ValueError for an unknown access, no path, over 64 paths or over 64 KiB."""
+    if access not in ACCESS_NAMES:
+        raise ValueError(f"access is one of {', '.join(ACCESS_NAMES)}, not {access!r}")
+    resources = [{"device": path, "access": access} for path in paths]
+    if not 1 <= len(resources) <= limits.RESOURCES_PER_OPEN:
+        raise ValueError(f"1 to {limits.RESOURCES_PER_OPEN} resources at once, not {len(resources)}")
+    return varlink.encode_call(f"{_BROKER}.Open", {"resources": resources})
+
+
+def list_call(*, more: bool) -> bytes:
+    """The bytes of List; with `more` the list comes again after each change."""
+    return varlink.encode_call(f"{_BROKER}.List", {}, more=more)
+
+
+def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
+    """The exception for an error reply."""
+    interface, _, name = error.rpartition(".")
+    kind = REFUSALS.get(name) if interface == _BROKER else None
+    if kind is None:
+        return CallFailed(error, parameters)
+    made: Refused
+    if kind is NotWhatItWas:
+        made = NotWhatItWas(str(parameters.get("reason", "")))
+    elif kind is OpenFailed:
+        made = OpenFailed(_integer(parameters, "errno"))
+    elif kind is QuotaExceeded:
+        made = QuotaExceeded(str(parameters.get("limit", "")), _integer(parameters, "maximum"))
+    elif kind is RateLimited:
+        made = RateLimited(_integer(parameters, "retryAfterMilliseconds"))
+    elif kind is ClientNotReading:
+        made = ClientNotReading()
+    else:
+        made = kind(_TEXTS[kind])
+    resource = parameters.get("resource")
+    if isinstance(resource, dict):
+        made.args = (f"{resource.get('device')}: {made}",)
+    return made
+
+
+def _integer(parameters: Mapping[str, Any], name: str) -> int:
+    value = parameters.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def answer(reply: varlink.Reply) -> varlink.Reply:
+    """The reply itself. Raises the exception of an error reply."""
+    if reply.error:
+        raise refusal(reply.error, reply.parameters)
+    return reply
+
+
+def opened(reply: varlink.Reply, take: Callable[[int], list[int]]) -> list[Descriptor]:
+    """The grants of Open's reply. `take(n)` gives the next n descriptors that arrived, now owned by us.
+
+    Raises ProtocolViolation, with every descriptor of this reply closed, when the reply does not fit them.
+    """
+    grants = reply.parameters.get("grants")
+    if not isinstance(grants, list):
+        raise ProtocolViolation("a reply to Open without grants")
+    numbers = take(len(grants))
+    made: list[Descriptor] = []
+    try:
+        for grant in grants:
+            said = _said(grant)
+            index = grant["fileDescriptor"]
+            if not isinstance(index, int) or not 0 <= index < len(numbers) or numbers[index] < 0:
+                raise ProtocolViolation(f"descriptor {index!r} is not there")
+            number, numbers[index] = numbers[index], -1
+            made.append(Descriptor(number, *said))
+    except (ProtocolViolation, LookupError, TypeError) as error:
+        for descriptor in made:
+            descriptor.close()
+        close_all(numbers)
+        raise ProtocolViolation(f"a reply to Open that does not fit its descriptors: {error}") from None
+    return made
+
+
+def _said(grant: dict[str, Any]) -> tuple[str, str, str, str]:
+    return str(grant["resource"]["device"]), str(grant["access"]), str(grant["rule"]), str(grant.get("rdev", ""))
+
+
+def offered(reply: varlink.Reply) -> list[Offer]:
+    """The offers of List's reply. Raises ProtocolViolation."""
+    try:
+        return [
+            Offer(str(one["resource"]["device"]), str(one["access"]), str(one["rule"]))
+            for one in reply.parameters["resources"]
+        ]
+    except (LookupError, TypeError) as error:
+        raise ProtocolViolation(f"a reply to List that is none: {error}") from None
+
+
+def close_all(numbers: Iterable[int]) -> None:
+    """Close these descriptors; negative numbers are left out."""
+    for number in numbers:
+        if number >= 0:
+            os.close(number)
+
+
+class Replies:
+    """Bytes and descriptors in, replies out, each with the descriptors that it owns.
+
+    Bytes that were sent before a message with descriptors can arrive together with it, so received descriptors wait
+    in a FIFO and each reply takes as many as it says. After ProtocolViolation it must be closed.
+    """
+
+    def __init__(self) -> None:
+        self._reader = varlink.VarlinkReader(REPLY_BYTES)
+        self._descriptors: deque[int] = deque()
+
+    def feed(self, data: bytes, descriptors: Iterable[int]) -> None:
+        """Add what arrived; takes the descriptors."""
+        self._descriptors.extend(descriptors)
+        self._reader.feed(data)
+
+    def next_reply(self) -> varlink.Reply | None:
+        """The next whole reply, or None until more arrives. Raises ProtocolViolation."""
+        message = self._reader.next_message()
+        return None if message is None else varlink.decode_reply(message)
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` descriptors, now the caller's. Raises ProtocolViolation when fewer came."""
+        if len(self._descriptors) < count:
+            raise ProtocolViolation(f"a reply with {count} descriptors, and {len(self._descriptors)} came")
+        return [self._descriptors.popleft() for _ in range(count)]
+
+    def close(self) -> None:
+        """Close the descriptors that no reply has taken."""
+        close_all(self._descriptors)
+        self._descriptors.clear()

@@ -1,0 +1,149 @@
+"""The blocking client: a socket around `calls`.
+
+Runs in: any program. Not for several threads at once: one client each.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NoReturn, Self
+
+from fdbroker.client import calls
+from fdbroker.client.descriptor import Descriptor
+from fdbroker.errors import BrokerUnavailable, FdbrokerError, ProtocolViolation
+from fdbroker.kernel import sockets
+from fdbroker.terms import Offer
+from fdbroker.wire import frame, varlink
+
+_READ_BYTES = 65536
+
+
+class Client:
+    """A connection to the broker, which this object owns. Use it as a context manager, or `close` it.
+
+    After BrokerUnavailable or ProtocolViolation it is closed; after a refusal it goes on.
+    """
+
+    def __init__(self, sock: socket.socket, timeout_s: float | None) -> None:
+        self._sock = sock
+        self._timeout_s = timeout_s
+        self._replies = calls.Replies()
+        self._buffer = bytearray(_READ_BYTES)
+
+    @classmethod
+    def connect(cls, address: str | None = None, *, timeout_s: float | None = 30.0) -> Self:
+        """See `fdbroker.connect`."""
+        return cls(connected(address), timeout_s)
+
+    def open(self, path: str, access: str = "ro") -> Descriptor:
+        """Ask for one device node; returns its descriptor, owned by the caller.
+
+        `access` is ro, wo or rw. Raises Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited
+        or ClientNotReading as the broker refuses; BrokerUnavailable when it is gone; ValueError for a wrong access.
+        """
+        return self.open_all([path], access)[0]
+
+    def open_all(self, paths: list[str], access: str = "ro") -> list[Descriptor]:
+        """Ask for 1 to 64 nodes at once: all of them, in this order, or none and the error of the first in the way."""
+        reply = self._call(calls.open_call(paths, access))
+        try:
+            return calls.opened(reply, self._replies.take)
+        except ProtocolViolation:
+            self.close()
+            raise
+
+    def offers(self) -> list[Offer]:
+        """What this program may open now, with the most access that it may ask for."""
+        return calls.offered(self._call(calls.list_call(more=False)))
+
+    def watch(self) -> Iterator[list[Offer]]:
+        """The same list now and again after every change, without end; close the client to stop.
+
+        Nothing else can be asked on this client from then on.
+        """
+        self._send(calls.list_call(more=True))
+        while True:
+            yield calls.offered(self._reply(None))
+
+    def close(self) -> None:
+        """Close the connection and whatever arrived on it and was not taken."""
+        self._replies.close()
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _call(self, call: bytes) -> varlink.Reply:
+        self._send(call)
+        return self._reply(None if self._timeout_s is None else time.monotonic() + self._timeout_s)
+
+    def _send(self, call: bytes) -> None:
+        if self._sock.fileno() < 0:
+            raise BrokerUnavailable("the client is closed")
+        self._sock.settimeout(self._timeout_s)
+        try:
+            self._sock.sendall(call)
+        except TimeoutError:
+            self._lost("the broker does not read")
+        except OSError:
+            pass  # it hung up, and may have said why: `_reply` finds that, or the end
+
+    def _reply(self, deadline_s: float | None) -> varlink.Reply:
+        try:
+            while (reply := self._replies.next_reply()) is None:
+                self._sock.settimeout(None if deadline_s is None else max(0.001, deadline_s - time.monotonic()))
+                size, numbers = sockets.receive_into(self._sock, self._buffer, calls.DESCRIPTORS_PER_READ)
+                if not size:
+                    self._lost("the broker closed the connection")
+                self._replies.feed(bytes(self._buffer[:size]), numbers)
+        except ProtocolViolation:
+            self.close()
+            raise
+        except TimeoutError:
+            self._lost("the broker did not answer in time")
+        except OSError as error:
+            self._lost(f"the connection to the broker is lost: {error.strerror}")
+        return calls.answer(reply)
+
+    def _lost(self, why: str) -> NoReturn:
+        self.close()
+        raise BrokerUnavailable(why)
+
+
+def connected(address: str | None) -> socket.socket:
+    """A connected socket, owned by the caller. Raises BrokerUnavailable."""
+    path = calls.address(address, os.environ)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise BrokerUnavailable(f"nobody answers at {path}: {error.strerror or error}") from None
+    return sock
+
+
+def ping(address: str | None = None, *, timeout_s: float = 10.0) -> float:
+    """Send PING by the inbox framing; returns the round trip in seconds. Raises BrokerUnavailable."""
+    with connected(address) as sock:
+        sock.settimeout(timeout_s)
+        reader = frame.FrameReader()
+        began_s = time.perf_counter()
+        try:
+            sock.sendall(frame.encode_frame(frame.PING))
+            while (payload := reader.next_message()) is None:
+                data = sock.recv(_READ_BYTES)
+                if not data:
+                    raise BrokerUnavailable("the broker closed the connection")
+                reader.feed(data)
+        except (OSError, FdbrokerError) as error:
+            raise BrokerUnavailable(f"no answer to PING: {error}") from None
+        if payload != frame.PONG:
+            raise BrokerUnavailable("who answers at that address is no fdbroker")
+        return time.perf_counter() - began_s
