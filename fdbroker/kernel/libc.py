@@ -15,9 +15,7 @@ _long, _int, _uint, _ulong, _ptr = ctypes.c_long, ctypes.c_int, ctypes.c_uint, c
 
 # One prototype for each variadic use, so that no argument is passed in the wrong width.
 _PROTO = ctypes.CFUNCTYPE
-SYSCALL_OPENAT2 = _PROTO(_long, _long, _long, ctypes.c_char_p, _ptr, ctypes.c_size_t, use_errno=True)(
-    ("syscall", LIBC)
-)
+SYSCALL_OPENAT2 = _PROTO(_long, _long, _long, ctypes.c_char_p, _ptr, ctypes.c_size_t, use_errno=True)(("syscall", LIBC))
 SYSCALL_LANDLOCK = _PROTO(_long, _long, _long, _long, _ptr, _long, use_errno=True)(("syscall", LIBC))
 GETSOCKOPT = _PROTO(_int, _int, _int, _int, _ptr, ctypes.POINTER(_uint), use_errno=True)(("getsockopt", LIBC))
 CAPSET = _PROTO(_int, _ptr, _ptr, use_errno=True)(("capset", LIBC))
