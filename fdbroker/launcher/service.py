@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from types import FrameType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, PolicyError
@@ -64,6 +65,7 @@ class Launcher:
         self._options = options
         self._notify = Notify()
         self._generation = 1
+        self._unapplied: deque[BinaryIO] = deque()  # policies on their way to the opener
         self._stop_at_s = 0.0
         self._children: list[start.Child] = []
         self._epoll = select.epoll()
@@ -179,6 +181,7 @@ class Launcher:
                     case link.Pong():
                         self._notify.tell(WATCHDOG=1)
                     case link.Applied(generation):
+                        self._unapplied.popleft().close()
                         text = f"Serving with {self._options.policy}, reloaded {generation - 1} times"
                         self._notify.tell(READY=1, STATUS=text)
                         say(f"the policy is reloaded: {self._options.policy}")
@@ -209,8 +212,8 @@ class Launcher:
             self._notify.tell(READY=1, STATUS="The last reload failed, the policy before it is in force")
             return
         self._generation += 1
-        # a file object, so that the link holds it for as long as it waits for room
-        memfd = open(start.memfd("policy", to_bytes(policy)), "rb")  # noqa: SIM115
+        memfd = open(start.memfd("policy", to_bytes(policy)), "rb")  # noqa: SIM115 -- closed when it is applied
+        self._unapplied.append(memfd)
         self._opener.link.send(link.encode_policy(self._generation), memfd)
 
     def _stop(self) -> None:

@@ -1,0 +1,34 @@
+"""T7: a client writes who it is, and is believed."""
+
+from __future__ import annotations
+
+import pytest
+from harness import ALICE, EVERYONE_NULL, Raw, as_user, outcome, running
+
+from fdbroker.wire import varlink
+
+CLAIMS = ["uid", "gid", "pid", "user", "groups", "credentials", "as", "subject", "pidfd", "label", "euid", "connection"]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_no_call_takes_a_field_that_says_who_asks(dev, claim):
+    def try_all(address):
+        with Raw(address) as client:
+            resource = {"device": "/dev/null"}
+            got = [
+                outcome(client.call("io.fdbroker.Broker.Open", {"resources": [resource], claim: 0})),
+                outcome(client.call("io.fdbroker.Broker.Open", {"resources": [{**resource, claim: 0}]})),
+                outcome(client.call("io.fdbroker.Broker.List", {claim: 0})),
+                outcome(client.call("io.fdbroker.Broker.Open", {"resources": [resource]}, **{claim: 0})),
+            ]
+            return got
+
+    with running(EVERYONE_NULL) as broker:
+        assert as_user(ALICE, [], try_all, broker.socket) == ["InvalidParameter"] * 4
+
+
+def test_the_interfaces_have_no_such_field():
+    for text in varlink.DESCRIPTIONS.values():
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        for word in ("uid", "gid", "pid", "user"):
+            assert not [line for line in lines if f"{word}:" in line.lower()]

@@ -1,0 +1,58 @@
+"""T11: a verb without any check."""
+
+from __future__ import annotations
+
+import struct
+
+from harness import ALICE, MEM, Raw, as_user, node, outcome, running
+
+from fdbroker.wire import varlink
+
+# What a stranger may have of every method that exists: a new method fails this test until it is thought of here.
+STRANGERS = {
+    "org.varlink.service.GetInfo": "granted",
+    "org.varlink.service.GetInterfaceDescription": "granted",
+    "io.fdbroker.Broker.Open": "Denied",
+    "io.fdbroker.Broker.List": "granted",
+}
+PARAMETERS = {
+    "org.varlink.service.GetInterfaceDescription": {"interface": "io.fdbroker.Broker"},
+    "io.fdbroker.Broker.Open": {"resources": [{"device": "/dev/x"}]},
+}
+
+
+def test_with_an_empty_policy_nobody_gets_anything_by_any_method(dev):
+    node("/dev/x", MEM["zero"], 0o666)
+    methods = [f"{interface}.{method}" for interface, names in varlink.METHODS.items() for method in names]
+    assert sorted(methods) == sorted(STRANGERS)
+
+    def try_all(address):
+        with Raw(address) as client:
+            got = {}
+            for method in methods:
+                reply = client.call(method, PARAMETERS.get(method, {}))
+                got[method] = outcome(reply)
+                assert not client.descriptors
+                if method.endswith("List"):
+                    assert reply["parameters"]["resources"] == []
+            return got
+
+    with running("version: 1\n") as broker:
+        for uid in (ALICE, 65534, 0):
+            assert as_user(uid, [], try_all, broker.socket) == STRANGERS
+
+
+def test_every_frame_but_ping_is_refused(dev):
+    def frames(address):
+        got = []
+        for payload in (b"PING", b"hello", b"", b"SHUTDOWN", b"PONG", b"ping", b"PING "):
+            with Raw(address) as client:
+                client.sock.sendall(struct.pack("!I", len(payload)) + payload)
+                got.append(client.sock.recv(100).hex())
+        return got
+
+    with running("version: 1\n") as broker:
+        eperm, eacces = "00000001", "0000000d"
+        expected = ["00000004" + b"PONG".hex(), eacces, eperm, eacces, eacces, eacces, eacces]
+        assert as_user(ALICE, [], frames, broker.socket) == expected
+        assert as_user(0, [], frames, broker.socket)[0] == expected[0]

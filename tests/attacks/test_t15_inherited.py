@@ -1,0 +1,65 @@
+"""T15: a child inherits descriptors that it does not need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from harness import EVERYONE_NULL, Raw, descriptors_of, folder, outcome, running
+
+
+def _kinds(pid):
+    return sorted(what.split(":")[0] for what in descriptors_of(pid).values())
+
+
+def test_the_children_have_exactly_what_they_need(dev):
+    leak = os.open("/etc/passwd", os.O_RDONLY)
+    os.set_inheritable(leak, True)
+    try:
+        with running(EVERYONE_NULL) as broker:
+            opener, inbox = (descriptors_of(broker.pids[name]) for name in ("opener", "inbox"))
+            for what in (opener, inbox):
+                assert not [one for one in what.values() if "passwd" in one]
+            # stdin, stdout, log; two links, listener, its reserve, epoll, inotify, /dev, /proc twice, /sys/dev
+            assert len(opener) == 13, opener
+            assert _kinds(broker.pids["opener"]).count("socket") == 4
+            # stdin, stdout, log; two links, epoll
+            assert len(inbox) == 6, inbox
+            with Raw(broker.socket) as client:
+                assert outcome(client.open("/dev/null")) == "granted"
+    finally:
+        os.close(leak)
+
+
+def test_a_command_gets_the_granted_descriptors_and_no_others(dev):
+    leak = os.open("/etc/passwd", os.O_RDONLY)
+    os.set_inheritable(leak, True)
+    try:
+        with running(EVERYONE_NULL) as broker:
+            result = subprocess.run(
+                [
+                    *(sys.executable, "-I", "-m", "fdbroker", "open", "--socket", broker.socket, "/dev/null", "/dev/null"),
+                    *("--", "sh", "-c", "ls /proc/$$/fd | tr '\\n' ' '; echo $LISTEN_FDS $LISTEN_FDNAMES $$ $LISTEN_PID"),
+                ],
+                capture_output=True,
+                text=True,
+                pass_fds=(leak,),
+            )
+        assert result.returncode == 0, result.stderr
+        words = result.stdout.split()
+        assert words[:5] == ["0", "1", "2", "3", "4"]
+        assert "2" in words
+        assert "/dev/null:/dev/null" in words
+        assert words[-1] == words[-2]
+        numbers = set(words[: words.index("2", 5)])
+        # sh itself may keep one for its script
+        assert not [one for one in numbers if one.isdecimal() and int(one) == leak]
+    finally:
+        os.close(leak)
+
+
+def test_the_folder_helper_leaves_nothing():
+    with folder() as where:
+        assert where.is_dir()
+    assert not where.exists()

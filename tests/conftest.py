@@ -1,0 +1,39 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import harness
+import pytest
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if os.geteuid() == 0:
+        harness.own_mount_namespace()
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test this process has the descriptors open that it had before."""
+    before = set(harness.descriptors_of(os.getpid()).items())
+    yield
+    gc.collect()
+    left = {(name, what) for name, what in set(harness.descriptors_of(os.getpid()).items()) - before if "/fd" not in what}
+    assert not left, f"descriptors left open: {left}"
+
+
+@pytest.fixture
+def root() -> None:
+    """This test needs root."""
+    harness.need_root()
+
+
+@pytest.fixture
+def dev(root: None) -> Iterator[Path]:
+    """An own /dev."""
+    with harness.private_dev() as path:
+        yield path

@@ -1,0 +1,308 @@
+"""What the tests share: a private /dev, a running broker, and clients with other identities.
+
+All of it happens in a mount namespace of the test run's own, with numeric ids: nothing stays on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS = 0x20000
+MS_REC, MS_PRIVATE, MS_BIND, MNT_DETACH = 0x4000, 0x40000, 0x1000, 2
+
+# uids and gids that no machine has given to anybody: below the dynamic ranges, above the users
+ALICE, BOB, CAROL = 50001, 50002, 50003
+GROUP, OTHER_GROUP = 51001, 51002
+
+
+def cannot(why: str) -> None:
+    """Skip, or fail where CI says that everything must run."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        cannot("needs root")
+
+
+def own_mount_namespace() -> None:
+    """Once: what the tests mount is seen by them alone, and gone with them."""
+    if LIBC.unshare(CLONE_NEWNS) != 0 or LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) != 0:
+        cannot(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
+
+
+def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
+    if LIBC.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"mount {source} at {target}: {os.strerror(number)}")
+
+
+def unmount(target: str) -> None:
+    if LIBC.umount2(target.encode(), MNT_DETACH) != 0:
+        raise OSError(ctypes.get_errno(), f"umount {target}")
+
+
+@contextlib.contextmanager
+def private_dev() -> Iterator[Path]:
+    """An own /dev with the usual harmless nodes, and `node` to make more."""
+    outer_null = os.open("/dev/null", os.O_RDWR)
+    mount("dev", "/dev", "tmpfs", 0, "mode=0755")
+    try:
+        for name, number in (("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9)):
+            node(f"/dev/{name}", os.makedev(1, number), 0o666)
+        os.symlink("/proc/self/fd", "/dev/fd")
+        os.mkdir("/dev/shm", 0o1777)
+        os.chmod("/dev/shm", 0o1777)
+        yield Path("/dev")
+    finally:
+        unmount("/dev")
+        os.close(outer_null)
+
+
+def node(path: str, rdev: int, mode: int = 0o600, kind: int = stat.S_IFCHR) -> None:
+    """A device node that only root may open, unless `mode` says otherwise."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.mknod(path, kind | mode, rdev)
+    os.chmod(path, mode)
+
+
+MEM = {"null": os.makedev(1, 3), "zero": os.makedev(1, 5), "full": os.makedev(1, 7), "urandom": os.makedev(1, 9)}
+
+
+def descriptors_of(pid: int) -> dict[str, str]:
+    """What a process has open: number -> what it is."""
+    found = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
+
+
+def status_of(pid: int) -> dict[str, str]:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+class Broker:
+    """A running broker as an admin starts it by hand, with the policy that a test wrote."""
+
+    def __init__(self, folder: Path, policy: str, arguments: tuple[str, ...] = (), environment: dict[str, str] | None = None):
+        self.folder = folder
+        self.policy = folder / "policy.yaml"
+        self.socket = str(folder / "socket")
+        self.log = folder / "log"
+        self.policy.write_text(policy)
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-I", "-W", "error", "-m", "fdbroker", "serve", "--policy", str(self.policy)),
+                    *("--socket", self.socket, "--mode", "0666", *arguments),
+                ],
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                env=environment if environment is not None else {"PATH": os.environ["PATH"]},
+                cwd="/",
+            )
+        self.expected_code: int | None = 0
+
+    def wait_ready(self) -> None:
+        for _ in range(400):
+            if "serving with" in self.text():
+                break
+            if self.process.poll() is not None:
+                raise AssertionError(f"the broker ended with {self.process.returncode}:\n{self.text()}")
+            time.sleep(0.02)
+        else:
+            raise AssertionError(f"the broker did not come up:\n{self.text()}")
+        children = subprocess.run(["pgrep", "-P", str(self.process.pid), "-a"], capture_output=True, text=True).stdout
+        self.pids = {"launcher": self.process.pid}
+        for line in children.splitlines():
+            pid, _, command = line.partition(" ")
+            for name in ("opener", "inbox"):
+                if f"fdbroker.{name}" in command:
+                    self.pids[name] = int(pid)
+        assert set(self.pids) == {"launcher", "opener", "inbox"}, children
+        self.idle = self.counts()  # before the first client
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def records(self, kind: str = "") -> list[dict[str, str]]:
+        """The audit records so far, of one kind or all; they are on standard error, for a test has no journal."""
+        records = [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
+        return [record for record in records if not kind or record["MESSAGE"].find(f" {kind} ") >= 0]
+
+    def wait_for(self, text: str, seconds: float = 5.0) -> None:
+        """Until the log has that text."""
+        end = time.monotonic() + seconds
+        while text not in self.text():
+            assert time.monotonic() < end, f"no {text!r} in:\n{self.text()}"
+            time.sleep(0.02)
+
+    def counts(self) -> dict[str, int]:
+        """How many descriptors each process has open."""
+        return {name: len(descriptors_of(pid)) for name, pid in self.pids.items()}
+
+    def wait_idle(self) -> None:
+        """Every process must have the descriptors again that it had before the first client."""
+        end = time.monotonic() + 5
+        while (counts := self.counts()) != self.idle:
+            assert time.monotonic() < end, f"{counts}, were {self.idle}"
+            time.sleep(0.02)
+
+    def reload(self, policy: str) -> None:
+        self.policy.write_text(policy)
+        before = self.text().count("reloaded")
+        self.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 10
+        while self.text().count("reloaded") == before:
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(10)
+
+
+@contextlib.contextmanager
+def running(policy: str, *arguments: str, environment: dict[str, str] | None = None) -> Iterator[Broker]:
+    """A broker with this policy; at the end it must stop in order, without a traceback."""
+    with folder() as where:
+        broker = Broker(where, policy, arguments, environment)
+        try:
+            broker.wait_ready()
+            yield broker
+            code = broker.stop()
+        finally:
+            broker.process.kill()
+            broker.process.wait()
+        if broker.expected_code is not None:
+            assert code == broker.expected_code, broker.text()
+            assert "Traceback" not in broker.text(), broker.text()
+
+
+@contextlib.contextmanager
+def folder() -> Iterator[Path]:
+    """A folder that everybody may enter and only root may write to."""
+    where = Path(f"/run/fdbroker-test-{os.getpid()}-{time.monotonic_ns()}")
+    where.mkdir(mode=0o755)
+    os.chmod(where, 0o755)
+    try:
+        yield where
+    finally:
+        for path in sorted(where.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        where.rmdir()
+
+
+def as_user(uid: int, groups: list[int], action: Callable[..., Any], *arguments: Any, gid: int | None = None) -> Any:
+    """Run `action` in a child with that identity and no capability; its result comes back as JSON."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(reading)
+            os.setgroups(groups)
+            primary = uid if gid is None else gid
+            os.setresgid(primary, primary, primary)
+            os.setresuid(uid, uid, uid)
+            with os.fdopen(writing, "w") as out:
+                json.dump(action(*arguments), out)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as result:
+        text = result.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the child ended with {status}"
+    return json.loads(text)
+
+
+class Raw:
+    """A client that speaks bytes, for what the library would never send."""
+
+    def __init__(self, address: str):
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(15)
+        self.sock.connect(address)
+        self.buffer = b""
+        self.descriptors: list[int] = []
+
+    def send_call(self, method: str, parameters: dict[str, Any] | None = None, **more: Any) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `reply` finds why, or the end
+            self.sock.sendall(json.dumps({"method": method, "parameters": parameters or {}, **more}).encode() + b"\0")
+
+    def reply(self) -> dict[str, Any] | None:
+        """The next reply, or None when the broker hung up."""
+        while b"\0" not in self.buffer:
+            try:
+                data, numbers, _, _ = socket.recv_fds(self.sock, 65536, 253)
+            except ConnectionResetError:
+                return None
+            self.descriptors += numbers
+            if not data:
+                return None
+            self.buffer += data
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def call(self, method: str, parameters: dict[str, Any] | None = None, **more: Any) -> dict[str, Any] | None:
+        self.send_call(method, parameters, **more)
+        return self.reply()
+
+    def open(self, *paths: str, access: str = "ro") -> dict[str, Any] | None:
+        return self.call("io.fdbroker.Broker.Open", {"resources": [{"device": path, "access": access} for path in paths]})
+
+    def take(self) -> int:
+        return self.descriptors.pop(0)
+
+    def close(self) -> None:
+        for number in self.descriptors:
+            os.close(number)
+        self.descriptors.clear()
+        self.sock.close()
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def outcome(reply: dict[str, Any] | None) -> str:
+    """A reply in a word: the short name of its error, "granted", or "disconnected"."""
+    if reply is None:
+        return "disconnected"
+    return str(reply.get("error", "granted")).rpartition(".")[2]
+
+
+def ask(address: str, *paths: str, access: str = "ro") -> str:
+    """Open these once, close what came, and say how it ended."""
+    with Raw(address) as client:
+        return outcome(client.open(*paths, access=access))
+
+
+EVERYONE_NULL = 'version: 1\neveryone: {devices: [{path: /dev/null, access: rw, class: mem, device: "1:3"}]}\n'

@@ -1,0 +1,124 @@
+"""Boots a machine for a test module: it runs one script of inside/, which writes facts that the tests then judge."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+LAB = CHECKOUT / "scripts/lab"
+CACHE = CHECKOUT / ".cache"
+
+
+def unavailable(reason: str) -> None:
+    """These tests cannot run here: skip them, but never where somebody relies on them having run."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI=true, and this machine cannot run it: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+class Facts:
+    """What the script in the machine found out: one mapping for each of its steps."""
+
+    def __init__(self, out: Path, status: int) -> None:
+        self._status = status
+        self._out = out
+        self._told = False
+        file = out / "facts"
+        lines = file.read_text().splitlines() if file.exists() else []
+        self._steps = {fact.pop("step"): fact for fact in map(json.loads, lines)}
+
+    def __getitem__(self, step: str) -> dict[str, Any]:
+        found = self._steps.get(step, {"error": f"the machine never got to {step}"})
+        if "error" in found:
+            text = [found["error"]]
+            if not self._told:  # once is enough
+                self._told = True
+                text.append(f"the machine ended with {self._status}")
+                text += [f"--- {name}\n{self.end_of(name)}" for name in ("log", "journal.txt", "console")]
+            pytest.fail("\n".join(text), pytrace=False)
+        return found
+
+    def end_of(self, name: str) -> str:
+        """The end of what the machine wrote there."""
+        file = self._out / name
+        return file.read_text(errors="replace")[-4000:] if file.exists() else "(there is none)"
+
+
+@pytest.fixture(scope="session")
+def boot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+    """`boot(machine, commands)` runs shell commands in a machine ("nspawn" or "vm") and returns their facts."""
+
+    def boot(machine: str, commands: str, limit_s: int, **environment: str) -> Facts:
+        if os.geteuid() != 0:
+            unavailable("only root can start machines")
+        out = tmp_path_factory.mktemp(machine)
+        test = out / "test"
+        test.write_text(f"set -eu\ncd {shlex.quote(str(CHECKOUT))}\n{commands}\n")
+        ended = subprocess.run(
+            [LAB / machine, out, test],
+            env={**os.environ, **environment, "LIMIT": str(limit_s)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if not (out / "status").exists():
+            pytest.fail(f"{ended.stderr}{Facts(out, ended.returncode).end_of('console')}", pytrace=False)
+        return Facts(out, ended.returncode)
+
+    return boot
+
+
+@pytest.fixture(scope="session")
+def nspawn(boot: Callable[..., Facts]) -> Callable[..., Facts]:
+    """Boot systemd with what scripts/install installs; `nspawn(script)` runs a script of inside/ there."""
+    if shutil.which("systemd-nspawn") is None:
+        unavailable("no systemd-nspawn: install the package systemd-container")
+
+    def run(script: str) -> Facts:
+        inside = shlex.quote(str(Path(__file__).parent / "inside" / script))
+        return boot("nspawn", f"scripts/install\nexec /opt/fdbroker/bin/python3 -B {inside}", 90)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def vm(boot: Callable[..., Facts]) -> Callable[..., Facts]:
+    """Boot a virtual machine with sound and input devices; `vm(script)` runs a script of inside/ there."""
+    if shutil.which("qemu-system-x86_64") is None:
+        unavailable("no qemu-system-x86_64: install the package qemu-system-x86")
+    made("mkkernel", CACHE / "kernel")
+
+    def run(script: str) -> Facts:
+        # where every user can read it, wherever the checkout lies
+        program = "mkdir /run/program\nmount --bind . /run/program\nexport PYTHONPATH=/run/program"
+        inside = f"exec /run/program/.venv/bin/python /run/program/tests/system/inside/{script}"
+        return boot("vm", f"{program}\n{inside}", 100, KDIR=str(CACHE / "kernel"))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trixie() -> Path:
+    """A tree that has varlinkctl."""
+    if os.geteuid() != 0:
+        unavailable("only root can change into another tree")
+    made("trixie", CACHE / "trixie")
+    return CACHE / "trixie"
+
+
+def made(script: str, folder: Path) -> None:
+    """Make what is kept in the cache; when it is there, this does nothing."""
+    folder.parent.mkdir(exist_ok=True)
+    ended = subprocess.run([LAB / script, folder], capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        unavailable(f"scripts/lab/{script}: {ended.stderr.strip()}")

@@ -1,0 +1,70 @@
+"""What the scripts in the machines share: steps that report facts, users without rights, waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+OUT = Path("/lab/out/facts")
+MEMBER, OTHER = 4001, 4002  # users; who may is said by a group of the policy
+GROUP = 4000
+
+Step = Callable[[], dict[str, Any]]
+
+
+def report(steps: Iterable[Step]) -> None:
+    """Run each step; its facts are one line of JSON. A step that fails is one too, and the next one runs."""
+    for step in steps:
+        began_s = time.monotonic()
+        try:
+            facts = step()
+        except BaseException:
+            facts = {"error": traceback.format_exc()}
+        facts = {"step": step.__name__, "seconds": round(time.monotonic() - began_s, 3), **facts}
+        with OUT.open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+
+
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, whatever that is."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """How a command ended, as facts."""
+    return {"code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+
+
+def as_user(uid: int, groups: Iterable[int]) -> tuple[str, ...]:
+    """The words before a command that make it run as `uid`, in exactly these groups, with no capability."""
+    words = f"--reuid={uid} --regid={uid} --groups={','.join(map(str, groups))} --inh-caps=-all --bounding-set=-all"
+    return ("setpriv", *words.split(), "--no-new-privs", "--")
+
+
+def wait_for(what: str, ready: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """Wait until `ready` returns something true, and return that."""
+    end_s = time.monotonic() + seconds
+    while not (value := ready()):
+        if time.monotonic() > end_s:
+            raise TimeoutError(f"{what}: not within {seconds} s")
+        time.sleep(0.02)
+    return value
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """The lines of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def make_node(path: str, major: int, minor: int, mode: int = 0o600) -> None:
+    """A character device node of root's."""
+    Path(path).parent.mkdir(exist_ok=True)
+    os.mknod(path, 0o020000 | mode, os.makedev(major, minor))
+    os.chmod(path, mode)
