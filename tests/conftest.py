@@ -22,7 +22,9 @@ def no_descriptor_left(request: pytest.FixtureRequest) -> Iterator[None]:
     before = set(harness.descriptors_of(os.getpid()).items())
     yield
     gc.collect()
-    left = {(name, what) for name, what in set(harness.descriptors_of(os.getpid()).items()) - before if "/fd" not in what}
+    left = {
+        (name, what) for name, what in set(harness.descriptors_of(os.getpid()).items()) - before if "/fd" not in what
+    }
     assert not left, f"descriptors left open: {left}"
 
 

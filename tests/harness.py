@@ -104,7 +104,14 @@ def status_of(pid: int) -> dict[str, str]:
 class Broker:
     """A running broker as an admin starts it by hand, with the policy that a test wrote."""
 
-    def __init__(self, folder: Path, policy: str, arguments: tuple[str, ...] = (), environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        policy: str,
+        arguments: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        descriptors: int = 0,
+    ):
         self.folder = folder
         self.policy = folder / "policy.yaml"
         self.socket = str(folder / "socket")
@@ -113,6 +120,7 @@ class Broker:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
+                    *(("prlimit", f"--nofile={descriptors}:{descriptors}") if descriptors else ()),
                     *(sys.executable, "-I", "-W", "error", "-m", "fdbroker", "serve", "--policy", str(self.policy)),
                     *("--socket", self.socket, "--mode", "0666", *arguments),
                 ],
@@ -184,10 +192,12 @@ class Broker:
 
 
 @contextlib.contextmanager
-def running(policy: str, *arguments: str, environment: dict[str, str] | None = None) -> Iterator[Broker]:
+def running(
+    policy: str, *arguments: str, environment: dict[str, str] | None = None, descriptors: int = 0
+) -> Iterator[Broker]:
     """A broker with this policy; at the end it must stop in order, without a traceback."""
     with folder() as where:
-        broker = Broker(where, policy, arguments, environment)
+        broker = Broker(where, policy, arguments, environment, descriptors)
         try:
             broker.wait_ready()
             yield broker
@@ -247,7 +257,11 @@ class Raw:
     def __init__(self, address: str):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(15)
-        self.sock.connect(address)
+        try:
+            self.sock.connect(address)
+        except OSError:
+            self.sock.close()
+            raise
         self.buffer = b""
         self.descriptors: list[int] = []
 
@@ -274,7 +288,9 @@ class Raw:
         return self.reply()
 
     def open(self, *paths: str, access: str = "ro") -> dict[str, Any] | None:
-        return self.call("io.fdbroker.Broker.Open", {"resources": [{"device": path, "access": access} for path in paths]})
+        return self.call(
+            "io.fdbroker.Broker.Open", {"resources": [{"device": path, "access": access} for path in paths]}
+        )
 
     def take(self) -> int:
         return self.descriptors.pop(0)

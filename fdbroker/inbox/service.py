@@ -89,19 +89,19 @@ class Inbox:
             if full != self._opener_full:
                 self._opener_full = full
                 poll.modify(self._opener.fileno(), select.EPOLLIN | (select.EPOLLOUT if full else 0))
-            for descriptor, events in poll.poll(self._timeout_s()):
-                if descriptor == self._opener.fileno():
-                    if events & select.EPOLLOUT:
-                        self._opener.flush()
-                    if events & ~select.EPOLLOUT and not self._read_opener():
-                        return
-                elif descriptor == self._launcher.fileno():
-                    if self._launcher.receive() == b"":
-                        return
-                else:
-                    client = self._by_descriptor.get(descriptor)
-                    if client is not None:
-                        self._client_event(client, events)
+            ready = dict(poll.poll(self._timeout_s()))
+            # first the opener: a client that has its answer asks again, and should find itself idle
+            events = ready.pop(self._opener.fileno(), 0)
+            if events & select.EPOLLOUT:
+                self._opener.flush()
+            if events & ~select.EPOLLOUT and not self._read_opener():
+                return
+            if ready.pop(self._launcher.fileno(), 0) and self._launcher.receive() == b"":
+                return
+            for descriptor, client_events in ready.items():
+                client = self._by_descriptor.get(descriptor)
+                if client is not None:
+                    self._client_event(client, client_events)
             for client in list(self._more.values()):
                 self._work(client)
             self._end_slow()
@@ -129,36 +129,33 @@ class Inbox:
 
     def _read_opener(self) -> bool:
         """Do what the opener says; false when it is gone."""
-        for _ in range(_MESSAGES_PER_TURN):
-            received = self._opener.receive_with_descriptor()
-            if received is None:
-                return True
-            data, descriptor = received
-            if not data:
-                return False
-            sock = None
-            if descriptor is not None:
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
-            match link.decode(link.OPENER_TO_INBOX, data):
-                case link.Connected(number, uid) if sock is not None:
-                    self._welcome(Client(number, uid, sock))
-                case link.Outcome(number, refusal):
-                    client = self._by_number.get(number)
-                    if client is not None:
-                        if refusal is not None:
-                            client.out += dispatch.refusal_reply(refusal, client.asked)
-                            client.doomed |= isinstance(refusal, ClientNotReading)
-                        self._end_turn(client)
-                case link.Offered(number, last, offers):
-                    client = self._by_number.get(number)
-                    if client is not None:
-                        self._offered(client, offers, last=last)
-                case link.Drain():
-                    self._drain()
-                case link.Ping():
-                    self._opener.send(link.PONG)
-                case other:
-                    raise LinkViolation(f"{other!r} with the wrong descriptors")
+        received = self._opener.receive_with_descriptor()  # one: what else waits makes the next turn of the loop
+        if received is None:
+            return True
+        data, descriptor = received
+        if not data:
+            return False
+        sock = None if descriptor is None else socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+        match link.decode(link.OPENER_TO_INBOX, data):
+            case link.Connected(number, uid) if sock is not None:
+                self._welcome(Client(number, uid, sock))
+            case link.Outcome(number, refusal):
+                client = self._by_number.get(number)
+                if client is not None:
+                    if refusal is not None:
+                        client.out += dispatch.refusal_reply(refusal, client.asked)
+                        client.doomed |= isinstance(refusal, ClientNotReading)
+                    self._end_turn(client)
+            case link.Offered(number, last, offers):
+                client = self._by_number.get(number)
+                if client is not None:
+                    self._offered(client, offers, last=last)
+            case link.Drain():
+                self._drain()
+            case link.Ping():
+                self._opener.send(link.PONG)
+            case other:
+                raise LinkViolation(f"{other!r} with the wrong descriptors")
         return True
 
     def _welcome(self, client: Client) -> None:

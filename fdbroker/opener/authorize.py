@@ -28,10 +28,11 @@ _IDLE_S = 60
 class Account:
     """What one user has in use, over all of its connections."""
 
-    __slots__ = ("connections", "refilled_at_s", "tokens")
+    __slots__ = ("connections", "refilled_at_s", "tokens", "unread")
 
     def __init__(self, burst: int, now_s: float) -> None:
         self.connections: set[Connection] = set()
+        self.unread: set[Connection] = set()  # those that may have grants unread
         self.tokens = float(burst)
         self.refilled_at_s = now_s
 
@@ -88,6 +89,7 @@ class Connection:
     def note_sent(self, size: int, grants: int) -> None:
         """A message of `size` bytes with `grants` descriptors has left."""
         self._sent.append((size + _SKB_BYTES, grants))
+        self.account.unread.add(self)
 
     def unread_grants(self) -> int:
         """How many descriptors wait unread, never too few: the newest messages that fill the socket's queue."""
@@ -102,11 +104,14 @@ class Connection:
             queued -= size
             unread += grants
         self._sent = kept
+        if not kept:
+            self.account.unread.discard(self)
         return unread
 
     def close(self) -> None:
         """Hang up, for the inbox's copy too, and free what the user had in use."""
         self.account.connections.discard(self)
+        self.account.unread.discard(self)
         sockets.hang_up(self.sock)
         self.sock.close()
 
@@ -125,7 +130,7 @@ def authorize_request(connection: Connection, now_s: float) -> None:
     maximum = maxima["unread_grants"]
     if connection.unread_grants() >= maximum:
         raise ClientNotReading
-    if sum(one.unread_grants() for one in connection.account.connections) >= maximum:
+    if sum(one.unread_grants() for one in tuple(connection.account.unread)) >= maximum:
         raise QuotaExceeded("unread_grants", maximum)
 
 

@@ -32,7 +32,6 @@ from fdbroker.wire import link
 
 _ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
-_MESSAGES_PER_TURN = 64
 # Several nodes come together, each is made, renamed, given its owner: one listing for all of them.
 _SETTLE_S = 0.1
 
@@ -174,27 +173,26 @@ class Opener:
 
     def _read_inbox(self) -> bool:
         """Answer what the inbox asks; false when it is gone as it should be."""
-        for _ in range(_MESSAGES_PER_TURN):
-            data = self._inbox.receive()
-            if data is None:
-                return True
-            if not data:
-                if self._acceptor is None:  # it was told to drain
-                    return False
-                raise LinkViolation("the inbox is gone")
-            match link.decode(link.INBOX_TO_OPENER, data):
-                case link.Open(number, resources):
-                    connection = self._turn(number, "Open")
-                    self._end_turn(connection, answer_open(connection, resources, self._nodes, self._audit))
-                case link.List(number, watch):
-                    self._list(self._turn(number, "Watch" if watch else "List"))
-                case link.Closed(number, reason):
-                    self._close(self._turn(number, "Closed"), reason)
-                case link.Pong():
-                    self._launcher.send(link.PONG)
-                case link.Drained():
-                    if self._acceptor is not None:
-                        raise LinkViolation("the inbox drained without being told to")
+        data = self._inbox.receive()  # one: what else waits makes the next turn of the loop
+        if data is None:
+            return True
+        if not data:
+            if self._acceptor is None:  # it was told to drain
+                return False
+            raise LinkViolation("the inbox is gone")
+        match link.decode(link.INBOX_TO_OPENER, data):
+            case link.Open(number, resources):
+                connection = self._turn(number, "Open")
+                self._end_turn(connection, answer_open(connection, resources, self._nodes, self._audit))
+            case link.List(number, watch):
+                self._list(self._turn(number, "Watch" if watch else "List"))
+            case link.Closed(number, reason):
+                self._close(self._turn(number, "Closed"), reason)
+            case link.Pong():
+                self._launcher.send(link.PONG)
+            case link.Drained():
+                if self._acceptor is not None:
+                    raise LinkViolation("the inbox drained without being told to")
         return True
 
     def _turn(self, number: int, event: str) -> Connection:

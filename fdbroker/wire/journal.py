@@ -30,11 +30,10 @@ escaped("\n")  # loads the codec now: a confined process can load nothing later
 
 def encode_fields(fields: Mapping[str, str]) -> bytes:
     """One datagram. A value with a newline takes the protocol's binary form, so it cannot begin a field."""
-    parts = []
-    for name, text in fields.items():
-        value = text.encode(errors="backslashreplace")
-        if b"\n" in value:
-            parts.append(b"%s\n%s%s\n" % (name.encode(), _SIZE.pack(len(value)), value))
-        else:
-            parts.append(b"%s=%s\n" % (name.encode(), value))
-    return b"".join(parts)
+    if any("\n" in text for text in fields.values()):
+        return b"".join(_binary(name, text.encode(errors="backslashreplace")) for name, text in fields.items())
+    return "".join([f"{name}={text}\n" for name, text in fields.items()]).encode(errors="backslashreplace")
+
+
+def _binary(name: str, value: bytes) -> bytes:
+    return b"%s\n%s%s\n" % (name.encode(), _SIZE.pack(len(value)), value)

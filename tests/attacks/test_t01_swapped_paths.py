@@ -54,7 +54,9 @@ def test_only_the_allowed_device_ever_comes(dev, evil):
     stop = threading.Event()
     flips = [("/dev/pool/good", "/dev/pool/.kept"), ("/dev/pool/.evil", "/dev/pool/good")]
     flips += [("/dev/pool/good", "/dev/pool/.evil"), ("/dev/pool/.kept", "/dev/pool/good")]
-    with running(POLICY.replace('"/dev/pool/*"', "/dev/pool/good") + "limits: {requests_per_second: 100000, burst: 100000}\n") as broker:
+    with running(
+        POLICY.replace('"/dev/pool/*"', "/dev/pool/good") + "limits: {requests_per_second: 100000, burst: 100000}\n"
+    ) as broker:
         flipper = threading.Thread(target=_flip, args=(stop, *flips))
         flipper.start()
         try:
@@ -74,7 +76,12 @@ def test_a_swapped_parent_folder_leads_nowhere_else(dev):
     node("/dev/elsewhere/good", MEM["urandom"])
     os.symlink("/dev/elsewhere", "/dev/evil")
     stop = threading.Event()
-    flips = [("/dev/pool", "/dev/kept"), ("/dev/evil", "/dev/pool"), ("/dev/pool", "/dev/evil"), ("/dev/kept", "/dev/pool")]
+    flips = [
+        ("/dev/pool", "/dev/kept"),
+        ("/dev/evil", "/dev/pool"),
+        ("/dev/pool", "/dev/evil"),
+        ("/dev/kept", "/dev/pool"),
+    ]
     with running(POLICY + "limits: {requests_per_second: 100000, burst: 100000}\n") as broker:
         flipper = threading.Thread(target=_flip, args=(stop, *flips))
         flipper.start()

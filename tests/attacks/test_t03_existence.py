@@ -30,7 +30,18 @@ def test_no_system_call_is_made_on_such_a_path(dev):
         with running(POLICY) as broker:
             trace = broker.folder / "trace"
             tracer = subprocess.Popen(
-                ["strace", "-f", "-s", "200", "-o", str(trace), "-p", str(broker.pids["opener"]), "-p", str(broker.pids["inbox"])],
+                [
+                    "strace",
+                    "-f",
+                    "-s",
+                    "200",
+                    "-o",
+                    str(trace),
+                    "-p",
+                    str(broker.pids["opener"]),
+                    "-p",
+                    str(broker.pids["inbox"]),
+                ],
                 stderr=subprocess.PIPE,
             )
             assert b"attached" in tracer.stderr.readline()

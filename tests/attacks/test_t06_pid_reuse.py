@@ -34,7 +34,9 @@ def test_identity_is_that_of_connect_whatever_the_process_becomes(dev):
             os.setgroups([GROUP])
             os.setresgid(GROUP, GROUP, GROUP)
             os.setresuid(ALICE, ALICE, ALICE)
-            sock.sendall(b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/snd/pcm"}]}}\0')
+            sock.sendall(
+                b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/snd/pcm"}]}}\0'
+            )
             os._exit(0 if b"Denied" in sock.recv(65536) else 1)
         sock.close()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

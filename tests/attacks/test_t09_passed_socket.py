@@ -6,7 +6,7 @@ import os
 
 from harness import ALICE, BOB, MEM, Raw, node, outcome, running
 
-POLICY = f'version: 1\nusers: {{0: {{devices: [{{path: /dev/roots}}]}}, {BOB}: {{devices: [{{path: /dev/roots}}]}}}}\n'
+POLICY = f"version: 1\nusers: {{0: {{devices: [{{path: /dev/roots}}]}}, {BOB}: {{devices: [{{path: /dev/roots}}]}}}}\n"
 
 
 def _in_child(uid, client):
@@ -42,7 +42,9 @@ def test_half_a_message_of_root_is_not_finished_by_another(dev):
         if child == 0:
             os.setgroups([])
             os.setresuid(ALICE, ALICE, ALICE)
-            client.sock.sendall(b'll"}]}}\0{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/roots"}]}}\0')
+            client.sock.sendall(
+                b'll"}]}}\0{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/roots"}]}}\0'
+            )
             os._exit(0)
         os.waitpid(child, 0)
         assert client.reply() is None

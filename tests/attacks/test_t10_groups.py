@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from harness import ALICE, GROUP, MEM, OTHER_GROUP, ask, as_user, node, running
 
-POLICY = f'version: 1\ngroups: {{{GROUP}: {{devices: [{{path: /dev/x}}]}}}}\n'
+POLICY = f"version: 1\ngroups: {{{GROUP}: {{devices: [{{path: /dev/x}}]}}}}\n"
 MANY = list(range(52000, 52400))
 
 
@@ -22,7 +24,17 @@ MANY = list(range(52000, 52400))
         (GROUP, MANY, "granted"),
         (ALICE, [65534], "Denied"),
     ],
-    ids=["primary", "supplementary", "last of 400", "first of 401", "400 others", "none", "other", "primary and 400", "unmapped"],
+    ids=[
+        "primary",
+        "supplementary",
+        "last of 400",
+        "first of 401",
+        "400 others",
+        "none",
+        "other",
+        "primary and 400",
+        "unmapped",
+    ],
 )
 def test_the_kernels_groups_decide(dev, gid, groups, expected):
     node("/dev/x", MEM["zero"])
@@ -35,12 +47,12 @@ def test_a_group_that_was_renamed_after_the_load_keeps_its_number(dev, tmp_path)
 
     node("/dev/x", MEM["zero"])
     fake = tmp_path / "group"
-    fake.write_text(open("/etc/group").read() + f"fdbtest:x:{GROUP}:\n")
+    fake.write_text(Path("/etc/group").read_text() + f"fdbtest:x:{GROUP}:\n")
     harness.mount(str(fake), "/etc/group", "none", harness.MS_BIND)
     try:
         with running(POLICY.replace(str(GROUP), "fdbtest")) as broker:
             assert as_user(ALICE, [GROUP], ask, broker.socket, "/dev/x") == "granted"
-            fake.write_text(open("/etc/group").read().replace("fdbtest", "renamed"))
+            fake.write_text(Path("/etc/group").read_text().replace("fdbtest", "renamed"))
             assert as_user(ALICE, [GROUP], ask, broker.socket, "/dev/x") == "granted"
             broker.reload(POLICY.replace(str(GROUP), "fdbtest"))
             assert "unknown group 'fdbtest'" in broker.text()
@@ -55,8 +67,8 @@ def test_membership_nss_takes_the_databases_word(dev, tmp_path):
 
     node("/dev/x", MEM["zero"])
     groups, users = tmp_path / "group", tmp_path / "passwd"
-    groups.write_text(open("/etc/group").read() + f"fdbtest:x:{GROUP}:fdbalice\n")
-    users.write_text(open("/etc/passwd").read() + f"fdbalice:x:{ALICE}:{ALICE}::/:/bin/false\n")
+    groups.write_text(Path("/etc/group").read_text() + f"fdbtest:x:{GROUP}:fdbalice\n")
+    users.write_text(Path("/etc/passwd").read_text() + f"fdbalice:x:{ALICE}:{ALICE}::/:/bin/false\n")
     harness.mount(str(groups), "/etc/group", "none", harness.MS_BIND)
     harness.mount(str(users), "/etc/passwd", "none", harness.MS_BIND)
     try:

@@ -39,8 +39,23 @@ def test_a_command_gets_the_granted_descriptors_and_no_others(dev):
         with running(EVERYONE_NULL) as broker:
             result = subprocess.run(
                 [
-                    *(sys.executable, "-I", "-m", "fdbroker", "open", "--socket", broker.socket, "/dev/null", "/dev/null"),
-                    *("--", "sh", "-c", "ls /proc/$$/fd | tr '\\n' ' '; echo $LISTEN_FDS $LISTEN_FDNAMES $$ $LISTEN_PID"),
+                    *(
+                        sys.executable,
+                        "-I",
+                        "-m",
+                        "fdbroker",
+                        "open",
+                        "--socket",
+                        broker.socket,
+                        "/dev/null",
+                        "/dev/null",
+                    ),
+                    *(
+                        "--",
+                        "sh",
+                        "-c",
+                        "ls /proc/$$/fd | tr '\\n' ' '; echo $LISTEN_FDS $LISTEN_FDNAMES $$ $LISTEN_PID",
+                    ),
                 ],
                 capture_output=True,
                 text=True,

@@ -49,7 +49,12 @@ def _use(address):
         number = client.take()
         try:
             flags = fcntl.fcntl(number, fcntl.F_GETFL)
-            return [os.read(number, 8).hex(), os.write(number, b"abc"), flags & os.O_ACCMODE, bool(flags & os.O_NONBLOCK)]
+            return [
+                os.read(number, 8).hex(),
+                os.write(number, b"abc"),
+                flags & os.O_ACCMODE,
+                bool(flags & os.O_NONBLOCK),
+            ]
         finally:
             os.close(number)
 
@@ -119,7 +124,10 @@ def _batch(address, paths, access):
             return [outcome(reply), reply["parameters"]["resource"]["device"]]
         grants = reply["parameters"]["grants"]
         assert [grant["fileDescriptor"] for grant in grants] == list(range(len(paths)))
-        return [[grant["resource"]["device"], os.fstat(number).st_rdev] for grant, number in zip(grants, client.descriptors, strict=True)]
+        return [
+            [grant["resource"]["device"], os.fstat(number).st_rdev]
+            for grant, number in zip(grants, client.descriptors, strict=True)
+        ]
 
 
 def test_a_batch_of_64_comes_whole_and_in_order(broker):
@@ -245,9 +253,7 @@ def test_a_reload_that_needs_more_than_was_kept_is_refused_whole(dev):
     node("/dev/snd/pcm", MEM["zero"])
     with running(harness.EVERYONE_NULL) as broker:
         assert harness.status_of(broker.pids["opener"])["CapPrm"] == "0" * 16
-        broker.reload(
-            'version: 1\neveryone: {devices: [{path: "/dev/snd/*", access: rw}]}\n'
-        )
+        broker.reload('version: 1\neveryone: {devices: [{path: "/dev/snd/*", access: rw}]}\n')
         assert "CAP_DAC_OVERRIDE" in broker.text()
         assert "restart" in broker.text()
         assert ask(broker.socket, "/dev/null") == "granted"

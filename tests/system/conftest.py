@@ -80,13 +80,13 @@ def boot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
 
 @pytest.fixture(scope="session")
 def nspawn(boot: Callable[..., Facts]) -> Callable[..., Facts]:
-    """Boot systemd with what scripts/install installs; `nspawn(script)` runs a script of inside/ there."""
+    """Boot systemd with what scripts/install installs; `nspawn(script, …)` runs a script of inside/ there."""
     if shutil.which("systemd-nspawn") is None:
         unavailable("no systemd-nspawn: install the package systemd-container")
 
-    def run(script: str) -> Facts:
-        inside = shlex.quote(str(Path(__file__).parent / "inside" / script))
-        return boot("nspawn", f"scripts/install\nexec /opt/fdbroker/bin/python3 -B {inside}", 90)
+    def run(script: str, *arguments: str | Path) -> Facts:
+        words = shlex.join(map(str, ("/opt/fdbroker/bin/python3", "-B", f"tests/system/inside/{script}", *arguments)))
+        return boot("nspawn", f"scripts/install\nexec {words}", 120)
 
     return run
 
@@ -102,7 +102,7 @@ def vm(boot: Callable[..., Facts]) -> Callable[..., Facts]:
         # where every user can read it, wherever the checkout lies
         program = "mkdir /run/program\nmount --bind . /run/program\nexport PYTHONPATH=/run/program"
         inside = f"exec /run/program/.venv/bin/python /run/program/tests/system/inside/{script}"
-        return boot("vm", f"{program}\n{inside}", 100, KDIR=str(CACHE / "kernel"))
+        return boot("vm", f"{program}\n{inside}", 240, KDIR=str(CACHE / "kernel"))
 
     return run
 

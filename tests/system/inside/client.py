@@ -1,6 +1,6 @@
 """A program without rights: tries to open a node itself, then by the broker, and says what it can do with it.
 
-    client.py PATH ACCESS
+client.py PATH ACCESS
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ def report(steps: Iterable[Step]) -> None:
             file.write(json.dumps(facts) + "\n")
 
 
-def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, whatever that is."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+def run(*command: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, whatever that is unless `check`."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=check)
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

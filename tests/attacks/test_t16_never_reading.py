@@ -1,0 +1,84 @@
+"""T16: a client that never reads its grants."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+
+from harness import ALICE, BOB, EVERYONE_NULL, Raw, ask, as_user, outcome, running
+
+CALL = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/null"}]}}\0'
+
+
+def _flood(address, count):
+    """Ask without reading, then read what came: the outcomes in order."""
+    with Raw(address) as client:
+        for _ in range(count):
+            with contextlib.suppress(OSError):
+                client.sock.sendall(CALL)
+        time.sleep(0.5)
+        got = []
+        while (reply := client.reply()) is not None:
+            got.append(outcome(reply))
+            if len(got) == count:
+                break
+        return got
+
+
+def _ask_20(address):
+    return [ask(address, "/dev/null") for _ in range(20)]
+
+
+def test_it_gets_so_many_and_is_closed_and_others_get_theirs(dev):
+    with running(EVERYONE_NULL) as broker:
+        assert as_user(ALICE, [], _flood, broker.socket, 32) == ["granted"] * 32
+        got = as_user(ALICE, [], _flood, broker.socket, 100)
+        assert got[:32] == ["granted"] * 32
+        assert got[32:] in ([], ["ClientNotReading"])
+        broker.wait_for("too many grants wait unread")
+        with Raw(broker.socket) as silent:
+            for _ in range(100):
+                with contextlib.suppress(OSError):
+                    silent.sock.sendall(CALL)
+            assert as_user(BOB, [], _ask_20, broker.socket) == ["granted"] * 20
+        broker.wait_idle()
+
+
+def test_what_waits_on_one_connection_counts_for_the_users_others(dev):
+    with running(EVERYONE_NULL + "limits: {unread_grants: 2}\n") as broker:
+        with Raw(broker.socket) as silent, Raw(broker.socket) as other:
+            silent.sock.sendall(CALL * 2)
+            broker.wait_for("granted")
+            time.sleep(0.1)
+            reply = other.open("/dev/null")
+            assert outcome(reply) == "QuotaExceeded"
+            assert reply["parameters"] == {"limit": "unread_grants", "maximum": 2}
+            assert outcome(silent.reply()) == "granted"
+            assert outcome(silent.reply()) == "granted"
+            assert outcome(other.open("/dev/null")) == "granted"
+
+
+def test_a_client_that_reads_may_pipeline_without_end(dev):
+    def pipeline(address):
+        with Raw(address) as client:
+            client.sock.sendall(CALL * 8)
+            for _ in range(400):
+                assert outcome(client.reply()) == "granted"
+                os.close(client.take())
+                client.sock.sendall(CALL)
+            return True
+
+    with running(EVERYONE_NULL) as broker:
+        assert as_user(ALICE, [], pipeline, broker.socket)
+
+
+def test_descriptors_in_flight_are_freed_when_it_goes(dev):
+    with running(EVERYONE_NULL + "limits: {unread_grants: 1024}\n") as broker:
+        for _ in range(5):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(broker.socket)
+                sock.sendall(CALL * 100)
+        broker.wait_idle()
+        assert ask(broker.socket, "/dev/null") == "granted"

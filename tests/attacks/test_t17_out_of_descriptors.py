@@ -1,0 +1,88 @@
+"""T17: running out of descriptors at accept ends or spins the service."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import time
+
+import harness
+from harness import EVERYONE_NULL, Raw, ask, outcome, running
+
+from fdbroker import limits
+from fdbroker.opener.accept import Acceptor, OutOfDescriptors
+
+
+def _cpu_s(pid):
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def test_accepting_pauses_nothing_spins_and_service_comes_back(dev):
+    maximum = limits.DESCRIPTORS_RESERVED + 30
+    with running(EVERYONE_NULL + "limits: {connections: 20000}\n", descriptors=maximum) as broker:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Raw(broker.socket)) for _ in range(60)]
+            outcomes = [outcome(client.open("/dev/null")) for client in clients[:30]]
+            assert outcomes == ["granted"] * 30
+            broker.wait_for("no descriptors left")
+            assert outcome(clients[30].reply()) == "QuotaExceeded"
+            before = {name: _cpu_s(pid) for name, pid in broker.pids.items()}
+            time.sleep(1)
+            for name, pid in broker.pids.items():
+                assert _cpu_s(pid) - before[name] < 0.5, name
+            assert outcome(clients[0].open("/dev/null")) == "granted"
+        deadline = time.monotonic() + 20
+        while ask(broker.socket, "/dev/null") != "granted":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        broker.wait_idle()
+
+
+def test_at_emfile_the_reserve_says_the_refusal():
+    def starve(path):
+        with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+            listener.bind(path)
+            listener.listen()
+            listener.setblocking(False)
+            acceptor = Acceptor(listener)
+            client.connect(path)
+            soft = max(map(int, os.listdir("/proc/self/fd"))) + 1
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
+            held = []
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.dup(0))
+            refused = 0
+            try:
+                acceptor.accept()
+            except OutOfDescriptors:
+                refused += 1
+            text = client.recv(1000).decode()
+            for number in held:
+                os.close(number)
+            return [refused, text, acceptor.accept() is None]
+
+    with harness.folder() as where:
+        refused, text, nobody_waits = harness.as_user(os.getuid(), [], starve, str(where / "s"), gid=os.getgid())
+    assert refused == 1
+    assert "QuotaExceeded" in text
+    assert '"descriptors"' in text
+    assert nobody_waits
+
+
+def test_the_refusal_is_said(dev):
+    with running(EVERYONE_NULL + "limits: {connections: 3}\n") as broker, contextlib.ExitStack() as stack:
+        held = [stack.enter_context(Raw(broker.socket)) for _ in range(3)]
+        assert [outcome(client.open("/dev/null")) for client in held] == ["granted"] * 3
+        with Raw(broker.socket) as refused:
+            reply = refused.open("/dev/null")
+            assert outcome(reply) == "QuotaExceeded"
+            assert reply["parameters"] == {"limit": "connections", "maximum": 3}
+            assert refused.reply() is None
+        held[0].close()
+        time.sleep(0.2)
+        assert ask(broker.socket, "/dev/null") == "granted"

@@ -1,0 +1,101 @@
+"""Inside the virtual machine: a broker started by hand, real sound and input devices, users without rights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from steps import GROUP, MEMBER, OTHER, as_user, outcome, report, run, wait_for
+
+HERE = Path(__file__).parent
+PYTHON = sys.executable
+FDBROKER = (PYTHON, "-m", "fdbroker")
+SOCKET = "/run/fdbroker/socket"
+POLICY = f"""\
+version: 1
+groups:
+  {GROUP}:
+    devices:
+      - {{path: "/dev/snd/pcmC*D*[pc]", access: rw, class: sound, device: "116:*"}}
+      - {{path: "/dev/input/event*", access: ro, class: input, device: "13:*"}}
+"""
+MAY_CONNECT = 4100  # the group of the socket
+children: list[subprocess.Popen[str]] = []
+
+
+def member(*command: str) -> tuple[str, ...]:
+    return (*as_user(MEMBER, [GROUP, MAY_CONNECT]), *command)
+
+
+def said(command: tuple[str, ...]) -> dict[str, Any]:
+    done = run(*command)
+    return {**outcome(done), **(json.loads(done.stdout) if done.returncode == 0 else {})}
+
+
+def started() -> dict[str, Any]:
+    os.mkdir("/run/fdbroker", 0o755)
+    policy = Path("/run/fdbroker/policy.yaml")
+    policy.write_text(POLICY)
+    words = ("serve", "--policy", str(policy), "--socket", SOCKET, "--group", str(MAY_CONNECT))
+    # its records, which go to standard error where there is no journal
+    with Path("/lab/out/broker").open("w") as records:
+        children.append(subprocess.Popen((*FDBROKER, *words), stderr=records, text=True))
+    wait_for("its socket", lambda: "serving with" in Path("/lab/out/broker").read_text(), 40)
+    return {
+        "kernel": os.uname().release,
+        "devices": {path: oct(os.stat(path).st_mode) for path in ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D1c")},
+    }
+
+
+def sound() -> dict[str, Any]:
+    """What goes into the loopback's one end is heard at its other."""
+    resources = ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D1c")
+    return said(member(*FDBROKER, "open", *resources, "--access", "rw", "--", PYTHON, "-I", str(HERE / "tone.py")))
+
+
+def sound_refused() -> dict[str, Any]:
+    return {
+        "itself": said(member("dd", "if=/dev/snd/pcmC0D1c", "count=0")),
+        "control": said(member(*FDBROKER, "open", "/dev/snd/controlC0")),
+    }
+
+
+def keyboard() -> dict[str, Any]:
+    """A keyboard types a, b, c, while a user reads it through a granted descriptor."""
+    import evdev  # after the broker's start: here this takes seconds
+
+    keys = (evdev.ecodes.KEY_A, evdev.ecodes.KEY_B, evdev.ecodes.KEY_C)
+    with evdev.UInput({evdev.ecodes.EV_KEY: keys}, name="lab keyboard") as made:
+        node = made.device.path
+        command = member(*FDBROKER, "open", node, "--", PYTHON, "-I", str(HERE / "keys.py"), str(len(keys)))
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+            first = reader.stdout.readline()  # it has the descriptor
+            for key in keys:
+                for value in (1, 0):
+                    made.write(evdev.ecodes.EV_KEY, key, value)
+                    made.syn()
+            out, error = reader.communicate(timeout=20)
+        return {
+            "node": oct(os.stat(node).st_mode),
+            "typed": list(keys),
+            "reader": json.loads(first) if first else error,
+            "read": json.loads(out) if out else error,
+            "itself": said(member("dd", f"if={node}", "count=0")),
+            "other": said((*as_user(OTHER, [MAY_CONNECT]), *FDBROKER, "open", node)),
+            "write": said(member(*FDBROKER, "open", node, "--access", "rw")),
+        }
+
+
+def stopped() -> dict[str, Any]:
+    (broker,) = children
+    broker.send_signal(signal.SIGTERM)
+    code = broker.wait(10)
+    return {"code": code, "socket": os.path.exists(SOCKET), "records": Path("/lab/out/broker").read_text()}
+
+
+report([started, sound, sound_refused, keyboard, stopped])

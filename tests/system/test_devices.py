@@ -1,0 +1,74 @@
+"""Real sound and input devices, in a virtual machine with Linux 6.1, through a broker that was started by hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.lab
+
+MEMBER = 4001
+
+
+@pytest.fixture(scope="module")
+def facts(vm: Callable[..., Any]) -> Any:
+    return vm("devices.py")
+
+
+def test_started(facts):
+    """It starts on a kernel without SO_PEERPIDFD and SO_PASSRIGHTS, without its system users and without a journal."""
+    assert tuple(map(int, facts["started"]["kernel"].split(".")[:2])) < (6, 5)
+
+
+def test_nodes(facts):
+    """Only root may open the nodes that the other tests are about."""
+    assert set(facts["started"]["devices"].values()) == {"0o20600"}
+    assert facts["keyboard"]["node"] == "0o20600"
+    assert facts["sound_refused"]["itself"]["code"] != 0
+    assert facts["keyboard"]["itself"]["code"] != 0
+
+
+def test_sound(facts):
+    """A tone that a user plays through one granted descriptor is recorded, with its pitch, through another."""
+    found = facts["sound"]
+    assert found["code"] == 0, found["stderr"]
+    assert found["uid"] == MEMBER
+    assert found["hertz"] == pytest.approx(1000, rel=0.01)
+    assert found["loudest"] == pytest.approx(12000, rel=0.05)
+
+
+def test_sound_refused(facts):
+    """Another node of the same card, which no rule names, is denied."""
+    assert facts["sound_refused"]["control"]["code"] == 77
+
+
+def test_keyboard(facts):
+    """A user reads which keys are pressed through a granted descriptor."""
+    found = facts["keyboard"]
+    assert found["reader"]["name"] == "lab keyboard"
+    assert found["reader"]["uid"] == MEMBER
+    assert found["read"] == found["typed"]
+
+
+def test_keyboard_read_only(facts):
+    """Asked for ro, the descriptor is read-only; rw is more than the rule gives."""
+    found = facts["keyboard"]
+    assert found["reader"]["access"] == os.O_RDONLY
+    assert found["write"]["code"] == 77
+
+
+def test_keyboard_other(facts):
+    """Another user, who may connect as well, is denied."""
+    assert facts["keyboard"]["other"]["code"] == 77
+
+
+def test_stopped(facts):
+    """SIGTERM ends it with 0, its socket is removed, and every grant stands in the record."""
+    found = facts["stopped"]
+    assert found["code"] == 0
+    assert found["socket"] is False
+    for resource in ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D1c", "/dev/input/event"):
+        assert f'"FDBROKER_RESOURCE": "{resource}' in found["records"]

@@ -1,0 +1,69 @@
+"""scripts/install into a folder: nothing of this machine changes, and no right is needed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fdbroker
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def install(folder: Path) -> set[str]:
+    subprocess.run([CHECKOUT / "scripts/install", folder], check=True)
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("root")
+    return folder, install(folder)
+
+
+def test_places(installed):
+    """Every file has its place, as hier(7) and systemd want it."""
+    _, files = installed
+    outside = {file for file in files if not file.startswith("opt/fdbroker/")}
+    examples = {f"usr/share/doc/fdbroker/examples/{file.name}" for file in (CHECKOUT / "policy/examples").iterdir()}
+    assert outside == examples | {
+        "etc/fdbroker/policy.yaml",
+        "usr/bin/fdbroker",
+        "usr/lib/systemd/system/fdbroker.service",
+        "usr/lib/systemd/system/fdbroker.socket",
+        "usr/lib/sysusers.d/fdbroker.conf",
+        "usr/lib/tmpfiles.d/fdbroker.conf",
+    }
+
+
+def test_program(installed):
+    """The program starts isolated from the environment, and what it imports is complete and its own."""
+    folder, _ = installed
+    assert (folder / "usr/bin/fdbroker").read_text().startswith("#!/opt/fdbroker/bin/python3 -I\n")
+    python = folder / "opt/fdbroker/bin/python3"
+    program = (
+        "import fdbroker.launcher.service, fdbroker.opener.service, fdbroker.cli.commands; print(fdbroker.__file__)"
+    )
+    found = subprocess.run([python, "-I", "-B", "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.startswith(f"{folder}/opt/fdbroker/lib/")
+    version = subprocess.run(
+        [python, "-I", "-B", "-m", "fdbroker", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    assert fdbroker.__version__ in version
+
+
+def test_nobody_else_writes(installed):
+    """None of it may be written by a group or by others."""
+    folder, files = installed
+    assert not [file for file in files if (folder / file).lstat().st_mode & 0o022 and not (folder / file).is_symlink()]
+
+
+def test_again(installed):
+    """Installed again, it is the same, and the admin's policy is as it was."""
+    folder, files = installed
+    policy = folder / "etc/fdbroker/policy.yaml"
+    policy.write_text("version: 1 # mine\n")
+    assert install(folder) == files
+    assert policy.read_text() == "version: 1 # mine\n"
