@@ -113,7 +113,7 @@ def decode_call(message: bytes) -> Call:
         if member not in _CALL_MEMBERS:
             raise invalid_parameter(member)
     for flag in ("oneway", "more", "upgrade"):
-        if not isinstance(value.get(flag) or False, bool):
+        if not isinstance(value.get(flag), bool | None):
             raise invalid_parameter(flag)
     if value.get("upgrade"):
         raise invalid_parameter("upgrade")
@@ -153,10 +153,14 @@ def encode_error(name: str, parameters: dict[str, Any]) -> bytes:
 def decode_reply(message: bytes) -> Reply:
     """One message of the broker. Raises ProtocolViolation when it is no reply."""
     value = _object(message)
-    parameters, error, continues = value.get("parameters") or {}, value.get("error") or "", value.get("continues")
-    if not isinstance(parameters, dict) or not isinstance(error, str) or not isinstance(continues or False, bool):
+    parameters, error, continues = value.get("parameters"), value.get("error"), value.get("continues")
+    if (
+        not isinstance(parameters, dict | None)
+        or not isinstance(error, str | None)
+        or not isinstance(continues, bool | None)
+    ):
         raise ProtocolViolation("a reply with members of the wrong type")
-    return Reply(parameters, error, bool(continues))
+    return Reply(parameters or {}, error or "", bool(continues))
 
 
 def _shipped(name: str) -> str:

@@ -43,9 +43,8 @@ def test_program(installed):
     folder, _ = installed
     assert (folder / "usr/bin/fdbroker").read_text().startswith("#!/opt/fdbroker/bin/python3 -I\n")
     python = folder / "opt/fdbroker/bin/python3"
-    program = (
-        "import fdbroker.launcher.service, fdbroker.opener.service, fdbroker.cli.commands; print(fdbroker.__file__)"
-    )
+    modules = "fdbroker.launcher.service, fdbroker.opener.service, fdbroker.inbox.service, fdbroker.cli.commands"
+    program = f"import {modules}; print(fdbroker.__file__)"
     found = subprocess.run([python, "-I", "-B", "-c", program], capture_output=True, text=True, check=True).stdout
     assert found.startswith(f"{folder}/opt/fdbroker/lib/")
     version = subprocess.run(

@@ -35,6 +35,7 @@ def test_install(facts):
 def test_activation(facts):
     """Nothing runs before the first client connects; that one, and its first message, is served."""
     found = facts["activation"]
+    assert found["enabled"]["code"] == 0, found["enabled"]["stderr"]
     assert found["socket"] == [0, "fdbroker", "0o140660"]
     assert found["before"] == {"ActiveState": "inactive", "MainPID": "0"}
     assert found["ping"]["code"] == 0, found["ping"]["stderr"]
@@ -147,6 +148,11 @@ def test_confined(facts, name):
         assert int(status[field], 16) == 0, field
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
+
+
+def test_landlocked(facts):
+    """The unit does not keep the processes from confining themselves: none says that it is without Landlock."""
+    assert "Landlock" not in facts["confinement"]["said"]
 
 
 def test_capabilities(facts):

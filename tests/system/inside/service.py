@@ -122,12 +122,13 @@ def activation() -> dict[str, Any]:
         os.unlink("/dev/net/tun")
     make_node("/dev/net/tun", 10, 200)
     write_policy(RULES)
-    run("systemctl", "start", "fdbroker.socket")
+    enabled = outcome(run("systemctl", "enable", "--now", "fdbroker.socket"))
     made = os.stat(SOCKET)
     before = show("ActiveState", "MainPID")
     began_s = time.monotonic()
     ping = outcome(run(*member("fdbroker", "ping", "--json")))
     return {
+        "enabled": enabled,
         "socket": [made.st_uid, grp.getgrgid(made.st_gid).gr_name, oct(made.st_mode)],
         "before": before,
         "ping": ping,
@@ -172,6 +173,7 @@ def journal() -> dict[str, Any]:
 def confinement() -> dict[str, Any]:
     return {
         "processes": {name: status_of(pid) for name, pid in processes().items()},
+        "said": "\n".join(messages()),
         "uids": {name: pwd.getpwnam(f"fdbroker-{name}").pw_uid for name in ("opener", "inbox")},
     }
 

@@ -1,0 +1,202 @@
+"""The inbox's loop with a scripted opener: order of answers, half messages, clients that do not read, draining."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from fdbroker.errors import ClientNotReading, Denied
+from fdbroker.inbox.service import Inbox
+from fdbroker.kernel import sockets
+from fdbroker.kernel.link import Link
+from fdbroker.terms import Offer
+from fdbroker.wire import link
+
+OPEN = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/x"}]}}\0'
+INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
+LIST = b'{"method":"io.fdbroker.Broker.List","more":true}\0'
+
+
+class Opener:
+    """Plays the opener and the launcher, by hand."""
+
+    def __init__(self):
+        pair = lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        (self.launcher, launcher_end), (self.sock, opener_end) = pair(), pair()
+        self.sock.settimeout(5)
+        self.launcher.settimeout(5)
+        self.inbox = Inbox(Link(launcher_end), Link(opener_end))
+        self.error = None
+        self.thread = threading.Thread(target=self._run)
+        self.ends = [launcher_end, opener_end]
+        self.number = 0
+
+    def _run(self):
+        try:
+            self.inbox.serve()
+        except Exception as error:
+            self.error = error
+
+    def client(self):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        sockets.ask_credentials(theirs)
+        ours.settimeout(5)
+        self.number += 1
+        socket.send_fds(self.sock, [link.encode_connected(self.number, os.getuid())], [theirs.fileno()])
+        theirs.close()
+        return ours
+
+    def next(self):
+        return link.decode(link.INBOX_TO_OPENER, self.sock.recv(200000))
+
+    def send(self, data):
+        self.sock.send(data)
+
+
+@contextmanager
+def inbox():
+    opener = Opener()
+    opener.thread.start()
+    assert opener.launcher.recv(10) == link.READY
+    try:
+        yield opener
+    finally:
+        opener.launcher.close()
+        opener.thread.join(5)
+        opener.sock.close()
+        for end in opener.ends:
+            end.close()
+        for client in list(opener.inbox._by_number.values()):
+            client.sock.close()
+        opener.inbox._epoll.close()
+        assert not opener.thread.is_alive()
+
+
+def replies(sock, count):
+    data = b""
+    while data.count(b"\0") < count:
+        piece = sock.recv(65536)
+        if not piece:
+            break
+        data += piece
+    return [json.loads(message) for message in data.split(b"\0")[:-1]]
+
+
+def test_nothing_is_written_between_a_question_and_its_outcome():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(INFO + OPEN + INFO + OPEN + INFO)
+        assert len(replies(client, 1)) == 1
+        assert isinstance(opener.next(), link.Open)
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(5)
+        opener.send(link.encode_outcome(1, Denied("x", index=0)))
+        got = replies(client, 2)
+        assert [reply.get("error", "").rpartition(".")[2] for reply in got] == ["Denied", ""]
+        assert isinstance(opener.next(), link.Open)
+        opener.send(link.encode_outcome(1, None))  # the opener wrote that answer itself
+        assert "parameters" in replies(client, 1)[0]
+
+
+def test_an_outcome_for_a_client_that_is_gone_is_dropped():
+    with inbox() as opener:
+        client = opener.client()
+        client.sendall(OPEN)
+        assert isinstance(opener.next(), link.Open)
+        client.close()
+        assert opener.next() == link.Closed(1, 0)
+        opener.send(link.encode_outcome(1, None))
+        with opener.client() as other:
+            other.sendall(INFO)
+            assert replies(other, 1)
+        assert opener.error is None
+
+
+def test_client_not_reading_closes_after_the_answer():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(OPEN + OPEN)
+        opener.next()
+        opener.send(link.encode_outcome(1, ClientNotReading()))
+        assert replies(client, 1)[0]["error"].endswith("ClientNotReading")
+        assert client.recv(1) == b""
+        assert opener.next() == link.Closed(1, 0)
+
+
+def test_a_listing_goes_on_until_the_client_ends_it():
+    with inbox() as opener:
+        client = opener.client()
+        client.sendall(LIST)
+        assert opener.next() == link.List(1, True)
+        for count in (0, 9, 20):
+            for part in link.split_offers(1, [Offer("/dev/x", "ro", "f:1")] * count):
+                opener.send(part)
+            (reply,) = replies(client, 1)
+            assert reply["continues"]
+            assert len(reply["parameters"]["resources"]) == count
+        client.close()
+        assert opener.next() == link.Closed(1, 0)
+
+
+def test_who_does_not_read_its_listings_is_closed():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(LIST)
+        opener.next()
+        offers = [Offer("/dev/" + "x" * 200, "ro", "f:1")] * 800
+        opener.sock.settimeout(None)
+        messages = [part for _ in range(8) for part in link.split_offers(1, offers)]
+        sender = threading.Thread(target=lambda: [opener.send(part) for part in messages])
+        sender.start()
+        assert link.decode(link.INBOX_TO_OPENER, opener.sock.recv(100)) == link.Closed(1, 4)
+        sender.join(5)
+
+
+def test_draining_answers_what_is_in_flight_and_ends():
+    with inbox() as opener, opener.client() as idle, opener.client() as busy, opener.client() as asking:
+        busy.sendall(OPEN)
+        assert opener.next().connection == 2
+        asking.sendall(INFO)
+        opener.send(link.DRAIN)
+        assert idle.recv(1) == b""
+        assert len(replies(asking, 1)) == 1
+        opener.send(link.encode_outcome(2, Denied("x", index=0)))
+        assert replies(busy, 1)[0]["error"].endswith("Denied")
+        left = [opener.next() for _ in range(4)]
+        assert {message.connection for message in left[:3]} == {1, 2, 3}
+        assert left[3] == link.Drained()
+        opener.thread.join(5)
+        assert not opener.thread.is_alive()
+
+
+def test_two_messages_at_once_and_a_message_in_two_pieces():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(INFO + INFO[:10])
+        assert len(replies(client, 1)) == 1
+        client.sendall(INFO[10:])
+        assert len(replies(client, 1)) == 1
+
+
+def test_a_flood_of_pings_is_answered_whole_and_others_are_served_between():
+    with inbox() as opener, opener.client() as client, opener.client() as other:
+        count = 8000
+        sender = threading.Thread(target=client.sendall, args=(b"\0\0\0\4PING" * count,))
+        sender.start()
+        other.sendall(INFO)
+        assert replies(other, 1)
+        data = b""
+        while len(data) < 8 * count:
+            data += client.recv(65536)
+        sender.join(5)
+        assert data == b"\0\0\0\4PONG" * count
+
+
+def test_a_broken_opener_is_noticed():
+    with inbox() as opener:
+        opener.send(b"\xff")
+        opener.thread.join(5)
+        assert "unknown message type" in str(opener.error)

@@ -1,0 +1,227 @@
+"""The opener's loop with a scripted inbox: what a taken-over inbox can and cannot make it do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fdbroker.errors import LinkViolation
+from fdbroker.kernel.capabilities import Bracket
+from fdbroker.kernel.link import Link
+from fdbroker.launcher import start
+from fdbroker.opener.audit import Audit
+from fdbroker.opener.open import Nodes
+from fdbroker.opener.service import Opener
+from fdbroker.policy.compile import load_policy
+from fdbroker.policy.compiled import to_bytes
+from fdbroker.terms import Resource
+from fdbroker.wire import link
+
+POLICY = "version: 1\neveryone: {devices: [{path: /dev/null, access: rw}]}\n"
+
+
+class World:
+    """Plays the launcher, the inbox and the clients."""
+
+    def __init__(self, folder: Path):
+        pair = lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        (self.launcher, launcher_end), (self.inbox, inbox_end) = pair(), pair()
+        self.launcher.settimeout(5)
+        self.inbox.settimeout(5)
+        self.journal, journal_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.path = str(folder / "s")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.path)
+        listener.listen()
+        listener.setblocking(False)
+        self.file = folder / "policy.yaml"
+        policy = self.policy(POLICY)
+        self.nodes = Nodes(Bracket(frozenset()))
+        self.opener = Opener(listener, Link(launcher_end), Link(inbox_end), policy, self.nodes, Audit(journal_end))
+        self.ends = [launcher_end, inbox_end, journal_end, listener]
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.clients: list[socket.socket] = []
+
+    def policy(self, text):
+        self.file.write_text(text)
+        return load_policy(str(self.file), trusted=False).policy
+
+    def _run(self):
+        try:
+            self.opener.serve()
+        except BaseException as error:
+            self.error = error
+
+    def connect(self):
+        """A client, its number and uid as the inbox hears them, and the inbox's copy of its socket."""
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(5)
+        client.connect(self.path)
+        data, (number,), _, _ = socket.recv_fds(self.inbox, 1000, 2)
+        copy = socket.socket(fileno=number)
+        self.clients += [client, copy]
+        return client, link.decode(link.OPENER_TO_INBOX, data)
+
+    def hear(self):
+        return link.decode(link.OPENER_TO_INBOX, self.inbox.recv(200000))
+
+    def violated(self):
+        self.thread.join(5)
+        assert isinstance(self.error, LinkViolation), self.error
+        return str(self.error)
+
+
+@contextmanager
+def world(tmp_path):
+    one = World(tmp_path)
+    one.thread.start()
+    assert one.launcher.recv(10) == link.READY
+    try:
+        yield one
+    finally:
+        one.launcher.close()
+        one.thread.join(5)
+        assert not one.thread.is_alive()
+        for sock in (one.inbox, one.journal, *one.ends, *one.clients):
+            sock.close()
+        opener = one.opener
+        for connection in opener._connections.values():
+            connection.sock.close()
+        if opener._acceptor is not None:
+            opener._acceptor.close()
+        opener._epoll.close()
+        for number in (
+            opener._inotify,
+            opener._identifier._proc,
+            one.nodes._dev,
+            one.nodes._proc_self_fd,
+            one.nodes._sys_dev,
+        ):
+            os.close(number)
+
+
+def test_a_grant_goes_to_the_client_and_its_outcome_to_the_inbox(tmp_path):
+    with world(tmp_path) as one:
+        client, connected = one.connect()
+        assert connected.uid == os.getuid()
+        one.inbox.send(link.encode_open(connected.connection, [Resource("/dev/null", "rw")]))
+        data, (number,), _, _ = socket.recv_fds(client, 65536, 2)
+        assert json.loads(data[:-1])["parameters"]["grants"][0]["rdev"] == "1:3"
+        os.close(number)
+        assert one.hear() == link.Outcome(connected.connection, None)
+        assert b"granted rw /dev/null" in one.journal.recv(65536)
+
+
+def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tmp_path):
+    with world(tmp_path) as one:
+        client, connected = one.connect()
+        one.ends[2].setblocking(False)
+        try:
+            while True:
+                one.ends[2].send(b"x" * 1000)
+        except BlockingIOError:
+            pass
+        one.inbox.send(link.encode_open(connected.connection, [Resource("/dev/null", "rw")]))
+        outcome = one.hear()
+        assert type(outcome.refusal).__name__ == "RateLimited"
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([b"\xff"], "unknown message type"),
+        ([b""], "the inbox is gone"),
+        ([link.STOP], "unknown message type"),
+        ([link.encode_open(99, [Resource("/dev/null", "ro")])], "does not exist"),
+        ([link.encode_list(99, watch=False)], "does not exist"),
+        ([link.encode_closed(99, 0)], "does not exist"),
+        ([link.encode_closed(1, 0), link.encode_closed(1, 0)], "does not exist"),
+        ([link.encode_closed(1, 0), link.encode_open(1, [Resource("/dev/null", "ro")])], "does not exist"),
+        ([link.encode_list(1, watch=True), link.encode_list(1, watch=True)], "which is watching"),
+        ([link.encode_list(1, watch=True), link.encode_open(1, [Resource("/dev/null", "ro")])], "which is watching"),
+        ([link.DRAINED], "without being told"),
+        ([b"x" * 140000], "at most 131072"),
+        ([link.encode_open(1, [Resource("/dev/null", "ro")])[:-1]], "cut at"),
+        ([link.encode_open(1, [Resource("/dev/null", "ro")]) + b"x"], "too many"),
+    ],
+    ids=range(14),
+)
+def test_an_inbox_that_breaks_its_rules_ends_the_service(tmp_path, messages, why):
+    with world(tmp_path) as one:
+        one.connect()
+        for message in messages:
+            one.inbox.send(message) if message else one.inbox.shutdown(socket.SHUT_RDWR)
+        assert why in one.violated()
+
+
+def test_an_inbox_gets_no_descriptor_and_no_other_identity(tmp_path):
+    """It may ask in the name of a client that is connected; then that client gets the answer, and it the outcome."""
+    with world(tmp_path) as one:
+        _, first = one.connect()
+        other, second = one.connect()
+        one.inbox.send(link.encode_open(second.connection, [Resource("/dev/null", "ro"), Resource("/dev/zero", "ro")]))
+        assert type(one.hear().refusal).__name__ == "Denied"
+        one.inbox.send(link.encode_open(second.connection, [Resource("/dev/null", "ro")]))
+        data, numbers, _, _ = socket.recv_fds(one.inbox, 1000, 5)
+        assert not numbers
+        assert link.decode(link.OPENER_TO_INBOX, data) == link.Outcome(second.connection, None)
+        _, numbers, _, _ = socket.recv_fds(other, 65536, 5)
+        assert len(numbers) == 1
+        os.close(numbers[0])
+        assert first.connection != second.connection
+
+
+def test_descriptors_that_the_inbox_sends_are_not_taken(tmp_path):
+    with world(tmp_path) as one:
+        _, connected = one.connect()
+        before = len(os.listdir("/proc/self/fd"))
+        message = link.encode_open(connected.connection, [Resource("/dev/zero", "ro")])
+        for _ in range(20):
+            socket.send_fds(one.inbox, [message], [one.journal.fileno()] * 5)
+            assert type(one.hear().refusal).__name__ == "Denied"
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_new_policy_holds_from_the_next_request_on(tmp_path):
+    with world(tmp_path) as one:
+        _, connected = one.connect()
+        policy = one.policy("version: 1\n")
+        memfd = start.memfd("policy", to_bytes(policy))
+        socket.send_fds(one.launcher, [link.encode_policy(2)], [memfd])
+        os.close(memfd)
+        assert link.decode(link.CHILD_TO_LAUNCHER, one.launcher.recv(100)) == link.Applied(2)
+        one.inbox.send(link.encode_open(connected.connection, [Resource("/dev/null", "ro")]))
+        assert type(one.hear().refusal).__name__ == "Denied"
+
+
+def test_stop_drains_the_inbox_and_ends_in_order(tmp_path):
+    with world(tmp_path) as one:
+        _, connected = one.connect()
+        one.launcher.send(link.STOP)
+        assert one.hear() == link.Drain()
+        with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+            late.connect(one.path)
+        one.inbox.send(link.encode_closed(connected.connection, 0))
+        one.inbox.send(link.DRAINED)
+        one.inbox.close()
+        one.thread.join(5)
+        assert not one.thread.is_alive()
+        assert one.error is None
+
+
+def test_one_ping_speaks_for_both(tmp_path):
+    with world(tmp_path) as one:
+        one.launcher.send(link.PING)
+        assert one.hear() == link.Ping()
+        one.inbox.send(link.PONG)
+        assert one.launcher.recv(10) == link.PONG

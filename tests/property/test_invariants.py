@@ -1,0 +1,245 @@
+"""Invariants, over what hypothesis thinks of."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fdbroker.errors import FdbrokerError, LinkViolation, ProtocolViolation
+from fdbroker.inbox import dispatch
+from fdbroker.policy.compiled import Policy, from_bytes, to_bytes
+from fdbroker.policy.decide import decide, view
+from fdbroker.policy.load import parse
+from fdbroker.policy.paths import dangerous_name, glob_error, is_dangerous, is_device_path, matcher
+from fdbroker.terms import DenyRule, Resource, Rule, Subject
+from fdbroker.wire import link, varlink
+from fdbroker.wire.frame import FrameReader
+from fdbroker.wire.journal import encode_fields, escaped
+
+NAME = st.text("abc*?[]-!x1", min_size=1, max_size=8)
+PATHS = st.lists(
+    st.sampled_from(["a", "ab", "b", "abc", "x1", "..", ".", "", "tty0", "mem"]), min_size=1, max_size=3
+).map(lambda names: "/dev/" + "/".join(names))
+IDS = st.sampled_from([0, 1, 2, 3, 65534, 0xFFFFFFFF])
+
+
+@given(st.binary(max_size=200))
+def test_whatever_a_link_says_is_a_message_or_a_violation(data):
+    for table in (link.INBOX_TO_OPENER, link.OPENER_TO_INBOX, link.LAUNCHER_TO_OPENER, link.CHILD_TO_LAUNCHER):
+        try:
+            link.decode(table, data)
+        except LinkViolation:
+            pass
+
+
+@given(st.sampled_from(sorted(link.INBOX_TO_OPENER)), st.binary(max_size=300))
+def test_whatever_follows_a_known_type_is_a_message_or_a_violation(kind, rest):
+    try:
+        message = link.decode(link.INBOX_TO_OPENER, bytes([kind]) + rest)
+    except LinkViolation:
+        return
+    if isinstance(message, link.Open):
+        assert link.encode_open(message.connection, message.resources) == bytes([kind]) + rest
+
+
+@given(st.binary(max_size=300))
+def test_whatever_a_client_says_is_answered_or_ends_the_connection(data):
+    try:
+        action = dispatch.dispatch_varlink(data)
+    except ProtocolViolation:
+        return
+    assert isinstance(action, dispatch.Answer | dispatch.AskOpen | dispatch.AskList)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(
+    st.sampled_from(
+        ["io.fdbroker.Broker.Open", "io.fdbroker.Broker.List", "org.varlink.service.GetInterfaceDescription", "x"]
+    ),
+    JSON,
+    JSON,
+)
+def test_whatever_the_parameters_are_the_answer_is_varlink(method, parameters, resource):
+    for value in (
+        parameters,
+        {"resources": parameters},
+        {"resources": [resource]},
+        {"resources": [{"device": resource}]},
+    ):
+        try:
+            action = dispatch.dispatch_varlink(json.dumps({"method": method, "parameters": value}).encode())
+        except ProtocolViolation:
+            continue
+        if isinstance(action, dispatch.AskOpen):
+            for one in action.resources:
+                assert isinstance(one.path, str)
+                assert one.access in ("ro", "wo", "rw")
+            link.decode(link.INBOX_TO_OPENER, link.encode_open(1, action.resources))
+        elif isinstance(action, dispatch.Answer):
+            varlink.decode_reply(action.data[:-1])
+
+
+@given(st.lists(st.binary(max_size=50), max_size=6), st.data())
+def test_readers_do_not_care_how_the_bytes_are_cut(payloads, data):
+    for reader, encoded in (
+        (FrameReader(), b"".join(len(one).to_bytes(4, "big") + one for one in payloads)),
+        (varlink.VarlinkReader(), b"".join(one.replace(b"\0", b"") + b"\0" for one in payloads)),
+    ):
+        got = []
+        while encoded:
+            size = data.draw(st.integers(1, len(encoded)))
+            reader.feed(encoded[:size])
+            encoded = encoded[size:]
+            while (message := reader.next_message()) is not None:
+                got.append(message)
+        wanted = payloads if isinstance(reader, FrameReader) else [one.replace(b"\0", b"") for one in payloads]
+        assert got == wanted
+
+
+@given(st.lists(NAME, min_size=1, max_size=3), PATHS)
+def test_globs_match_as_shells_do_name_by_name(names, path):
+    pattern = "/dev/" + "/".join(names)
+    if glob_error(pattern):
+        return
+    wanted = pattern.count("/") == path.count("/") and all(
+        fnmatch.fnmatchcase(have, want) for want, have in zip(pattern.split("/"), path.split("/"), strict=True)
+    )
+    assert bool(matcher(pattern).fullmatch(path)) == wanted
+
+
+@given(
+    NAME,
+    st.sampled_from(["mem", "tty0", "ttyUSB3", "sda", "nvme0n1", "pts", "stdin", "loop-control", "watchdog0", "kmsg"]),
+)
+def test_a_pattern_that_can_match_a_dangerous_name_is_called_dangerous(name, dangerous):
+    pattern = f"/dev/{name}"
+    if (
+        not glob_error(pattern)
+        and matcher(pattern).fullmatch(f"/dev/{dangerous}")
+        and is_dangerous(f"/dev/{dangerous}")
+    ):
+        assert dangerous_name(pattern)
+
+
+def test_matching_takes_linear_time_whatever_is_asked():
+    pattern = matcher("/dev/" + "*a" * 20 + "b")
+    began = time.process_time()
+    for _ in range(20):
+        assert not pattern.fullmatch("/dev/" + "a" * 250)
+    assert time.process_time() - began < 5
+
+
+RULES = st.builds(
+    Rule,
+    st.sampled_from(["/dev/a", "/dev/*", "/dev/*/*", "/dev/a*", "/dev/[ab]"]),
+    st.sampled_from(["ro", "wo", "rw"]),
+    st.sampled_from(["", "mem"]),
+    st.just(""),
+    st.booleans(),
+    st.just("somebody"),
+    st.sampled_from(["f:1", "f:2"]),
+)
+POLICIES = st.builds(
+    Policy,
+    st.frozensets(IDS),
+    st.frozensets(IDS),
+    st.just({"burst": 5}),
+    st.dictionaries(IDS, st.lists(RULES, max_size=3).map(tuple), max_size=3),
+    st.dictionaries(IDS, st.lists(RULES, max_size=3).map(tuple), max_size=3),
+    st.lists(RULES, max_size=2).map(tuple),
+    st.lists(
+        st.builds(
+            DenyRule,
+            st.lists(st.sampled_from(["/dev/a", "/dev/*"]), min_size=1, max_size=2).map(tuple),
+            st.frozensets(IDS),
+            st.frozensets(IDS),
+            st.booleans(),
+            st.just("x"),
+            st.just("f:3"),
+        ),
+        max_size=2,
+    ).map(tuple),
+    st.dictionaries(IDS, st.just({"burst": 7}), max_size=2),
+    st.dictionaries(IDS, st.just({"burst": 9}), max_size=2),
+    st.just({}),
+)
+SUBJECTS = st.builds(
+    Subject, IDS, st.frozensets(IDS, max_size=4), IDS, st.integers(1, 9), st.just("x"), st.just(""), st.booleans()
+)
+
+
+@given(POLICIES)
+def test_a_policy_survives_its_way_to_the_opener(policy):
+    assert from_bytes(to_bytes(policy)) == policy
+
+
+@settings(max_examples=400)
+@given(POLICIES, SUBJECTS, PATHS, st.sampled_from(["ro", "wo", "rw"]))
+def test_what_is_allowed_is_allowed_by_a_rule_for_that_subject_and_denied_by_none(policy, subject, path, access):
+    decision = decide(view(policy, subject), Resource(path, access))
+    if not decision.rules:
+        return
+    assert is_device_path(path)
+    assert subject.uid not in (65534, 0xFFFFFFFF)
+    groups = subject.gids - {65534, 0xFFFFFFFF}
+    mine = [*policy.everyone, *policy.by_uid.get(subject.uid, ())]
+    for gid in groups:
+        mine += policy.by_gid.get(gid, ())
+    for rule in decision.rules:
+        assert rule in mine
+        assert matcher(rule.pattern).fullmatch(path)
+        assert rule.access in ("rw", access)
+    for deny in policy.deny:
+        concerned = deny.everyone or subject.uid in deny.uids or groups & deny.gids
+        assert not concerned or not any(matcher(pattern).fullmatch(path) for pattern in deny.patterns)
+
+
+@given(POLICIES, SUBJECTS, PATHS)
+def test_fewer_groups_never_allow_more(policy, subject, path):
+    without_deny = policy._replace(deny=())
+    if decide(view(without_deny, subject._replace(gids=frozenset())), Resource(path, "ro")).rules:
+        assert decide(view(without_deny, subject), Resource(path, "ro")).rules
+
+
+@given(st.text())
+def test_what_is_escaped_is_printable_and_means_one_thing(text):
+    safe = escaped(text)
+    assert safe.isprintable()
+    if "\\" not in text and text.isprintable():
+        assert safe == text
+
+
+@given(st.dictionaries(st.sampled_from(["MESSAGE", "FDBROKER_RESOURCE", "FDBROKER_UID"]), st.text(), max_size=3))
+def test_a_journal_field_never_becomes_two(values):
+    data, names = encode_fields(values), []
+    while data:
+        line, _, rest = data.partition(b"\n")
+        name, equals, _ = line.partition(b"=")
+        if not equals:
+            size = int.from_bytes(rest[:8], "little")
+            rest = rest[8 + size + 1 :]
+        names.append(name.decode())
+        data = rest
+    assert names == list(values)
+
+
+@given(st.text(max_size=200) | st.binary(max_size=200).map(lambda data: data.decode("latin-1")))
+def test_whatever_a_policy_file_holds_is_a_tree_or_findings(text):
+    findings = []
+    try:
+        tree = parse("f", text, findings)
+    except FdbrokerError:
+        return
+    assert tree is not None or findings
+    for finding in findings:
+        assert finding.line >= 0
