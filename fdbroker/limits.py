@@ -31,7 +31,8 @@ LIMITS: dict[str, Limit] = {
     "OFFERS": Limit(4096, "resources", "guess: a machine has some hundred nodes", "the list is cut"),
     # --- the links between our processes
     "LINK_BYTES": Limit(131072, "bytes", "one request of 64 KiB and its lengths fit twice", "the service ends"),
-    "POLICY_LINK_BYTES": Limit(16777216, "bytes", "a policy of POLICY_BYTES, compiled", "load fails"),
+    "LINK_WAITING": Limit(131072, "messages", "guess: five for each of 20,000 connections", "the service ends"),
+    "POLICY_LINK_BYTES": Limit(16777216, "bytes", "guess: a large policy, compiled, is 1 MiB", "load fails"),
     # --- the service as a whole
     "DESCRIPTORS": Limit(65536, "descriptors", "RLIMIT_NOFILE asked for; the hard limit wins", "accepting pauses"),
     "DESCRIPTORS_RESERVED": Limit(192, "descriptors", "links, one batch twice (64 node, 64 open)", "accepting pauses"),
@@ -41,7 +42,9 @@ LIMITS: dict[str, Limit] = {
     "START_SECONDS": Limit(20, "seconds", "guess: ten times a loaded slow machine", "start fails"),
     # --- the audit
     "AUDIT_REPEAT_SECONDS": Limit(10, "seconds", "guess: an admin reads at this pace", "counted, not repeated"),
-    "AUDIT_REPEAT_KINDS": Limit(1024, "refusals", "guess: memory below 1 MiB", "counted together"),
+    "AUDIT_REFUSALS": Limit(32, "refusals", "guess: of one user in AUDIT_REPEAT_SECONDS", "counted, not written"),
+    "AUDIT_USERS": Limit(256, "users", "guess: memory below 32 MiB", "all counts are written"),
+    "AUDIT_VALUE_CHARACTERS": Limit(512, "characters", "a record stays below PIPE_BUF (4096)", "cut, marked by …"),
     # --- the policy
     "POLICY_FILE_BYTES": Limit(262144, "bytes", "guess: a large policy is 20 KiB; the parser is slow", "load fails"),
     "POLICY_FILES": Limit(256, "files", "guess", "load fails"),

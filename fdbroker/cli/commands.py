@@ -70,7 +70,7 @@ def serve(policy_file: str, address: str | None, mode: str, group: str | None, c
         bits = int(mode, 8)
     except ValueError:
         bits = -1
-    if not 0 <= bits <= 0o777:
+    if not 0 <= bits <= 0o777 or not mode.isdecimal():
         raise click.BadParameter("is an octal number such as 0660", param_hint="--mode")
     if check:
         _, need = service.checked_policy(policy_file)
@@ -83,7 +83,7 @@ def serve(policy_file: str, address: str | None, mode: str, group: str | None, c
     if group is None and listen.group_exists(listen.DEFAULT_GROUP):
         group = listen.DEFAULT_GROUP
     elif group is None and "LISTEN_FDS" not in os.environ:
-        service.say(f"warning: there is no group {listen.DEFAULT_GROUP}: the socket is root's; see --group")
+        service.say(f"there is no group {listen.DEFAULT_GROUP}: the socket is root's; see --group", priority=4)
     path = address or os.environ.get("FDBROKER_SOCKET") or listen.DEFAULT_ADDRESS
     raise click.exceptions.Exit(service.serve(service.Options(policy_file, path, bits, group)))
 

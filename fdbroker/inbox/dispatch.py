@@ -77,19 +77,24 @@ def _only(call: Call, *names: str) -> None:
             raise invalid_parameter(name)
 
 
+# encoded once: whoever asks in a loop costs no more than it must
+_INFO = Answer(
+    varlink.encode_reply(
+        {
+            "vendor": "fdbroker",
+            "product": "fdbroker",
+            "version": __version__,
+            "url": "https://fdbroker.io/",
+            "interfaces": list(varlink.DESCRIPTIONS),
+        }
+    )
+)
+_DESCRIBED = {name: Answer(varlink.encode_reply({"description": text})) for name, text in varlink.DESCRIPTIONS.items()}
+
+
 def _get_info(call: Call) -> Action:
     _only(call)
-    return Answer(
-        varlink.encode_reply(
-            {
-                "vendor": "fdbroker",
-                "product": "fdbroker",
-                "version": __version__,
-                "url": "https://fdbroker.io/",
-                "interfaces": list(varlink.DESCRIPTIONS),
-            }
-        )
-    )
+    return _INFO
 
 
 def _get_interface_description(call: Call) -> Action:
@@ -99,7 +104,7 @@ def _get_interface_description(call: Call) -> Action:
         raise invalid_parameter("interface")
     if name not in varlink.DESCRIPTIONS:
         raise VarlinkError(f"{SERVICE}.InterfaceNotFound", interface=name)
-    return Answer(varlink.encode_reply({"description": varlink.DESCRIPTIONS[name]}))
+    return _DESCRIBED[name]
 
 
 def _open(call: Call) -> Action:

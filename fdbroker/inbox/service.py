@@ -28,6 +28,8 @@ _READ_BYTES = 65536
 _MESSAGE_S = limits.MESSAGE_SECONDS
 _UNSENT_BYTES = limits.UNSENT_BYTES
 _MESSAGES_PER_TURN = 64
+# Of one user, over all its connections: so a flood of one delays others by that many messages and no more.
+_MESSAGES_PER_USER = 16
 _ENDED, _BROKE, _FOREIGN, _SLOW, _DEAF = range(len(link.CLOSED_REASONS))
 
 
@@ -44,6 +46,7 @@ class Client:
         "offers",
         "out",
         "question",
+        "reason",
         "sock",
         "state",
         "uid",
@@ -62,6 +65,7 @@ class Client:
         self.events = select.EPOLLIN
         self.ended = False  # it sends no more
         self.doomed = False  # close once all is sent
+        self.reason = _ENDED  # why it will be closed
 
 
 class Inbox:
@@ -75,6 +79,7 @@ class Inbox:
         self._by_descriptor: dict[int, Client] = {}
         self._partial: dict[int, float] = {}  # number -> when its message began; in order of time
         self._more: dict[int, Client] = {}  # whose whole messages wait for the next turn
+        self._worked: dict[int, int] = {}  # uid -> messages taken in this turn of the loop
         self._draining = False
         self._epoll = select.epoll()
 
@@ -104,6 +109,7 @@ class Inbox:
                     self._client_event(client, client_events)
             for client in list(self._more.values()):
                 self._work(client)
+            self._worked.clear()
             self._end_slow()
         self._opener.send(link.DRAINED)
 
@@ -129,33 +135,34 @@ class Inbox:
 
     def _read_opener(self) -> bool:
         """Do what the opener says; false when it is gone."""
-        received = self._opener.receive_with_descriptor()  # one: what else waits makes the next turn of the loop
-        if received is None:
-            return True
-        data, descriptor = received
-        if not data:
-            return False
-        sock = None if descriptor is None else socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
-        match link.decode(link.OPENER_TO_INBOX, data):
-            case link.Connected(number, uid) if sock is not None:
-                self._welcome(Client(number, uid, sock))
-            case link.Outcome(number, refusal):
-                client = self._by_number.get(number)
-                if client is not None:
-                    if refusal is not None:
-                        client.out += dispatch.refusal_reply(refusal, client.asked)
-                        client.doomed |= isinstance(refusal, ClientNotReading)
-                    self._end_turn(client)
-            case link.Offered(number, last, offers):
-                client = self._by_number.get(number)
-                if client is not None:
-                    self._offered(client, offers, last=last)
-            case link.Drain():
-                self._drain()
-            case link.Ping():
-                self._opener.send(link.PONG)
-            case other:
-                raise LinkViolation(f"{other!r} with the wrong descriptors")
+        for _ in range(_MESSAGES_PER_TURN):
+            received = self._opener.receive_with_descriptor()
+            if received is None:
+                return True
+            data, descriptor = received
+            if not data:
+                return False
+            sock = None if descriptor is None else socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+            match link.decode(link.OPENER_TO_INBOX, data):
+                case link.Connected(number, uid) if sock is not None:
+                    self._welcome(Client(number, uid, sock))
+                case link.Outcome(number, refusal):
+                    client = self._by_number.get(number)
+                    if client is not None:
+                        if refusal is not None:
+                            client.out += dispatch.refusal_reply(refusal, client.asked)
+                            client.doomed |= isinstance(refusal, ClientNotReading)
+                        self._end_turn(client)
+                case link.Offered(number, last, offers):
+                    client = self._by_number.get(number)
+                    if client is not None:
+                        self._offered(client, offers, last=last)
+                case link.Drain():
+                    self._drain()
+                case link.Ping():
+                    self._opener.send(link.PONG)
+                case other:
+                    raise LinkViolation(f"{other!r} with the wrong descriptors")
         return True
 
     def _welcome(self, client: Client) -> None:
@@ -236,7 +243,7 @@ class Inbox:
         """Take the client's whole messages in order, until one waits for the opener or for the client to read."""
         self._more.pop(client.number, None)
         try:
-            for _ in range(_MESSAGES_PER_TURN):
+            while self._worked.get(client.uid, 0) < _MESSAGES_PER_USER:
                 if client.state != "idle" or client.doomed:
                     break
                 if client.question is None and not self._take(client):
@@ -251,9 +258,10 @@ class Inbox:
             if client.decoder.framed:
                 client.out += frame.encode_status(errno.EMSGSIZE)
             client.doomed = True
+            client.reason = _BROKE
         except ProtocolViolation:
-            self._close(client, _BROKE)
-            return
+            client.doomed = True  # what was answered before is still sent
+            client.reason = _BROKE
         self._settle(client)
 
     def _take(self, client: Client) -> bool:
@@ -262,6 +270,7 @@ class Inbox:
         if message is None:
             return False
         self._partial.pop(client.number, None)
+        self._worked[client.uid] = self._worked.get(client.uid, 0) + 1
         dispatch_message = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
         action = dispatch_message(message)
         if isinstance(action, dispatch.Answer):
@@ -304,7 +313,7 @@ class Inbox:
         sent = self._send(client)
         idle = client.state == "idle" and client.question is None and client.number not in self._more
         if sent and idle and (client.doomed or client.ended or self._draining):
-            self._close(client, _BROKE if client.doomed and client.decoder.partial else _ENDED)
+            self._close(client, client.reason)
             return
         if idle and client.decoder.partial:
             self._partial.setdefault(client.number, time.monotonic())

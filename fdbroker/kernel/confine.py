@@ -93,8 +93,10 @@ def _empty_bounding_set() -> None:
 
 def _verify(to: Confinement) -> None:
     """Read back from the kernel what is in force: a step that silently did nothing must not go unnoticed."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        fields = dict(line.rstrip("\n").split(":\t", 1) for line in status if ":\t" in line)
+    # in bytes: no codec has to be loaded, which may not be readable any more
+    with open("/proc/self/status", "rb") as status:
+        lines = [line.rstrip(b"\n").partition(b":\t") for line in status]
+    fields = {name.decode(): value.decode() for name, _, value in lines}
     permitted = f"{capabilities.mask(to.capabilities):016x}"
     none = f"{0:016x}"
     expected = {

@@ -29,7 +29,13 @@ def watch_directory(inotify: int, path: str) -> None:
     """Report entries that come to or leave the directory `path`; watching it twice is one watch.
 
     A directory that is not there, or may not be read, is left out: its own directory's watch tells when it comes.
+    So is one that others than root may write to, such as /dev/shm: they would keep us busy.
     """
+    try:
+        if os.stat(path).st_mode & 0o022:
+            return
+    except OSError:
+        return
     if libc.INOTIFY_ADD_WATCH(inotify, os.fsencode(path), _CHANGES) < 0 and ctypes.get_errno() not in (
         errno.ENOENT,
         errno.ENOTDIR,

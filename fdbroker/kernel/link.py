@@ -9,28 +9,21 @@ import errno
 import os
 import socket
 from collections import deque
-from typing import Protocol
 
 from fdbroker import limits
 from fdbroker.errors import LinkViolation
 from fdbroker.kernel import sockets
 
 _LINK_BYTES = limits.LINK_BYTES
-
-
-class HasFileno(Protocol):
-    """Something that owns a descriptor."""
-
-    def fileno(self) -> int:
-        """The descriptor, borrowed."""
+_LINK_WAITING = limits.LINK_WAITING
 
 
 class Link:
-    """Takes a connected SOCK_SEQPACKET socket. What cannot be sent at once waits in order, with its descriptor."""
+    """Takes a connected SOCK_SEQPACKET socket. What cannot be sent at once waits in order."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._waiting: deque[tuple[bytes, HasFileno | None]] = deque()
+        self._waiting: deque[bytes] = deque()
         self._buffer = bytearray(_LINK_BYTES)
         self._view = memoryview(self._buffer)
 
@@ -43,30 +36,37 @@ class Link:
         """How many messages wait for room: poll for EPOLLOUT and call `flush`."""
         return len(self._waiting)
 
-    def send(self, message: bytes, owner: HasFileno | None = None) -> None:
-        """Send, or queue. The descriptor is borrowed from `owner`, which is held until it has left.
+    def send(self, message: bytes) -> None:
+        """Send, or queue. Raises LinkViolation when over LINK_WAITING messages wait, OSError when the peer is gone."""
+        if self._waiting or not self._try(message):
+            if len(self._waiting) >= _LINK_WAITING:
+                raise LinkViolation("the other end does not read")
+            self._waiting.append(message)
 
-        So a number that waits cannot be closed and used for something else. Raises OSError when the peer is gone.
+    def send_with_descriptor(self, message: bytes, descriptor: int) -> bool:
+        """Send now, with the borrowed `descriptor`, or not at all: false when there is no room.
+
+        What carries a descriptor is never queued, so no number can be closed and reused while it waits. Raises
+        OSError, ETOOMANYREFS among others when too many descriptors of this user are in flight.
         """
-        if self._waiting or not self._try(message, owner):
-            self._waiting.append((message, owner))
+        if self._waiting:
+            return False
+        try:
+            sockets.send(self._sock, message, (descriptor,))
+        except BlockingIOError:
+            return False
+        return True
 
     def flush(self) -> None:
         """Send what waits, as far as there is room."""
-        while self._waiting and self._try(*self._waiting[0]):
+        while self._waiting and self._try(self._waiting[0]):
             self._waiting.popleft()
 
-    def _try(self, message: bytes, owner: HasFileno | None) -> bool:
-        if owner is not None and owner.fileno() < 0:
-            return True  # its owner closed it while it waited: there is nothing to tell any more
+    def _try(self, message: bytes) -> bool:
         try:
-            sockets.send(self._sock, message, () if owner is None else (owner.fileno(),))
+            sockets.send(self._sock, message)
         except BlockingIOError:
             return False
-        except OSError as error:
-            if error.errno in (errno.ETOOMANYREFS, errno.ENOBUFS):
-                return False
-            raise
         return True
 
     def receive(self) -> bytes | None:

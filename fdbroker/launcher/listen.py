@@ -14,6 +14,7 @@ import stat
 
 from fdbroker.errors import EX_CONFIG, EX_UNAVAILABLE, FdbrokerError
 from fdbroker.kernel import sockets
+from fdbroker.terms import INVALID_ID
 
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
 _BACKLOG = 4096  # net.core.somaxconn cuts it
@@ -82,6 +83,9 @@ def inherited() -> Listener | None:
     name = sock.getsockname()
     if not isinstance(name, str) or not name.startswith("/"):
         raise CannotListen("descriptor 3 listens on an abstract address, which has no mode: use ListenStream=/path")
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED):
+        # a client's first message is queued before we could ask for its sender
+        raise CannotListen("descriptor 3 does not ask who sends: add PassCredentials=yes to the socket's unit")
     os.set_inheritable(_LISTEN_FDS_START, False)
     return Listener(sock)
 
@@ -110,7 +114,7 @@ def bound(path: str, mode: int, group: str | None) -> Listener:
         sock.bind(path)
     except OSError as error:
         sock.close()
-        raise CannotListen(f"cannot bind {path}: {error.strerror}") from None
+        raise CannotListen(f"cannot bind {path}: {error.strerror or error}") from None
     finally:
         os.umask(mask_before)
         os.setegid(gid_before)
@@ -121,8 +125,10 @@ def bound(path: str, mode: int, group: str | None) -> Listener:
 
 def _gid_of(group: str) -> int:
     try:
-        return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-    except KeyError:
+        if group.isascii() and group.isdecimal() and int(group[:11]) < INVALID_ID:
+            return int(group)
+        return grp.getgrnam(group).gr_gid
+    except (KeyError, ValueError):
         raise CannotListen(f"there is no group {group!r}: groupadd --system {group}") from None
 
 

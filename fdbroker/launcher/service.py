@@ -12,12 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from types import FrameType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from fdbroker import errors, limits
-from fdbroker.errors import FdbrokerError, PolicyError
+from fdbroker.errors import FdbrokerError, Finding, PolicyError
 from fdbroker.kernel import confine, landlock
 from fdbroker.launcher import listen, start
 from fdbroker.launcher.needs import Needs, check_reload, needs
@@ -42,10 +41,11 @@ class ServiceFailed(FdbrokerError):
     """A child died, or did not come up; the service ends, and its manager starts it again."""
 
 
-def say(text: str) -> None:
-    """One message to standard error, which the service manager puts into the journal."""
+def say(text: str, priority: int = 6) -> None:
+    """One message to standard error, which the service manager puts into the journal with that syslog(3) priority."""
+    begin = f"<{priority}>" if "JOURNAL_STREAM" in os.environ else "fdbroker: "
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"fdbroker: {text}\n")
+        sys.stderr.write("".join(f"{begin}{line}\n" for line in text.splitlines()))
         sys.stderr.flush()
 
 
@@ -55,6 +55,10 @@ def checked_policy(path: str) -> tuple[Policy, Needs]:
     failed = failed_tests(loaded)
     if failed:
         raise PolicyError(failed)
+    size = len(to_bytes(loaded.policy))
+    if size > limits.POLICY_LINK_BYTES:
+        expected = f"at most {limits.POLICY_LINK_BYTES} bytes"
+        raise PolicyError([Finding(path, 0, 0, "is too large once it is compiled", expected, f"{size} bytes")])
     return loaded.policy, needs(loaded.policy)
 
 
@@ -65,7 +69,6 @@ class Launcher:
         self._options = options
         self._notify = Notify()
         self._generation = 1
-        self._unapplied: deque[BinaryIO] = deque()  # policies on their way to the opener
         self._stop_at_s = 0.0
         self._children: list[start.Child] = []
         self._epoll = select.epoll()
@@ -89,6 +92,7 @@ class Launcher:
             listener.remove()
             for child in self._children:
                 child.link.close()
+            self._notify.close()
 
     # ---- start
 
@@ -132,7 +136,7 @@ class Launcher:
         files.append(("/dev", landlock.READ_DIR))
         kept = confine.Confinement(os.getuid(), os.getgid(), tuple(os.getgroups()), frozenset(), tuple(files), b"", 0)
         if not confine.confine(kept):
-            say("warning: this kernel has no Landlock; what the opener can open is limited by its capabilities alone")
+            say("this kernel has no Landlock: only its capabilities limit what the opener can open", priority=4)
 
     # ---- run
 
@@ -181,7 +185,6 @@ class Launcher:
                     case link.Pong():
                         self._notify.tell(WATCHDOG=1)
                     case link.Applied(generation):
-                        self._unapplied.popleft().close()
                         text = f"Serving with {self._options.policy}, reloaded {generation - 1} times"
                         self._notify.tell(READY=1, STATUS=text)
                         say(f"the policy is reloaded: {self._options.policy}")
@@ -207,14 +210,24 @@ class Launcher:
         try:
             policy, wanted = checked_policy(self._options.policy)
             check_reload(self._given, wanted)
-        except (FdbrokerError, OSError) as error:
-            say(f"the policy is NOT reloaded, the old one stays in force:\n{error}")
-            self._notify.tell(READY=1, STATUS="The last reload failed, the policy before it is in force")
+        except Exception as error:  # noqa: BLE001 -- whatever a policy does to us, the running service goes on
+            self._keep_policy(
+                f"{type(error).__name__}: {error}" if not isinstance(error, FdbrokerError) else str(error)
+            )
             return
-        self._generation += 1
-        memfd = open(start.memfd("policy", to_bytes(policy)), "rb")  # noqa: SIM115 -- closed when it is applied
-        self._unapplied.append(memfd)
-        self._opener.link.send(link.encode_policy(self._generation), memfd)
+        descriptor = start.memfd("policy", to_bytes(policy))
+        try:
+            sent = self._opener.link.send_with_descriptor(link.encode_policy(self._generation + 1), descriptor)
+        finally:
+            os.close(descriptor)
+        if sent:
+            self._generation += 1
+        else:
+            self._keep_policy("the opener is busy, try again")
+
+    def _keep_policy(self, why: str) -> None:
+        say(f"the policy is NOT reloaded, the old one stays in force:\n{why}", priority=3)
+        self._notify.tell(READY=1, STATUS="The last reload failed, the policy before it is in force")
 
     def _stop(self) -> None:
         self._notify.tell(STOPPING=1)
@@ -229,6 +242,6 @@ def serve(options: Options) -> int:
     try:
         Launcher(options).run()
     except FdbrokerError as error:
-        say(str(error))
+        say(str(error), priority=3)
         return error.exit_code
     return errors.EX_OK

@@ -10,15 +10,21 @@ import contextlib
 import errno
 import json
 import os
+import select
 import socket
+from collections import deque
 from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.terms import Resource, Subject
 from fdbroker.wire.journal import encode_fields, escaped
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 _REPEAT_S = limits.AUDIT_REPEAT_SECONDS
-_REPEAT_KINDS = limits.AUDIT_REPEAT_KINDS
+_REFUSALS = limits.AUDIT_REFUSALS
+_USERS = limits.AUDIT_USERS
+_CHARACTERS = limits.AUDIT_VALUE_CHARACTERS
+_MESSAGE_CHARACTERS = 128
 
 # One MESSAGE_ID for each kind of record: `journalctl MESSAGE_ID=…`. Never changed, never used for another kind.
 MESSAGE_IDS = {
@@ -65,6 +71,7 @@ class Record(NamedTuple):
     reason: str
     rule: str = ""
     rdev: str = ""
+    sort: str = ""  # what makes two refusals alike, where the reason has numbers in it
 
 
 class NotRecorded(Exception):
@@ -73,7 +80,7 @@ class NotRecorded(Exception):
 
 def fields(record: Record, repeated: int = 0) -> dict[str, str]:
     """The journal fields of a record; those without a value are left out."""
-    reason = escaped(record.reason)
+    reason = cut(escaped(record.reason), _CHARACTERS)
     values = {
         "MESSAGE_ID": MESSAGE_IDS[record.kind],
         "PRIORITY": str(_PRIORITIES[record.kind]),
@@ -96,14 +103,30 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
         values["FDBROKER_LABEL"] = escaped(subject.label)
         who = f"uid {subject.uid} pid {subject.pid} "
     if record.resource is not None:
-        path = escaped(record.resource.path)
+        path = cut(escaped(record.resource.path), _CHARACTERS)
         values["FDBROKER_RESOURCE"] = path
         values["FDBROKER_ACCESS"] = record.resource.access
-        what = f" {record.resource.access} {path}"
-    why = f" by {record.rule}" if record.rule else f": {reason}"
+        what = f" {record.resource.access} {cut(path, _MESSAGE_CHARACTERS)}"
+    why = f" by {record.rule}" if record.rule else f": {cut(reason, _MESSAGE_CHARACTERS)}"
     again = f" ({repeated} times more)" if repeated else ""
     values["MESSAGE"] = f"{who}{record.kind}{what}{why}{again}"
     return {name: value for name, value in values.items() if value}
+
+
+def cut(text: str, characters: int) -> str:
+    """At most so many characters, the last of them … where some are missing."""
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+class _Window:
+    """The refusals of one user in AUDIT_REPEAT_SECONDS: what was written, how often it came again, what else came."""
+
+    __slots__ = ("first", "others", "until_s")
+
+    def __init__(self, until_s: float) -> None:
+        self.until_s = until_s
+        self.first: dict[tuple[object, ...], tuple[Record, int]] = {}
+        self.others = 0
 
 
 class Audit:
@@ -114,12 +137,15 @@ class Audit:
 
     def __init__(self, journal: socket.socket | None) -> None:
         self._journal = journal
-        self._seen: dict[Record, tuple[float, int]] = {}  # refusal without its connection -> (until, repeated)
+        self._windows: dict[int, _Window] = {}  # by uid, -1 for unknown
+        self._owed: deque[Record] = deque(maxlen=_USERS)
+        self._stderr = select.poll()
+        self._stderr.register(2, select.POLLOUT)
 
     @property
     def counting(self) -> bool:
-        """Whether repeated refusals may have to be written later: call `flush` now and then."""
-        return bool(self._seen)
+        """Whether something may have to be written later: call `flush` now and then."""
+        return bool(self._windows or self._owed)
 
     def write(self, record: Record, repeated: int = 0) -> None:
         """Write one record. Raises NotRecorded when the journal, or standard error, takes nothing now."""
@@ -128,33 +154,63 @@ class Audit:
             if self._journal is not None:
                 self._journal.send(encode_fields(values), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             else:
-                line = (json.dumps(values) + "\n").encode()
-                if os.write(2, line) != len(line):
-                    raise NotRecorded
+                # never wait for who reads it; it is not ours to make non-blocking, others share it
+                line = _encode(values).encode(errors="backslashreplace") + b"\n"
+                if not self._stderr.poll(0) or os.write(2, line) != len(line):
+                    raise NotRecorded("standard error")
         except OSError as error:
             raise NotRecorded(errno.errorcode.get(error.errno or 0, "?")) from None
 
-    def refuse(self, record: Record, now_s: float) -> None:
-        """Write a refusal, or only count it when the same one was written within AUDIT_REPEAT_SECONDS.
+    def undo(self, record: Record) -> None:
+        """Say that what was recorded did not happen: now, or as soon as it can be written."""
+        try:
+            self.write(record)
+        except NotRecorded:
+            self._owed.append(record)
 
-        A refusal that cannot be recorded stays a refusal.
+    def refuse(self, record: Record, now_s: float) -> None:
+        """Write a refusal, or only count it: when it came before within AUDIT_REPEAT_SECONDS, or many others did.
+
+        Whatever a client varies in its requests, it makes AUDIT_REFUSALS records in that time and no more. A refusal
+        that cannot be recorded stays a refusal.
         """
-        key = record._replace(connection=0)
-        until_s, repeated = self._seen.get(key, (0.0, 0))
-        if now_s < until_s:
-            self._seen[key] = (until_s, repeated + 1)
-            return
-        if len(self._seen) >= _REPEAT_KINDS:
-            self.flush(now_s, everything=True)
-        self._seen[key] = (now_s + _REPEAT_S, 0)
-        with contextlib.suppress(NotRecorded):
-            self.write(record, repeated)
+        uid = record.subject.uid if record.subject is not None else -1
+        window = self._windows.get(uid)
+        if window is None:
+            if len(self._windows) >= _USERS:
+                self.flush(now_s, everything=True)
+            window = self._windows[uid] = _Window(now_s + _REPEAT_S)
+        path = record.resource.path if record.resource is not None else ""
+        key = (record.kind, record.stage, record.sort or record.reason, hash(path))
+        if key in window.first:
+            first, repeated = window.first[key]
+            window.first[key] = (first, repeated + 1)
+        elif len(window.first) >= _REFUSALS:
+            window.others += 1
+        else:
+            if record.resource is not None:
+                record = record._replace(resource=record.resource._replace(path=cut(path, _CHARACTERS)))
+            window.first[key] = (record, 0)
+            with contextlib.suppress(NotRecorded):
+                self.write(record)
 
     def flush(self, now_s: float, *, everything: bool = False) -> None:
-        """Write the counts of the repeated refusals whose time is over, or of all."""
-        for key, (until_s, repeated) in list(self._seen.items()):
-            if everything or now_s >= until_s:
-                del self._seen[key]
-                if repeated:
-                    with contextlib.suppress(NotRecorded):
-                        self.write(key, repeated)
+        """Write what is owed, and the counts of the windows whose time is over, or of all."""
+        with contextlib.suppress(NotRecorded):
+            while self._owed:
+                self.write(self._owed[0])
+                self._owed.popleft()
+        for uid, window in list(self._windows.items()):
+            if everything or now_s >= window.until_s:
+                del self._windows[uid]
+                with contextlib.suppress(NotRecorded):
+                    self._write_counts(window)
+
+    def _write_counts(self, window: _Window) -> None:
+        last = None
+        for last, repeated in window.first.values():
+            if repeated:
+                self.write(last, repeated)
+        if window.others and last is not None:
+            reason = "and other refusals of this user, not written one by one"
+            self.write(last._replace(resource=None, reason=reason), window.others)

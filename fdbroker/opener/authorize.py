@@ -18,7 +18,7 @@ from fdbroker.policy.decide import View, decide, view
 from fdbroker.terms import Resource, Rule, Subject
 
 _WAIT_LIMIT_MS = limits.WAIT_LIMIT_MS
-# No message takes less of a socket's queue than its bytes and the kernel's struct sk_buff around them.
+# The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.
 _SKB_BYTES = 512
 _ACCOUNTS_KEPT = 1024
 # After this long without a request a bucket is full again, unless the policy gives a rate that low.
@@ -28,13 +28,20 @@ _IDLE_S = 60
 class Account:
     """What one user has in use, over all of its connections."""
 
-    __slots__ = ("connections", "refilled_at_s", "tokens", "unread")
+    __slots__ = ("connections", "lingering", "refilled_at_s", "tokens", "unread")
 
     def __init__(self, burst: int, now_s: float) -> None:
         self.connections: set[Connection] = set()
         self.unread: set[Connection] = set()  # those that may have grants unread
+        self.lingering: set[Connection] = set()  # ended by us, with grants that the client has not read
         self.tokens = float(burst)
         self.refilled_at_s = now_s
+
+    def count_connections(self) -> int:
+        """Connections in use: the open ones, and the ended ones whose unread grants still weigh on us."""
+        for connection in tuple(self.lingering):
+            connection.linger()
+        return len(self.connections) + len(self.lingering)
 
     def take_token(self, rate: int, burst: int, now_s: float) -> None:
         """Count one request against the token bucket. Raises RateLimited when it is empty."""
@@ -63,14 +70,14 @@ class Accounts:
 
     def _forget_idle(self, now_s: float) -> None:
         for uid, account in list(self._by_uid.items()):
-            if not account.connections and now_s - account.refilled_at_s > _IDLE_S:
+            if not account.count_connections() and now_s - account.refilled_at_s > _IDLE_S:
                 del self._by_uid[uid]
 
 
 class Connection:
     """One client: its number, our copy of its socket, and who it is. Owns the socket until `close`."""
 
-    __slots__ = ("_sent", "account", "number", "sock", "state", "subject", "view")
+    __slots__ = ("_queued", "_sent", "account", "number", "sock", "state", "subject", "view")
 
     def __init__(self, number: int, sock: socket.socket, subject: Subject, seen: View, account: Account) -> None:
         self.number = number
@@ -80,6 +87,7 @@ class Connection:
         self.account = account
         self.state = "idle"  # a state of link.TURNS
         self._sent: deque[tuple[int, int]] = deque()  # (bytes in the socket's queue, grants) of messages maybe unread
+        self._queued = 0  # what was in the socket's queue when we last looked
         account.connections.add(self)
 
     def see(self, policy: Policy) -> None:
@@ -88,14 +96,15 @@ class Connection:
 
     def note_sent(self, size: int, grants: int) -> None:
         """A message of `size` bytes with `grants` descriptors has left."""
-        self._sent.append((size + _SKB_BYTES, grants))
+        grown = sockets.unread_bytes(self.sock) - self._queued
+        self._sent.append((max(grown, size + _SKB_BYTES), grants))
         self.account.unread.add(self)
 
     def unread_grants(self) -> int:
         """How many descriptors wait unread, never too few: the newest messages that fill the socket's queue."""
+        self._queued = queued = sockets.unread_bytes(self.sock)
         if not self._sent:
             return 0
-        queued = sockets.unread_bytes(self.sock)
         unread = 0
         kept: deque[tuple[int, int]] = deque()
         while self._sent and queued > 0:
@@ -109,17 +118,28 @@ class Connection:
         return unread
 
     def close(self) -> None:
-        """Hang up, for the inbox's copy too, and free what the user had in use."""
+        """Hang up, for the inbox's copy too, and free what the user had in use.
+
+        Grants that wait unread in the client's queue still count as in flight for us, until it reads them or closes
+        its end: for so long the connection lingers, and counts for its user.
+        """
         self.account.connections.discard(self)
-        self.account.unread.discard(self)
         sockets.hang_up(self.sock)
-        self.sock.close()
+        self.account.lingering.add(self)
+        self.linger()
+
+    def linger(self) -> None:
+        """Close our copy of an ended connection once nothing of it is unread."""
+        if not self.unread_grants():
+            self.account.lingering.discard(self)
+            self.account.unread.discard(self)
+            self.sock.close()
 
 
 def authorize_connection(account: Account, seen: View) -> None:
     """One connection more for this user? Raises QuotaExceeded."""
     maximum = seen.limits["connections"]
-    if len(account.connections) >= maximum:
+    if account.count_connections() >= maximum:
         raise QuotaExceeded("connections", maximum)
 
 

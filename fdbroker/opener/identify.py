@@ -20,24 +20,30 @@ class Identifier:
         self._own_maps = processes.id_maps(self._proc, os.getpid())
 
     def identify(self, sock: socket.socket) -> Subject:
-        """The process at the other end of an accepted connection; borrows `sock`.
+        """Who called connect(2) on the other end of an accepted connection; borrows `sock`.
 
-        Identity is that of connect(2): SO_PEERCRED and SO_PEERGROUPS. What /proc says is taken only while
-        SO_PEERPIDFD shows that the pid is still that process; before Linux 6.5, or when it is gone, it counts as
-        unknown and foreign. Raises OSError, EMFILE among others: then this client alone is refused.
+        SO_PEERCRED, SO_PEERGROUPS and SO_PEERSEC, frozen at that moment; foreign until `describe` shows otherwise.
+        Raises OSError: then this client alone is refused.
         """
         credentials = sockets.peer_credentials(sock)
         gids = sockets.peer_groups(sock) | {credentials.gid}
         label = sockets.peer_label(sock)
-        comm, shares = "", False
+        return Subject(credentials.uid, gids, credentials.gid, credentials.pid, "", label, foreign=True)
+
+    def describe(self, sock: socket.socket, subject: Subject) -> Subject:
+        """The subject with what /proc says of its process, as far as SO_PEERPIDFD shows that it is that process still.
+
+        Before Linux 6.5, or when it is gone, it stays nameless and foreign. Raises OSError, EMFILE among others: then
+        this client alone is refused.
+        """
         pidfd = sockets.peer_pidfd(sock)
-        if pidfd is not None:
-            try:
-                comm = processes.comm(self._proc, credentials.pid)
-                maps = processes.id_maps(self._proc, credentials.pid)
-                shares = maps is not None and maps == self._own_maps
-                if not processes.is_alive(pidfd):  # what was read may be another process's
-                    comm, shares = "", False
-            finally:
-                os.close(pidfd)
-        return Subject(credentials.uid, gids, credentials.gid, credentials.pid, comm, label, foreign=not shares)
+        if pidfd is None:
+            return subject
+        try:
+            comm = processes.comm(self._proc, subject.pid)
+            maps = processes.id_maps(self._proc, subject.pid)
+            if not processes.is_alive(pidfd):  # what was read may be another process's
+                return subject
+        finally:
+            os.close(pidfd)
+        return subject._replace(comm=comm, foreign=maps is None or maps != self._own_maps)

@@ -28,6 +28,7 @@ def answer_open(connection: Connection, resources: Sequence[Resource], nodes: No
     """
     now_s = time.monotonic()
     descriptors: list[int] = []
+    recorded: list[Grant] = []
     stage = "authorize"
     try:
         authorize_request(connection, now_s)
@@ -36,48 +37,43 @@ def answer_open(connection: Connection, resources: Sequence[Resource], nodes: No
         grants = nodes.open_all(resources, allowed, connection.view, descriptors)
         reply = compose(grants)
         stage = "audit"
-        _record_grants(audit, connection, grants)
+        _record_grants(audit, connection, grants, recorded)
         stage = "send"
         send_grants(connection.sock, reply, descriptors)
         connection.note_sent(len(reply), len(descriptors))
     except Refused as refusal:
-        _record_refusal(audit, connection, resources, stage, refusal, now_s)
-        return refusal
+        return _refuse(audit, connection, resources, stage, refusal, recorded, now_s)
     except NotRecorded:
-        return RateLimited(_JOURNAL_BUSY_MS)
+        return _refuse(audit, connection, resources, stage, RateLimited(_JOURNAL_BUSY_MS), recorded, now_s)
     except OSError as error:
         # the client is gone, or a fault of ours: it gets nothing either way
-        failure = OpenFailed(error.errno or errno.EIO)
-        _record_refusal(audit, connection, resources, stage, failure, now_s)
-        return failure
+        return _refuse(audit, connection, resources, stage, OpenFailed(error.errno or errno.EIO), recorded, now_s)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
     return None
 
 
-def _record_grants(audit: Audit, connection: Connection, grants: Sequence[Grant]) -> None:
+def _record_grants(audit: Audit, connection: Connection, grants: Sequence[Grant], recorded: list[Grant]) -> None:
     for grant in grants:
-        audit.write(
-            Record(
-                "granted",
-                "send",
-                connection.number,
-                connection.subject,
-                grant.resource,
-                "",
-                grant.rule.where,
-                grant.rdev,
-            )
-        )
+        number, subject = connection.number, connection.subject
+        audit.write(Record("granted", "send", number, subject, grant.resource, "", grant.rule.where, grant.rdev))
+        recorded.append(grant)
 
 
-def _record_refusal(
-    audit: Audit, connection: Connection, resources: Sequence[Resource], stage: str, refusal: Refused, now_s: float
-) -> None:
-    # After the grants were recorded the outcome differs from the record, and that is said for each of them.
-    kind = "undone" if stage == "send" else "refused"
-    concerned = resources if stage == "send" else [resources[refusal.index or 0]]
-    for resource in concerned:
-        record = Record(kind, stage, connection.number, connection.subject, resource, str(refusal))
-        audit.refuse(record, now_s)
+def _refuse(
+    audit: Audit,
+    connection: Connection,
+    resources: Sequence[Resource],
+    stage: str,
+    refusal: Refused,
+    recorded: Sequence[Grant],
+    now_s: float,
+) -> Refused:
+    number, subject, sort = connection.number, connection.subject, refusal.wire_name
+    for grant in recorded:  # the outcome differs from the record, and that is said for each
+        audit.undo(Record("undone", stage, number, subject, grant.resource, str(refusal), sort=sort))
+    if not recorded:
+        resource = resources[refusal.index or 0]
+        audit.refuse(Record("refused", stage, number, subject, resource, str(refusal), sort=sort), now_s)
+    return refusal

@@ -12,11 +12,12 @@ import socket
 from collections.abc import Sequence
 
 from fdbroker import limits
-from fdbroker.errors import ClientNotReading, QuotaExceeded
+from fdbroker.errors import ClientNotReading, QuotaExceeded, RateLimited
 from fdbroker.kernel import sockets
 from fdbroker.terms import Grant
 
 _REPLY_BYTES = limits.REPLY_WITH_DESCRIPTORS_BYTES
+_BUSY_MS = 1000
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -47,8 +48,8 @@ def compose(grants: Sequence[Grant]) -> bytes:
 def send_grants(sock: socket.socket, reply: bytes, descriptors: Sequence[int]) -> None:
     """Send; the descriptors stay the caller's, the client gets its own.
 
-    Raises ClientNotReading when the socket, or the kernel's count of descriptors in flight, has no room;
-    ConnectionError when the client is gone.
+    Raises ClientNotReading when the socket has no room, RateLimited when too many of our descriptors are in flight to
+    others, ConnectionError when the client is gone.
     """
     try:
         sent = sockets.send(sock, reply, descriptors)
@@ -56,7 +57,7 @@ def send_grants(sock: socket.socket, reply: bytes, descriptors: Sequence[int]) -
         raise ClientNotReading from None
     except OSError as error:
         if error.errno == errno.ETOOMANYREFS:
-            raise ClientNotReading from None
+            raise RateLimited(_BUSY_MS) from None
         raise
     if sent != len(reply):
         raise ConnectionError(errno.EPIPE, "a reply with descriptors was cut")

@@ -19,7 +19,7 @@ from fdbroker.kernel import inotify, sockets
 from fdbroker.kernel.link import Link, read_memfd
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
 from fdbroker.opener.audit import Audit, NotRecorded, Record
-from fdbroker.opener.authorize import Accounts, Connection, authorize_connection, authorize_request
+from fdbroker.opener.authorize import Account, Accounts, Connection, authorize_connection, authorize_request
 from fdbroker.opener.identify import Identifier
 from fdbroker.opener.listing import offers
 from fdbroker.opener.open import Nodes
@@ -32,8 +32,11 @@ from fdbroker.wire import link
 
 _ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
+_MESSAGES_PER_TURN = 8
 # Several nodes come together, each is made, renamed, given its owner: one listing for all of them.
 _SETTLE_S = 0.1
+# How often we look whether what an ended connection left unread is gone.
+_LINGER_S = 1.0
 
 
 class Opener:
@@ -53,6 +56,8 @@ class Opener:
         self._connections: dict[int, Connection] = {}
         self._watching: dict[int, list[bytes]] = {}  # connection -> the listing that it was sent last
         self._last_number = 0
+        self._lingering: set[Account] = set()  # whose ended connections have grants unread
+        self._pings = 0  # sent to the inbox and not answered
         self._inotify = inotify.create()
         self._changed_at_s: float | None = None
         self._paused_until_s = 0.0
@@ -92,7 +97,8 @@ class Opener:
         full = bool(self._inbox.waiting)
         if full != self._inbox_full:
             self._inbox_full = full
-            self._epoll.modify(self._inbox.fileno(), select.EPOLLIN | (select.EPOLLOUT if full else 0))
+            # while it does not take our answers, its next questions wait: what waits for it stays bounded
+            self._epoll.modify(self._inbox.fileno(), select.EPOLLOUT if full else select.EPOLLIN)
         if self._acceptor is None:
             return
         wanted = not full and (not self._paused_until_s or time.monotonic() >= self._paused_until_s)
@@ -112,12 +118,18 @@ class Opener:
             return _ACCEPT_PAUSE_S
         if self._changed_at_s is not None and self._watching:
             return _SETTLE_S
+        if self._lingering:
+            return _LINGER_S
         return float(limits.AUDIT_REPEAT_SECONDS) if self._audit.counting else -1
 
     def _timers(self) -> None:
         if self._changed_at_s is not None and time.monotonic() - self._changed_at_s >= _SETTLE_S:
             self._changed_at_s = None
             self._list_again()
+        for account in tuple(self._lingering):
+            account.count_connections()
+            if not account.lingering:
+                self._lingering.discard(account)
         if self._audit.counting:
             self._audit.flush(time.monotonic())
 
@@ -144,43 +156,57 @@ class Opener:
         """Identify one client and hand its socket on; `sock` is taken, and closed if the client is turned away."""
         try:
             subject = self._identifier.identify(sock)
+            seen = view(self._policy, subject)
+            account = self._accounts.of(subject.uid, seen.limits["burst"], time.monotonic())
+            try:
+                authorize_connection(account, seen)
+            except QuotaExceeded as refusal:
+                self._turn_away(sock, refusal, subject)
+                return
+            subject = self._identifier.describe(sock, subject)
+            self._last_number += 1
+            message = link.encode_connected(self._last_number, subject.uid)
+            sent = self._inbox.send_with_descriptor(message, sock.fileno())
         except OSError as error:
-            self._turned_away("identify", None, f"the kernel does not say who it is: {error.strerror}")
-            sockets.hang_up(sock)
-            sock.close()
+            # EMFILE, ETOOMANYREFS, or the kernel does not say who it is: this client alone is refused
+            self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), None, error.strerror or "")
+            self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
+            return
+        if not sent:
+            self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), subject, "the inbox is busy")
             return
         seen = view(self._policy, subject)
-        account = self._accounts.of(subject.uid, seen.limits["burst"], time.monotonic())
-        try:
-            authorize_connection(account, seen)
-        except QuotaExceeded as refusal:
-            self._turned_away("accept", subject, str(refusal))
-            say_refusal(sock, refusal)
-            sockets.hang_up(sock)
-            sock.close()
-            return
-        self._last_number += 1
-        connection = Connection(self._last_number, sock, subject, seen, account)
-        self._connections[connection.number] = connection
-        self._inbox.send(link.encode_connected(connection.number, subject.uid), sock)
+        self._connections[self._last_number] = Connection(self._last_number, sock, subject, seen, account)
+
+    def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded, subject: Subject | None, why: str = "") -> None:
+        """Say the refusal and hang up; takes `sock`."""
+        self._turned_away("identify" if subject is None else "accept", subject, why or str(refusal))
+        say_refusal(sock, refusal)
+        sockets.hang_up(sock)
+        sock.close()
 
     def _turned_away(self, stage: str, subject: Subject | None, reason: str) -> None:
-        # without its pid: a user that connects in a loop, each time from a new process, is one refusal
-        who = subject._replace(pid=0) if subject is not None else None
-        self._audit.refuse(Record("turned-away", stage, 0, who, None, reason), time.monotonic())
+        self._audit.refuse(Record("turned-away", stage, 0, subject, None, reason), time.monotonic())
 
     # ---- the inbox's link
 
     def _read_inbox(self) -> bool:
         """Answer what the inbox asks; false when it is gone as it should be."""
-        data = self._inbox.receive()  # one: what else waits makes the next turn of the loop
-        if data is None:
-            return True
-        if not data:
-            if self._acceptor is None:  # it was told to drain
-                return False
-            raise LinkViolation("the inbox is gone")
-        match link.decode(link.INBOX_TO_OPENER, data):
+        for _ in range(_MESSAGES_PER_TURN):
+            data = self._inbox.receive()
+            if data is None:
+                return True
+            if not data:
+                if self._acceptor is None:  # it was told to drain
+                    return False
+                raise LinkViolation("the inbox is gone")
+            self._answer(link.decode(link.INBOX_TO_OPENER, data))
+            if self._inbox.waiting:
+                return True
+        return True
+
+    def _answer(self, message: link.Message) -> None:
+        match message:
             case link.Open(number, resources):
                 connection = self._turn(number, "Open")
                 self._end_turn(connection, answer_open(connection, resources, self._nodes, self._audit))
@@ -189,11 +215,13 @@ class Opener:
             case link.Closed(number, reason):
                 self._close(self._turn(number, "Closed"), reason)
             case link.Pong():
+                if not self._pings:
+                    raise LinkViolation("a Pong without a Ping")
+                self._pings -= 1
                 self._launcher.send(link.PONG)
             case link.Drained():
                 if self._acceptor is not None:
                     raise LinkViolation("the inbox drained without being told to")
-        return True
 
     def _turn(self, number: int, event: str) -> Connection:
         """The connection of that number, in the state after `event`. Raises LinkViolation when it is not its turn."""
@@ -218,6 +246,8 @@ class Opener:
         del self._connections[connection.number]
         self._watching.pop(connection.number, None)
         connection.close()
+        if connection.account.lingering:
+            self._lingering.add(connection.account)
 
     # ---- listings
 
@@ -225,6 +255,8 @@ class Opener:
         try:
             authorize_request(connection, time.monotonic())
         except Refused as refusal:
+            record = Record("refused", "authorize", connection.number, connection.subject, None, str(refusal))
+            self._audit.refuse(record._replace(sort=refusal.wire_name), time.monotonic())
             self._end_turn(connection, refusal)
             return
         parts = self._listing(connection)
@@ -268,6 +300,7 @@ class Opener:
                 case link.Stop():
                     self._stop()
                 case link.Ping():
+                    self._pings += 1
                     self._inbox.send(link.PING)
         finally:
             if descriptor is not None:

@@ -173,7 +173,7 @@ def parse(file: str, text: str, findings: list[Finding]) -> Node | None:
         what = " ".join(part for part in (error.context, error.problem) if part)
         findings.append(Finding(file, line, column, f"not YAML: {what}"))
         return None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         findings.append(Finding(file, 0, 0, f"not YAML: {error}"))
         return None
     if root is None:
@@ -266,7 +266,7 @@ class _Walk:
         text = node.value if plain else ""
         match kind:
             case schema.Text(expected, pattern):
-                if plain and text and (not pattern or re.search(pattern, text)):
+                if plain and text and (not pattern or re.fullmatch(pattern, text)):
                     return str(text)
             case schema.Integer(least, most):
                 expected = f"a number from {least} to {most}"
@@ -305,7 +305,7 @@ class _Walk:
                 self.wrong(key, f"a key of {what}", "a word", _kind_of(key))
             elif key.value in first:
                 hint = f"the first is in line {first[key.value]}"
-                self.wrong(key, f"the key {key.value} for the second time", hint=hint)
+                self.wrong(key, f"the key {key.value!r} for the second time", hint=hint)
             else:
                 first[key.value] = key.start_mark.line + 1
                 yield key.value, key, value

@@ -21,7 +21,7 @@ def uid_of(name: str) -> int | None:
         return number
     try:
         return pwd.getpwnam(name).pw_uid
-    except KeyError:
+    except (KeyError, ValueError):  # unknown, or no name at all: a NUL, a lone surrogate
         return None
 
 
@@ -32,7 +32,7 @@ def gid_of(name: str) -> int | None:
         return number
     try:
         return grp.getgrnam(name).gr_gid
-    except KeyError:
+    except (KeyError, ValueError):  # unknown, or no name at all: a NUL, a lone surrogate
         return None
 
 

@@ -27,6 +27,18 @@ DANGEROUS_NAMES = (
     "loop*",
     "st*",
     "uinput",
+    # beyond the design's list: block devices' other names, raw access to disks and firmware, and typing for others
+    "vd*",
+    "dm-*",
+    "mapper",
+    "mmcblk*",
+    "sg*",
+    "bsg",
+    "mtd*",
+    "nvram",
+    "ipmi*",
+    "btrfs-control",
+    "uhid",
 )
 
 # one component's piece: a star, a question mark, a set such as [!a-c], or one other character

@@ -70,7 +70,7 @@ class Later(NamedTuple):
 
 Kind = Text | Integer | Flag | Choice | Sequence | Mapping | Named | Later
 
-_GLOB = Text("an absolute path below /dev; * ? [..] never match a slash", "^/dev/[^/]")
+_GLOB = Text("an absolute path below /dev; * ? [..] never match a slash", "^/dev/[^/](.|\n)*$")
 _NAME = Text("a name or a number")
 _NAMES = Sequence(_NAME)
 _ACCESS = Choice(ACCESS_NAMES)
@@ -83,7 +83,7 @@ _DEVICE = {
         "The kernel subsystem that the opened node must belong to, e.g. `sound` or `input`.",
     ),
     "device": Field(
-        Text("MAJOR:MINOR, each a number or *", r"^([0-9]+|\*):([0-9]+|\*)$"),
+        Text("MAJOR:MINOR, each a number or *", r"^(0|[1-9][0-9]{0,7}|\*):(0|[1-9][0-9]{0,7}|\*)$"),
         "The device number that the opened node must have, e.g. `116:*`.",
     ),
     "dangerous": Field(

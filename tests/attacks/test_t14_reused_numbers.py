@@ -5,73 +5,65 @@ from __future__ import annotations
 import os
 import socket
 
+import pytest
+
+from fdbroker.errors import LinkViolation
 from fdbroker.kernel.link import Link
 
 
-class Owner:
-    """Owns a descriptor of a file, as a socket object owns its own: -1 once it is closed."""
-
-    def __init__(self, path):
-        self.number = os.open(path, os.O_RDONLY)
-
-    def fileno(self):
-        return self.number
-
-    def close(self):
-        if self.number >= 0:
-            os.close(self.number)
-        self.number = -1
-
-    __del__ = close
-
-
-def test_what_waits_is_held_by_its_owner_not_by_its_number():
+def _full_link():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     link = Link(ours)
+    while not link.waiting:
+        link.send(b"x" * 1000)
+    return link, theirs
+
+
+def test_what_carries_a_descriptor_is_never_queued():
+    link, theirs = _full_link()
     with theirs:
-        while not link.waiting:  # until the socket's queue is full
-            link.send(b"x" * 1000)
-        target = Owner("/dev/null")
-        number = target.fileno()
-        link.send(b"with descriptor", target)
-        del target  # nobody but the link holds it now
-        reused = os.open("/dev/zero", os.O_RDONLY)
-        assert reused != number
-        os.close(reused)
-        got = None
-        while got is None:
-            data, numbers, _, _ = socket.recv_fds(theirs, 2000, 5)
+        number = os.open("/dev/null", os.O_RDONLY)
+        waiting = link.waiting
+        assert not link.send_with_descriptor(b"with descriptor", number)
+        assert link.waiting == waiting
+        os.close(number)
+        theirs.setblocking(False)
+        while True:
+            try:
+                data, numbers, _, _ = socket.recv_fds(theirs, 2000, 5)
+                assert data == b"x" * 1000
+                assert not numbers
+            except BlockingIOError:
+                if not link.waiting:
+                    break
             link.flush()
-            if data == b"with descriptor":
-                got = numbers
-        assert len(got) == 1
-        assert os.readlink(f"/proc/self/fd/{got[0]}") == "/dev/null"
-        os.close(got[0])
         link.close()
 
 
-def test_what_its_owner_closed_is_not_sent_as_something_else():
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    link = Link(ours)
+def test_it_does_not_overtake_what_waits():
+    link, theirs = _full_link()
     with theirs:
-        while not link.waiting:
-            link.send(b"x" * 1000)
-        target = Owner("/dev/null")
-        link.send(b"with descriptor", target)
-        target.close()
-        reused = os.open("/dev/zero", os.O_RDONLY)
-        theirs.setblocking(False)
-        received = []
-        while link.waiting or not received or received[-1] != b"end":
-            try:
-                data, numbers, _, _ = socket.recv_fds(theirs, 2000, 5)
-                assert not numbers
-                received.append(data)
-            except BlockingIOError:
-                pass
+        theirs.recv(2000)  # room, but not flushed yet
+        number = os.open("/dev/null", os.O_RDONLY)
+        assert not link.send_with_descriptor(b"with descriptor", number)
+        while link.waiting:
+            theirs.recv(2000)
             link.flush()
-            if not link.waiting and b"end" not in received:
-                link.send(b"end")
-        os.close(reused)
-        assert b"with descriptor" not in received
+        for _ in range(50):
+            theirs.recv(2000)
+        assert link.send_with_descriptor(b"with descriptor", number)
+        os.close(number)
+        link.close()
+
+
+def test_more_waiting_messages_than_any_honest_other_end_leaves_are_a_violation(monkeypatch):
+    from fdbroker.kernel import link as module
+
+    link, theirs = _full_link()
+    monkeypatch.setattr(module, "_LINK_WAITING", link.waiting + 2)
+    with theirs:
+        link.send(b"y")
+        link.send(b"y")
+        with pytest.raises(LinkViolation):
+            link.send(b"y")
         link.close()

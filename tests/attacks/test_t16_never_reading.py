@@ -74,6 +74,39 @@ def test_a_client_that_reads_may_pipeline_without_end(dev):
         assert as_user(ALICE, [], pipeline, broker.socket)
 
 
+def test_ended_connections_whose_grants_wait_unread_still_count(dev):
+    """Else one user takes, connection by connection, every descriptor that may be in flight, from everybody."""
+    batch = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[%s]}}\0' % b",".join(
+        [b'{"device":"/dev/null"}'] * 64
+    )
+
+    def hoard(address):
+        held, said = [], []
+        for _ in range(40):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(address)
+            with contextlib.suppress(OSError):
+                sock.sendall(batch)
+                sock.shutdown(socket.SHUT_WR)
+            held.append(sock)
+        time.sleep(1)
+        granted = 0
+        for sock in held:
+            data, numbers, _, _ = socket.recv_fds(sock, 65536, 253)
+            granted += len(numbers)
+            said.append(data[:50].decode(errors="replace"))
+            for number in numbers:
+                os.close(number)
+            sock.close()
+        return [granted, sorted({one.partition("Broker.")[2][:8] for one in said if "error" in one})]
+
+    with running(EVERYONE_NULL) as broker:
+        assert as_user(ALICE, [], hoard, broker.socket) == [64, ["QuotaExc"]]
+        assert as_user(BOB, [], ask, broker.socket, "/dev/null") == "granted"
+        assert as_user(ALICE, [], ask, broker.socket, "/dev/null") == "granted"
+        broker.wait_idle()
+
+
 def test_descriptors_in_flight_are_freed_when_it_goes(dev):
     with running(EVERYONE_NULL + "limits: {unread_grants: 1024}\n") as broker:
         for _ in range(5):

@@ -16,10 +16,28 @@ def _load(tmp_path, text):
     return load_policy(str(path), trusted=False).policy
 
 
-@pytest.mark.parametrize("number", ["13:32", "116:33", "13:64", "1:3", "010:08"])
+@pytest.mark.parametrize("number", ["13:32", "116:33", "13:64", "1:3", "10:8", '"116:*"'])
 def test_a_device_number_stays_what_was_written(tmp_path, number):
     policy = _load(tmp_path, f"version: 1\neveryone: {{devices: [{{path: /dev/x, device: {number}}}]}}\n")
-    assert policy.everyone[0].device == number
+    assert policy.everyone[0].device == number.strip('"')
+
+
+@pytest.mark.parametrize(
+    "number", ["010:08", "1", '"1:"', '":1"', "1:3:5", "-1:3", "99999999999:3", "a:b", '"1:3\\n"', "0x1:3"]
+)
+def test_a_device_number_that_could_never_match_is_an_error(tmp_path, number):
+    with pytest.raises(PolicyError, match="MAJOR:MINOR"):
+        _load(tmp_path, f"version: 1\neveryone: {{devices: [{{path: /dev/x, device: {number}}}]}}\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ['"a\\0b"', '"\\ud800"', '"\\UFFFFFFFF"', '"\\U00110000"', '"\\x1b[31m"', "4294967295", "65534", "99999999999"],
+)
+def test_names_that_nobody_has_are_errors_never_faults(tmp_path, name):
+    with pytest.raises(PolicyError) as caught:
+        _load(tmp_path, f"version: 1\nusers: {{{name}: {{devices: [{{path: /dev/x}}]}}}}\n")
+    assert "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("word", ["no", "yes", "on", "off", "True", "FALSE", "0", "1", '"true"x', "~", "null", ""])
@@ -45,8 +63,8 @@ def test_a_group_named_no_stays_a_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("version: 1\nversion: 1\n", "2:1: the key version for the second time"),
-        ("version: 1\nlimits: {burst: 1, burst: 2}\n", "the key burst for the second time"),
+        ("version: 1\nversion: 1\n", "2:1: the key 'version' for the second time"),
+        ("version: 1\nlimits: {burst: 1, burst: 2}\n", "the key 'burst' for the second time"),
         ("version: 1\n---\nversion: 1\n", "a second document"),
         ("version: 1\nlimits: &x {burst: 1}\n", "the anchor &x"),
         ("version: 1\neveryone: *x\n", "the alias *x"),

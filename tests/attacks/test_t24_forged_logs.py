@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 
 from harness import ALICE, EVERYONE_NULL, as_user, ask, running
 
+from fdbroker import limits
 from fdbroker.opener.audit import FIELDS, Audit, Record, fields
 from fdbroker.terms import Resource, Subject
 from fdbroker.wire.journal import escaped
@@ -72,6 +74,63 @@ def test_the_service_and_the_command_line_print_nothing_raw(dev):
         assert result.returncode == 77
         assert b"\x1b" not in result.stderr + result.stdout
         assert b"\nMESSAGE" not in result.stderr
+
+
+def test_whatever_a_client_varies_it_makes_so_many_records_and_no_more(dev):
+    import resource
+
+    from harness import Raw, outcome
+
+    with running(EVERYONE_NULL + "limits: {burst: 3000}\n") as broker, Raw(broker.socket) as client:
+        for index in range(1500):
+            assert outcome(client.open(f"/dev/{index}" + "\U0001f600" * 1000)) == "Denied"
+        assert len(broker.records()) <= limits.AUDIT_REFUSALS + 2
+        assert all(len(line) < 4096 for line in broker.text().splitlines())
+        with open(f"/proc/{broker.pids['opener']}/statm") as statm:
+            assert int(statm.read().split()[1]) * resource.getpagesize() < 60_000_000
+
+
+def test_the_counts_are_written_when_their_time_is_over():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    theirs.setblocking(False)
+    with ours, theirs:
+        audit = Audit(ours)
+        subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
+        record = Record("refused", "authorize", 1, subject, Resource("/dev/a", "ro"), "why")
+        for _ in range(4):
+            audit.refuse(record, 100.0)
+        for index in range(limits.AUDIT_REFUSALS + 4):
+            audit.refuse(record._replace(resource=Resource(f"/dev/{index}", "ro")), 101.0)
+        for _ in range(limits.AUDIT_REFUSALS):
+            theirs.recv(65536)
+        audit.flush(105.0)
+        assert audit.counting
+        audit.flush(100.0 + limits.AUDIT_REPEAT_SECONDS)
+        assert not audit.counting
+        assert dict(_parse(theirs.recv(65536)))["FDBROKER_REPEATED"] == b"3"
+        others = dict(_parse(theirs.recv(65536)))
+        assert others["FDBROKER_REPEATED"] == b"5"
+        assert "FDBROKER_RESOURCE" not in others
+
+
+def test_what_was_recorded_and_did_not_happen_is_said_later_if_not_now():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        audit = Audit(ours)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.send(b"x", socket.MSG_DONTWAIT)
+        subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
+        audit.undo(Record("undone", "send", 1, subject, Resource("/dev/a", "ro"), "why"))
+        assert audit.counting
+        while theirs.recv(10) and audit.counting:
+            audit.flush(0.0)
+        datagrams = []
+        theirs.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                datagrams.append(theirs.recv(65536))
+        assert dict(_parse(datagrams[-1]))["FDBROKER_RESOURCE"] == b"/dev/a"
 
 
 def test_identical_refusals_are_counted_and_grants_never(dev):
