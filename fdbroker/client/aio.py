@@ -74,12 +74,16 @@ class Client:
         """Ask for 1 to 64 nodes at once: all of them, in this order, or none and the error of the first in the way."""
         waiting = await self._send(calls.open_call(paths, access))
         reply, numbers = await self._next(waiting)
-        return calls.opened(reply, lambda _count: numbers)
+        try:
+            return calls.opened(reply, numbers, paths)
+        except ProtocolViolation as error:
+            self._end(error)
+            raise
 
     async def offers(self) -> list[Offer]:
         """What this program may open now, with the most access that it may ask for."""
         waiting = await self._send(calls.list_call(more=False))
-        return calls.offered((await self._next(waiting))[0])
+        return await self._next_offers(waiting)
 
     async def watch(self) -> AsyncIterator[list[Offer]]:
         """The same list now and again after every change, without end; close the client to stop.
@@ -88,7 +92,7 @@ class Client:
         """
         waiting = await self._send(calls.list_call(more=True))
         while True:
-            yield calls.offered((await self._next(waiting))[0])
+            yield await self._next_offers(waiting)
 
     def close(self) -> None:
         """Close the connection; who still waits gets BrokerUnavailable."""
@@ -117,6 +121,15 @@ class Client:
                 raise
             return waiting
 
+    async def _next_offers(self, waiting: _Waiting) -> list[Offer]:
+        reply, numbers = await self._next(waiting)
+        calls.close_all(numbers)
+        try:
+            return calls.offered(reply)
+        except ProtocolViolation as error:
+            self._end(error)
+            raise
+
     async def _next(self, waiting: _Waiting) -> tuple[varlink.Reply, list[int]]:
         try:
             item = await waiting.replies.get()
@@ -144,6 +157,8 @@ class Client:
         try:
             while (reply := self._replies.next_reply()) is not None:
                 self._deliver(reply)
+            if not self._waiting and not self._replies.spent:
+                raise ProtocolViolation("more than the answers came")
         except ProtocolViolation as error:
             self._end(error)
 
@@ -154,9 +169,8 @@ class Client:
             error = calls.refusal(reply.error, reply.parameters) if reply.error else None
             self._end(error or ProtocolViolation("a reply that nobody asked for"))
             return
+        numbers = self._replies.take(calls.count_grants(reply))  # first: if it fails, this call hears of it too
         waiting = self._waiting[0] if reply.continues else self._waiting.popleft()
-        grants = reply.parameters.get("grants", [])
-        numbers = self._replies.take(len(grants)) if isinstance(grants, list) else []
         if waiting.abandoned:
             calls.close_all(numbers)
         elif reply.error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fdbroker import limits
@@ -106,22 +106,29 @@ def answer(reply: varlink.Reply) -> varlink.Reply:
     return reply
 
 
-def opened(reply: varlink.Reply, take: Callable[[int], list[int]]) -> list[Descriptor]:
-    """The grants of Open's reply. `take(n)` gives the next n descriptors that arrived, now owned by us.
+def count_grants(reply: varlink.Reply) -> int:
+    """How many descriptors a reply owns."""
+    grants = reply.parameters.get("grants", [])
+    return len(grants) if isinstance(grants, list) and not reply.error else 0
 
-    Raises ProtocolViolation, with every descriptor of this reply closed, when the reply does not fit them.
+
+def opened(reply: varlink.Reply, numbers: list[int], paths: Sequence[str]) -> list[Descriptor]:
+    """The grants of Open's reply as owned descriptors, in the order of `paths`; takes `numbers`.
+
+    Raises ProtocolViolation, with every descriptor of this reply closed, when the reply is not what was asked for.
     """
-    grants = reply.parameters.get("grants")
-    if not isinstance(grants, list):
-        raise ProtocolViolation("a reply to Open without grants")
-    numbers = take(len(grants))
     made: list[Descriptor] = []
     try:
-        for grant in grants:
+        grants = reply.parameters["grants"]
+        if len(grants) != len(paths) or len(numbers) != len(paths):
+            raise ProtocolViolation(f"{len(grants)} grants and {len(numbers)} descriptors, {len(paths)} were asked for")
+        for grant, path in zip(grants, paths, strict=True):
             said = _said(grant)
             index = grant["fileDescriptor"]
             if not isinstance(index, int) or not 0 <= index < len(numbers) or numbers[index] < 0:
                 raise ProtocolViolation(f"descriptor {index!r} is not there")
+            if said[0] != path:
+                raise ProtocolViolation(f"{said[0]!r} in place of {path!r}")
             number, numbers[index] = numbers[index], -1
             made.append(Descriptor(number, *said))
     except (ProtocolViolation, LookupError, TypeError) as error:
@@ -180,6 +187,11 @@ class Replies:
         if len(self._descriptors) < count:
             raise ProtocolViolation(f"a reply with {count} descriptors, and {len(self._descriptors)} came")
         return [self._descriptors.popleft() for _ in range(count)]
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing waits: what is left once every call has its answer belongs to none."""
+        return not self._descriptors and not self._reader.partial
 
     def close(self) -> None:
         """Close the descriptors that no reply has taken."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TypeVar
 
 from fdbroker.client import calls
 from fdbroker.client.descriptor import Descriptor
@@ -20,6 +20,7 @@ from fdbroker.terms import Offer
 from fdbroker.wire import frame, varlink
 
 _READ_BYTES = 65536
+T = TypeVar("T")
 
 
 class Client:
@@ -49,16 +50,14 @@ class Client:
 
     def open_all(self, paths: list[str], access: str = "ro") -> list[Descriptor]:
         """Ask for 1 to 64 nodes at once: all of them, in this order, or none and the error of the first in the way."""
-        reply = self._call(calls.open_call(paths, access))
-        try:
-            return calls.opened(reply, self._replies.take)
-        except ProtocolViolation:
-            self.close()
-            raise
+        reply, numbers = self._call(calls.open_call(paths, access))
+        return self._judged(lambda: calls.opened(reply, numbers, paths))
 
     def offers(self) -> list[Offer]:
         """What this program may open now, with the most access that it may ask for."""
-        return calls.offered(self._call(calls.list_call(more=False)))
+        reply, numbers = self._call(calls.list_call(more=False))
+        calls.close_all(numbers)
+        return self._judged(lambda: calls.offered(reply))
 
     def watch(self) -> Iterator[list[Offer]]:
         """The same list now and again after every change, without end; close the client to stop.
@@ -67,7 +66,9 @@ class Client:
         """
         self._send(calls.list_call(more=True))
         while True:
-            yield calls.offered(self._reply(None))
+            reply, numbers = self._reply(None)
+            calls.close_all(numbers)
+            yield calls.offered(reply)
 
     def close(self) -> None:
         """Close the connection and whatever arrived on it and was not taken."""
@@ -80,9 +81,26 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _call(self, call: bytes) -> varlink.Reply:
-        self._send(call)
-        return self._reply(None if self._timeout_s is None else time.monotonic() + self._timeout_s)
+    def _call(self, call: bytes) -> tuple[varlink.Reply, list[int]]:
+        """One call and its reply, with the descriptors that it owns, now the caller's. Raises an error reply."""
+        try:
+            self._send(call)
+            reply, numbers = self._reply(None if self._timeout_s is None else time.monotonic() + self._timeout_s)
+            if not self._replies.spent:
+                calls.close_all(numbers)
+                raise ProtocolViolation("more than the answer came")
+        except BaseException:
+            self.close()  # whatever interrupted it: the next call must not get this one's answer
+            raise
+        calls.answer(reply)
+        return reply, numbers
+
+    def _judged(self, judge: Callable[[], T]) -> T:
+        try:
+            return judge()
+        except ProtocolViolation:
+            self.close()
+            raise
 
     def _send(self, call: bytes) -> None:
         if self._sock.fileno() < 0:
@@ -95,7 +113,7 @@ class Client:
         except OSError:
             pass  # it hung up, and may have said why: `_reply` finds that, or the end
 
-    def _reply(self, deadline_s: float | None) -> varlink.Reply:
+    def _reply(self, deadline_s: float | None) -> tuple[varlink.Reply, list[int]]:
         try:
             while (reply := self._replies.next_reply()) is None:
                 self._sock.settimeout(None if deadline_s is None else max(0.001, deadline_s - time.monotonic()))
@@ -103,6 +121,7 @@ class Client:
                 if not size:
                     self._lost("the broker closed the connection")
                 self._replies.feed(bytes(self._buffer[:size]), numbers)
+            return reply, self._replies.take(calls.count_grants(reply))
         except ProtocolViolation:
             self.close()
             raise
@@ -110,7 +129,6 @@ class Client:
             self._lost("the broker did not answer in time")
         except OSError as error:
             self._lost(f"the connection to the broker is lost: {error.strerror}")
-        return calls.answer(reply)
 
     def _lost(self, why: str) -> NoReturn:
         self.close()

@@ -1,0 +1,145 @@
+"""The loader's words: place, what, expected, found, did you mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from fdbroker.errors import PolicyError
+from fdbroker.policy.compile import failed_tests, load_policy
+
+
+def errors(tmp_path, text):
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    with pytest.raises(PolicyError) as caught:
+        load_policy(str(path), trusted=False)
+    return [str(finding).replace(str(path), "F") for finding in caught.value.findings]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            "version: 1\ngrups: {}\n",
+            "F:2:1: unknown key 'grups' in a policy, expected one of version, administrators, limits, groups, users, everyone, deny, tests; did you mean groups?",
+        ),
+        (
+            "version: 1\nusers: {0: {devices: [{path: /dev/x, access: readwrite}]}}\n",
+            "F:2:46: access, expected ro or wo or rw, found 'readwrite'; did you mean rw?",
+        ),
+        (
+            "version: 1\nusers: {0: {devices: [{path: /dev/tty0}]}}\n",
+            "F:2:30: /dev/tty0 can match /dev/tty*, which gives power over the machine; add `dangerous: true` to say that this is meant, or write a narrower path",
+        ),
+        (
+            "version: 1\nusers: {0: {devices: [{path: /dev/x, class: block}]}}\n",
+            "F:2:30: class block, which gives power over the machine; add `dangerous: true` to say that this is meant, or write a narrower path",
+        ),
+        (
+            "version: 1\nusers: {0: {devices: [{path: /dev/rtc0, class: rtc, access: rw}]}}\n",
+            "F:2:61: access of class rtc, expected ro, found rw",
+        ),
+        ("version: 1\nusers: {0: {devices: [{access: rw}]}}\n", "F:2:23: a device rule without path"),
+        (
+            "version: 1\nusers: {0: {devices: []}}\n",
+            "F:2:22: devices, expected a list of at least one item, found an empty list",
+        ),
+        (
+            "version: 1\nusers: {0: {devices: [{path: /dev/x, revoke: on-disconnect}]}}\n",
+            "F:2:38: revoke is not in this version; remove it; nothing else would enforce it",
+        ),
+        ("version: 1\ntopics: {}\n", "F:2:1: topics is not in this version; remove it; nothing else would enforce it"),
+        ("version: 1\ndeny: [{devices: [/dev/x]}]\n", "F:2:8: a deny rule without any of groups, users, everyone"),
+        (
+            "version: 1\ndeny: [{everyone: false, devices: [/dev/x]}]\n",
+            "F:2:8: a deny rule for nobody; `everyone: false` names nobody",
+        ),
+        ("version: 1\nadministrators: {}\n", "F:2:17: administrators without any of users, groups"),
+        (
+            "version: 1\nusers: {rooot: {devices: [{path: /dev/x}]}}\n",
+            "F:2:9: unknown user 'rooot'; did you mean root?",
+        ),
+        (
+            "version: 1\nusers: {nobody: {devices: [{path: /dev/x}]}}\n",
+            "F:2:9: user 'nobody' is number 65534, which stands for nobody and matches nothing",
+        ),
+        ("version: 1\nlimits: {connections: 0}\n", "F:2:23: connections, expected a number from 1 to 20000, found '0'"),
+        (
+            "version: 1\ntests: [{as: {user: 0}, open: /dev/x, expect: denied}]\n",
+            "F:2:47: expect, expected allow or deny, found 'denied'; did you mean deny?",
+        ),
+        ("version: 1\nusers:\n", "F:2:7: a user, expected a mapping, found nothing"),
+    ],
+    ids=range(17),
+)
+def test_an_error_says_where_what_was_expected_and_what_to_do(tmp_path, text, error):
+    assert errors(tmp_path, text) == [error]
+
+
+def test_all_errors_come_at_once_in_order_also_in_rules_of_unknown_groups(tmp_path):
+    text = """version: 1
+groups:
+  nogroupofthisname:
+    devices:
+      - {path: "/dev/[", access: x}
+limits: {burst: 0}
+"""
+    lines = [error.split(": ")[0] for error in errors(tmp_path, text)]
+    assert lines == ["F:3:3", "F:5:16", "F:5:34", "F:6:17"]
+
+
+def test_too_many_errors_are_counted(tmp_path):
+    found = errors(tmp_path, "version: 1\n" + "".join(f"key{index}: 1\n" for index in range(300)))
+    assert len(found) == 201
+    assert found[-1] == "F: and 100 errors more"
+
+
+def test_numbers_stand_for_users_and_groups_that_need_not_exist(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "version: 1\nusers: {54321: {devices: [{path: /dev/x}]}}\ngroups: {54322: {devices: [{path: /dev/y}]}}\n"
+    )
+    policy = load_policy(str(path), trusted=False).policy
+    assert list(policy.by_uid) == [54321]
+    assert list(policy.by_gid) == [54322]
+
+
+def test_a_failing_test_says_how_it_came_out(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "version: 1\ntests:\n  - {as: {user: 0, groups: [0]}, open: /dev/x, expect: allow}\n  - {as: {user: 0}, open: /dev/x, expect: deny}\n"
+    )
+    (failed,) = failed_tests(load_policy(str(path), trusted=False))
+    assert (
+        str(failed)
+        == f"{path}:3:5: this test fails, expected allow, found deny; try `fdbroker policy explain` for uid 0 and /dev/x"
+    )
+
+
+def test_administrators_and_limits_of_several_sources(tmp_path):
+    from fdbroker.policy.decide import view
+    from fdbroker.terms import Subject
+
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "version: 1\nadministrators: {users: [7], groups: [8]}\nlimits: {burst: 10, connections: 3}\n"
+        "groups: {8: {limits: {burst: 20}}, 9: {limits: {burst: 30}}}\nusers: {5: {limits: {burst: 1}}}\n"
+    )
+    policy = load_policy(str(path), trusted=False).policy
+
+    def seen(uid, *gids, foreign=False):
+        return view(policy, Subject(uid, frozenset(gids), 1, 1, "", "", foreign))
+
+    assert seen(4).limits["burst"] == 10
+    assert seen(4, 8).limits["burst"] == 20
+    assert seen(4, 8, 9).limits["burst"] == 30
+    assert seen(5, 9).limits["burst"] == 1
+    assert seen(4).limits["connections"] == 3
+    assert [seen(7).administrator, seen(4, 8).administrator, seen(0).administrator, seen(4).administrator] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert not seen(7, foreign=True).administrator
+    assert not seen(65534, 8).administrator
