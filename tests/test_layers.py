@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import fdbroker
 import pytest
+
+import fdbroker
 
 PACKAGE = Path(fdbroker.__file__).parent
 
@@ -56,8 +57,7 @@ def test_imports_go_downwards_only(module):
         parts = name.split(".")
         if parts[0] == "fdbroker" and len(parts) > 1 and parts[1] in RANKS and parts[1] != unit:
             if unit == "__init__":
-                assert not at_top or True  # the entry points load the client when they are called
-                continue
+                continue  # the entry points load the client when they are called, or for types only
             if unit == "cli" and not at_top:
                 continue
             assert RANKS[parts[1]] < RANKS[unit], f"{module} imports {name}"

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 
-from harness import ALICE, BOB, MEM, Raw, ask, as_user, node, outcome, running
+from harness import ALICE, BOB, MEM, Raw, as_user, ask, node, outcome, running
 
 POLICY = 'version: 1\neveryone: {devices: [{path: "/dev/pool/*", access: rw}]}\n'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from harness import ALICE, EVERYONE_NULL, MEM, Raw, ask, as_user, node, running
+from harness import ALICE, EVERYONE_NULL, MEM, Raw, as_user, ask, node, running
 
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.decide import decide, view

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import ALICE, GROUP, MEM, OTHER_GROUP, ask, as_user, node, running
+from harness import ALICE, GROUP, MEM, OTHER_GROUP, as_user, ask, node, running
 
 POLICY = f"version: 1\ngroups: {{{GROUP}: {{devices: [{{path: /dev/x}}]}}}}\n"
 MANY = list(range(52000, 52400))

@@ -7,7 +7,7 @@ import os
 import socket
 
 import pytest
-from harness import ALICE, EVERYONE_NULL, Raw, ask, as_user, outcome, running
+from harness import ALICE, EVERYONE_NULL, Raw, as_user, ask, outcome, running
 
 from fdbroker.kernel import sockets
 

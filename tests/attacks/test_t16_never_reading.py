@@ -7,7 +7,7 @@ import os
 import socket
 import time
 
-from harness import ALICE, BOB, EVERYONE_NULL, Raw, ask, as_user, outcome, running
+from harness import ALICE, BOB, EVERYONE_NULL, Raw, as_user, ask, outcome, running
 
 CALL = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/null"}]}}\0'
 

@@ -8,13 +8,14 @@ import os
 import socket
 import threading
 
+import pytest
+from harness import MEM, folder, node, running
+
 import fdbroker
 import fdbroker.aio
-import pytest
 from fdbroker.client.sync import ping
 from fdbroker.errors import BrokerUnavailable, Denied, ProtocolViolation
 from fdbroker.wire import varlink
-from harness import MEM, folder, node, running
 
 POLICY = 'version: 1\neveryone: {devices: [{path: "/dev/pool/*", access: rw}]}\n'
 

@@ -7,7 +7,7 @@ import os
 
 import harness
 import pytest
-from harness import ALICE, BOB, GROUP, MEM, OTHER_GROUP, Raw, ask, as_user, node, outcome, running
+from harness import ALICE, BOB, GROUP, MEM, OTHER_GROUP, Raw, as_user, ask, node, outcome, running
 
 POLICY = f"""
 version: 1
