@@ -37,9 +37,11 @@ class AnotherBroker(CannotListen):
 class Listener:
     """The listening socket, and how to leave its place clean: a path that we bound is ours to remove."""
 
-    def __init__(self, sock: socket.socket, path: str = "") -> None:
+    def __init__(self, sock: socket.socket, path: str = "", *, asked_credentials: bool = True) -> None:
         self.sock = sock
         self.path = path
+        # else a message that was sent before this moment says nothing of its sender, and ends its connection
+        self.asked_credentials = asked_credentials
         self._identity = _identity(path) if path else None
         sock.setblocking(False)  # for the opener, which may not do that itself
         # inherited by accepted sockets, so set before the first client can send anything
@@ -83,11 +85,9 @@ def inherited() -> Listener | None:
     name = sock.getsockname()
     if not isinstance(name, str) or not name.startswith("/"):
         raise CannotListen("descriptor 3 listens on an abstract address, which has no mode: use ListenStream=/path")
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED):
-        # a client's first message is queued before we could ask for its sender
-        raise CannotListen("descriptor 3 does not ask who sends: add PassCredentials=yes to the socket's unit")
     os.set_inheritable(_LISTEN_FDS_START, False)
-    return Listener(sock)
+    asked = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED))
+    return Listener(sock, asked_credentials=asked)
 
 
 def bound(path: str, mode: int, group: str | None) -> Listener:

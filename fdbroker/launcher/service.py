@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -78,7 +79,13 @@ class Launcher:
         """Serve. Raises PolicyError and CannotListen before anything is started, ServiceFailed afterwards."""
         policy, self._given = checked_policy(self._options.policy)
         options = self._options
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if descriptors != resource.RLIM_INFINITY and descriptors <= limits.DESCRIPTORS_RESERVED:
+            needed = limits.DESCRIPTORS_RESERVED
+            raise ServiceFailed(f"at most {descriptors} descriptors (ulimit -Hn) leave none for clients: over {needed}")
         listener = listen.inherited() or listen.bound(options.address, options.mode, options.group)
+        if not listener.asked_credentials:
+            say("who connected already is disconnected: add PassCredentials=yes to the socket's unit", priority=4)
         try:
             self._catch_signals()
             self._children = start.start_children(listener.sock, to_bytes(policy), self._given)

@@ -7,6 +7,7 @@ raises LinkViolation, which ends the service.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import select
@@ -56,6 +57,7 @@ class Opener:
         self._connections: dict[int, Connection] = {}
         self._watching: dict[int, list[bytes]] = {}  # connection -> the listing that it was sent last
         self._last_number = 0
+        self._held: tuple[socket.socket, Subject, Account] | None = None  # accepted, not yet handed on
         self._lingering: set[Account] = set()  # whose ended connections have grants unread
         self._pings = 0  # sent to the inbox and not answered
         self._inotify = inotify.create()
@@ -79,7 +81,7 @@ class Opener:
             for descriptor, events in poll.poll(self._timeout_s()):
                 if descriptor == self._inbox.fileno():
                     if events & select.EPOLLOUT:
-                        self._inbox.flush()
+                        self._flush_inbox()
                     if events & ~select.EPOLLOUT and not self._read_inbox():
                         return
                 elif descriptor == self._launcher.fileno():
@@ -94,7 +96,7 @@ class Opener:
 
     def _arm(self) -> None:
         """Poll for what can be used: room in the inbox's link if messages wait for it, and else new connections."""
-        full = bool(self._inbox.waiting)
+        full = bool(self._inbox.waiting or self._held)
         if full != self._inbox_full:
             self._inbox_full = full
             # while it does not take our answers, its next questions wait: what waits for it stays bounded
@@ -149,7 +151,7 @@ class Opener:
             if sock is None:
                 return
             self._welcome(sock)
-            if self._inbox.waiting:
+            if self._inbox.waiting or self._held:
                 return
 
     def _welcome(self, sock: socket.socket) -> None:
@@ -158,23 +160,31 @@ class Opener:
             subject = self._identifier.identify(sock)
             seen = view(self._policy, subject)
             account = self._accounts.of(subject.uid, seen.limits["burst"], time.monotonic())
-            try:
-                authorize_connection(account, seen)
-            except QuotaExceeded as refusal:
-                self._turn_away(sock, refusal, subject)
-                return
+            authorize_connection(account, seen)
             subject = self._identifier.describe(sock, subject)
-            self._last_number += 1
-            message = link.encode_connected(self._last_number, subject.uid)
-            sent = self._inbox.send_with_descriptor(message, sock.fileno())
+        except QuotaExceeded as refusal:
+            self._turn_away(sock, refusal, subject)
         except OSError as error:
-            # EMFILE, ETOOMANYREFS, or the kernel does not say who it is: this client alone is refused
+            # EMFILE, or the kernel does not say who it is: this client alone is refused
             self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), None, error.strerror or "")
             self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
+        else:
+            self._hand_on(sock, subject, account)
+
+    def _hand_on(self, sock: socket.socket, subject: Subject, account: Account) -> None:
+        """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
+        message = link.encode_connected(self._last_number + 1, subject.uid)
+        try:
+            if not self._inbox.send_with_descriptor(message, sock.fileno()):
+                self._held = (sock, subject, account)
+                return
+        except OSError as error:
+            if error.errno not in (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), subject, error.strerror or "")
+            self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
             return
-        if not sent:
-            self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), subject, "the inbox is busy")
-            return
+        self._last_number += 1
         seen = view(self._policy, subject)
         self._connections[self._last_number] = Connection(self._last_number, sock, subject, seen, account)
 
@@ -189,6 +199,12 @@ class Opener:
         self._audit.refuse(Record("turned-away", stage, 0, subject, None, reason), time.monotonic())
 
     # ---- the inbox's link
+
+    def _flush_inbox(self) -> None:
+        self._inbox.flush()
+        if self._held is not None and not self._inbox.waiting:
+            held, self._held = self._held, None
+            self._hand_on(*held)
 
     def _read_inbox(self) -> bool:
         """Answer what the inbox asks; false when it is gone as it should be."""
@@ -321,6 +337,9 @@ class Opener:
             self._acceptor.close()
             self._acceptor = None
             self._accepting = False
+            if self._held is not None:
+                self._held[0].close()
+                self._held = None
             self._paused_until_s = 0.0
             self._inbox.send(link.DRAIN)
 

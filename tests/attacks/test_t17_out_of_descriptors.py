@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import socket
 import time
 
@@ -49,6 +50,7 @@ def test_at_emfile_the_reserve_says_the_refusal():
             listener.listen()
             listener.setblocking(False)
             acceptor = Acceptor(listener)
+            client.settimeout(3)
             client.connect(path)
             soft = max(map(int, os.listdir("/proc/self/fd"))) + 1
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
@@ -86,3 +88,39 @@ def test_the_refusal_is_said(dev):
         held[0].close()
         time.sleep(0.2)
         assert ask(broker.socket, "/dev/null") == "granted"
+
+
+def test_a_limit_that_leaves_none_for_clients_is_said_at_the_start(root):
+    with harness.folder() as where:
+        broker = harness.Broker(where, EVERYONE_NULL, descriptors=limits.DESCRIPTORS_RESERVED)
+        assert broker.process.wait(10) == 70
+        assert "leave none for clients" in broker.text()
+
+
+def test_a_connect_storm_is_served_whole(dev):
+    with (
+        running(EVERYONE_NULL + "limits: {connections: 5000, burst: 5000}\n") as broker,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(Raw(broker.socket)) for _ in range(1500)]
+        assert {outcome(client.open("/dev/null")) for client in clients} == {"granted"}
+        for client in clients:
+            client.close()
+        broker.wait_idle()
+
+
+def test_while_the_inbox_stands_still_clients_wait_and_are_served_afterwards(dev):
+    with (
+        running(EVERYONE_NULL + "limits: {connections: 5000, burst: 5000}\n") as broker,
+        contextlib.ExitStack() as stack,
+    ):
+        os.kill(broker.pids["inbox"], signal.SIGSTOP)
+        clients = [stack.enter_context(Raw(broker.socket)) for _ in range(600)]
+        for client in clients:
+            client.send_call("io.fdbroker.Broker.Open", {"resources": [{"device": "/dev/null"}]})
+        before = _cpu_s(broker.pids["opener"])
+        time.sleep(1)
+        assert _cpu_s(broker.pids["opener"]) - before < 0.5
+        os.kill(broker.pids["inbox"], signal.SIGCONT)
+        assert {outcome(client.reply()) for client in clients} <= {"granted", "QuotaExceeded"}
+        assert outcome(clients[0].open("/dev/null")) == "granted"
