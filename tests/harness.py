@@ -156,7 +156,7 @@ class Broker:
     def records(self, kind: str = "") -> list[dict[str, str]]:
         """The audit records so far, of one kind or all; they are on standard error, for a test has no journal."""
         records = [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
-        return [record for record in records if not kind or record["MESSAGE"].find(f" {kind} ") >= 0]
+        return [record for record in records if not kind or f" {kind} " in record["MESSAGE"].replace(":", " ")]
 
     def wait_for(self, text: str, seconds: float = 5.0) -> None:
         """Until the log has that text."""

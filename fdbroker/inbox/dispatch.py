@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fdbroker import __version__, limits
-from fdbroker.errors import ClientNotReading, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, Refused
+from fdbroker.errors import ClientNotReading, Denied, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, Refused
 from fdbroker.terms import ACCESS_NAMES, Offer, Resource
 from fdbroker.wire import frame, varlink
 from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
@@ -37,15 +37,20 @@ class AskList(NamedTuple):
     watch: bool
 
 
-Action = Answer | AskOpen | AskList
+class AskShutdown(NamedTuple):
+    """Ask the opener to stop the service, if the client is an administrator; there is no answer then."""
+
+
+Question = AskOpen | AskList | AskShutdown
+Action = Answer | Question
 
 
 def dispatch_frame(payload: bytes) -> Action:
-    """A frame of the inbox framing. This version has no topics, so nothing but PING is allowed to anybody."""
+    """A frame of the inbox framing. This version has no topics, so a message is allowed to nobody."""
     if payload == frame.PING:
         return Answer(frame.encode_frame(frame.PONG))
     if payload == frame.SHUTDOWN:
-        return Answer(frame.encode_status(errno.EPERM))
+        return AskShutdown()
     return Answer(frame.encode_status(errno.EACCES))
 
 
@@ -142,6 +147,11 @@ HANDLERS: dict[tuple[str, str], Callable[[Call], Action]] = {
     (_BROKER, "Open"): _open,
     (_BROKER, "List"): _list,
 }
+
+
+def refusal_status(refusal: Refused) -> bytes:
+    """The status of a refused SHUTDOWN."""
+    return frame.encode_status(errno.EPERM if isinstance(refusal, Denied) else refusal.errno)
 
 
 def refusal_reply(refusal: Refused, resources: Sequence[Resource]) -> bytes:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 from fdbroker import limits
-from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation
+from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation, Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.decode import Decoder
 from fdbroker.kernel import sockets
@@ -58,7 +58,7 @@ class Client:
         self.sock = sock
         self.decoder = Decoder()
         self.state = "idle"  # a state of link.TURNS
-        self.question: dispatch.AskOpen | dispatch.AskList | None = None  # to put once `out` is sent
+        self.question: dispatch.Question | None = None  # to put once `out` is sent
         self.asked: Sequence[Resource] = ()
         self.offers: list[Offer] = []
         self.out = bytearray()
@@ -150,7 +150,7 @@ class Inbox:
                     client = self._by_number.get(number)
                     if client is not None:
                         if refusal is not None:
-                            client.out += dispatch.refusal_reply(refusal, client.asked)
+                            client.out += self._refusal(client, refusal)
                             client.doomed |= isinstance(refusal, ClientNotReading)
                         self._end_turn(client)
                 case link.Offered(number, last, offers):
@@ -164,6 +164,12 @@ class Inbox:
                 case other:
                     raise LinkViolation(f"{other!r} with the wrong descriptors")
         return True
+
+    @staticmethod
+    def _refusal(client: Client, refusal: Refused) -> bytes:
+        if client.decoder.framed:
+            return dispatch.refusal_status(refusal)
+        return dispatch.refusal_reply(refusal, client.asked)
 
     def _welcome(self, client: Client) -> None:
         self._by_number[client.number] = client
@@ -195,7 +201,7 @@ class Inbox:
         """Answer what has been asked, read nothing more."""
         self._draining = True
         for client in list(self._by_number.values()):
-            if client.state == "watching":
+            if client.state in ("watching", "stopping"):  # nothing more is owed to them
                 self._close(client, _ENDED)
             elif client.state == "idle":
                 if not client.out:
@@ -292,6 +298,9 @@ class Inbox:
             case dispatch.AskList(watch):
                 client.state = link.TURNS[client.state, "Watch" if watch else "List"]
                 self._opener.send(link.encode_list(client.number, watch=watch))
+            case dispatch.AskShutdown():
+                client.state = link.TURNS[client.state, "Shutdown"]
+                self._opener.send(link.encode_shutdown(client.number))
         return True
 
     def _send(self, client: Client) -> bool:

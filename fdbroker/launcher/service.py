@@ -191,6 +191,9 @@ class Launcher:
                 match link.decode(link.CHILD_TO_LAUNCHER, data):
                     case link.Pong():
                         self._notify.tell(WATCHDOG=1)
+                    case link.StopAsked() if not self._stop_at_s:
+                        say("an administrator asks to stop")
+                        self._stop()
                     case link.Applied(generation):
                         text = f"Serving with {self._options.policy}, reloaded {generation - 1} times"
                         self._notify.tell(READY=1, STATUS=text)

@@ -32,11 +32,20 @@ MESSAGE_IDS = {
     "refused": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a02",
     "undone": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a03",
     "turned-away": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a04",
+    "stopping": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a07",
     "violation": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a05",
     "disconnected": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a06",
 }
 # syslog(3) levels
-_PRIORITIES = {"granted": 6, "refused": 5, "undone": 4, "turned-away": 5, "violation": 2, "disconnected": 5}
+_PRIORITIES = {
+    "granted": 6,
+    "refused": 5,
+    "undone": 4,
+    "turned-away": 5,
+    "stopping": 5,
+    "violation": 2,
+    "disconnected": 5,
+}
 
 FIELDS = (
     "MESSAGE",
@@ -86,7 +95,7 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
         "PRIORITY": str(_PRIORITIES[record.kind]),
         "SYSLOG_IDENTIFIER": "fdbroker",
         "FDBROKER_STAGE": record.stage,
-        "FDBROKER_DECISION": "allow" if record.kind == "granted" else "deny",
+        "FDBROKER_DECISION": "allow" if record.kind in ("granted", "stopping") else "deny",
         "FDBROKER_REASON": reason,
         "FDBROKER_RULE": record.rule,
         "FDBROKER_RDEV": record.rdev,

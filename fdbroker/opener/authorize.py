@@ -154,6 +154,12 @@ def authorize_request(connection: Connection, now_s: float) -> None:
         raise QuotaExceeded("unread_grants", maximum)
 
 
+def authorize_administrator(connection: Connection) -> None:
+    """May this client administer the broker? Raises Denied."""
+    if not connection.view.administrator:
+        raise Denied("it is no administrator")
+
+
 def authorize_resources(connection: Connection, resources: Sequence[Resource]) -> list[tuple[Rule, ...]]:
     """The rules that allow each resource, never none. Raises Denied for the first that nothing allows."""
     allowed = []

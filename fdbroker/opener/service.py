@@ -15,12 +15,19 @@ import socket
 import time
 
 from fdbroker import limits
-from fdbroker.errors import LinkViolation, QuotaExceeded, Refused
+from fdbroker.errors import LinkViolation, QuotaExceeded, RateLimited, Refused
 from fdbroker.kernel import inotify, sockets
 from fdbroker.kernel.link import Link, read_memfd
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
 from fdbroker.opener.audit import Audit, NotRecorded, Record
-from fdbroker.opener.authorize import Account, Accounts, Connection, authorize_connection, authorize_request
+from fdbroker.opener.authorize import (
+    Account,
+    Accounts,
+    Connection,
+    authorize_administrator,
+    authorize_connection,
+    authorize_request,
+)
 from fdbroker.opener.identify import Identifier
 from fdbroker.opener.listing import offers
 from fdbroker.opener.open import Nodes
@@ -38,6 +45,8 @@ _MESSAGES_PER_TURN = 8
 _SETTLE_S = 0.1
 # How often we look whether what an ended connection left unread is gone.
 _LINGER_S = 1.0
+# How soon a client may try again when the journal takes no record now.
+_RETRY_MS = 100
 
 
 class Opener:
@@ -228,6 +237,8 @@ class Opener:
                 self._end_turn(connection, answer_open(connection, resources, self._nodes, self._audit))
             case link.List(number, watch):
                 self._list(self._turn(number, "Watch" if watch else "List"))
+            case link.Shutdown(number):
+                self._shutdown(self._turn(number, "Shutdown"))
             case link.Closed(number, reason):
                 self._close(self._turn(number, "Closed"), reason)
             case link.Pong():
@@ -264,6 +275,23 @@ class Opener:
         connection.close()
         if connection.account.lingering:
             self._lingering.add(connection.account)
+
+    def _shutdown(self, connection: Connection) -> None:
+        """Have the launcher stop the service, if an administrator asks for it."""
+        try:
+            authorize_request(connection, time.monotonic())
+            authorize_administrator(connection)
+            self._audit.write(
+                Record("stopping", "authorize", connection.number, connection.subject, None, "it was asked to")
+            )
+        except NotRecorded:
+            self._end_turn(connection, RateLimited(_RETRY_MS))
+        except Refused as refusal:
+            record = Record("refused", "authorize", connection.number, connection.subject, None, str(refusal))
+            self._audit.refuse(record._replace(sort=refusal.wire_name), time.monotonic())
+            self._end_turn(connection, refusal)
+        else:
+            self._launcher.send(link.STOP_ASKED)
 
     # ---- listings
 

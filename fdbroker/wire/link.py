@@ -44,6 +44,12 @@ class List(NamedTuple):
     watch: bool
 
 
+class Shutdown(NamedTuple):
+    """The client of `connection` asks the service to stop. Only a refusal is answered, by an Outcome."""
+
+    connection: int
+
+
 # Why the inbox closed a connection, as an index; all but the first go into the audit.
 CLOSED_REASONS = (
     "the client closed it",
@@ -113,6 +119,10 @@ class Stop(NamedTuple):
     """Accept no more, drain, end."""
 
 
+class StopAsked(NamedTuple):
+    """An administrator asks the service to stop."""
+
+
 class Ready(NamedTuple):
     """The process is confined and serves."""
 
@@ -125,9 +135,9 @@ class Pong(NamedTuple):
     """The answer, the same way back: so one answer speaks for both children."""
 
 
-ToOpener = Open | List | Closed | Drained | Policy | Stop
+ToOpener = Open | List | Shutdown | Closed | Drained | Policy | Stop
 ToInbox = Connected | Outcome | Offered | Drain
-Message = ToOpener | ToInbox | Applied | Ready | Ping | Pong
+Message = ToOpener | ToInbox | Applied | StopAsked | Ready | Ping | Pong
 
 # What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
 # that has no row here is out of turn. docs/protocol.md prints it.
@@ -140,15 +150,19 @@ TURNS: Mapping[tuple[str, str], str] = {
     ("idle", "Watch"): "watching",
     ("watching", "Offered"): "watching",
     ("watching", "Outcome"): "idle",
+    ("idle", "Shutdown"): "stopping",
+    ("stopping", "Outcome"): "idle",
     ("idle", "Closed"): "gone",
     ("opening", "Closed"): "gone",
     ("listing", "Closed"): "gone",
     ("watching", "Closed"): "gone",
+    ("stopping", "Closed"): "gone",
 }
 
 # ---- formats. First byte: the type. All numbers in network byte order.
 _TYPE = struct.Struct("!B")
 _CLOSED = struct.Struct("!BQB")
+_SHUTDOWN = struct.Struct("!BQ")
 _CONNECTED = struct.Struct("!BQI")
 _OPEN = struct.Struct("!BQB")  # then `count` times: access, length of path, path
 _RESOURCE = struct.Struct("!BH")
@@ -269,6 +283,15 @@ def _decode_closed(data: bytes) -> Closed:
     return Closed(connection, reason)
 
 
+def encode_shutdown(connection: int) -> bytes:
+    """Inbox to opener, which alone knows who is an administrator."""
+    return _SHUTDOWN.pack(5, connection)
+
+
+def _decode_shutdown(data: bytes) -> Shutdown:
+    return Shutdown(_exact(_SHUTDOWN, data)[1])
+
+
 def encode_connected(connection: int, uid: int) -> bytes:
     """The socket goes with it as the only descriptor."""
     return _CONNECTED.pack(1, connection, uid)
@@ -380,7 +403,7 @@ def _plain(message: Message) -> Callable[[bytes], Message]:
     return decode
 
 
-DRAINED, DRAIN, STOP, READY, PING, PONG = (_TYPE.pack(number) for number in (4, 4, 5, 6, 7, 8))
+DRAINED, DRAIN, STOP, READY, PING, PONG, STOP_ASKED = (_TYPE.pack(number) for number in (4, 4, 5, 6, 7, 8, 9))
 
 Decoders = Mapping[int, Callable[[bytes], Message]]
 INBOX_TO_OPENER: Decoders = {
@@ -388,6 +411,7 @@ INBOX_TO_OPENER: Decoders = {
     2: _decode_list,
     3: _decode_closed,
     4: _plain(Drained()),
+    5: _decode_shutdown,
     8: _plain(Pong()),
 }
 OPENER_TO_INBOX: Decoders = {
@@ -398,7 +422,7 @@ OPENER_TO_INBOX: Decoders = {
     7: _plain(Ping()),
 }
 LAUNCHER_TO_OPENER: Decoders = {1: _decode_policy, 5: _plain(Stop()), 7: _plain(Ping())}
-CHILD_TO_LAUNCHER: Decoders = {4: _decode_applied, 6: _plain(Ready()), 8: _plain(Pong())}
+CHILD_TO_LAUNCHER: Decoders = {4: _decode_applied, 6: _plain(Ready()), 8: _plain(Pong()), 9: _plain(StopAsked())}
 
 
 def decode(decoders: Decoders, data: bytes) -> Message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from harness import ALICE, MEM, Raw, as_user, node, outcome, running
+from harness import ALICE, BOB, GROUP, MEM, Raw, as_user, node, outcome, running
 
 from fdbroker.wire import varlink
 
@@ -55,4 +55,21 @@ def test_every_frame_but_ping_is_refused(dev):
         eperm, eacces = "00000001", "0000000d"
         expected = ["00000004" + b"PONG".hex(), eacces, eperm, eacces, eacces, eacces, eacces]
         assert as_user(ALICE, [], frames, broker.socket) == expected
-        assert as_user(0, [], frames, broker.socket)[0] == expected[0]
+
+
+def test_shutdown_is_for_administrators(dev):
+    def shutdown(address):
+        with Raw(address) as client:
+            client.sock.sendall(b"\0\0\0\0")
+            return client.sock.recv(100).hex()
+
+    eperm = "00000001"
+    policy = f"version: 1\nadministrators: {{users: [{BOB}], groups: [{GROUP}]}}\n"
+    for uid, groups in ((0, []), (BOB, []), (ALICE, [GROUP])):
+        with running(policy) as broker:
+            assert as_user(ALICE, [], shutdown, broker.socket) == eperm
+            assert as_user(65534, [GROUP], shutdown, broker.socket) == eperm
+            assert as_user(uid, groups, shutdown, broker.socket) == ""
+            assert broker.process.wait(10) == 0
+            assert broker.records("stopping")[0]["FDBROKER_UID"] == str(uid)
+            assert len(broker.records("refused")) == 2

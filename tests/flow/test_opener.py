@@ -141,7 +141,9 @@ def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tm
     [
         ([b"\xff"], "unknown message type"),
         ([b""], "the inbox is gone"),
-        ([link.STOP], "unknown message type"),
+        ([link.STOP], "must be 9"),
+        ([link.PING], "unknown message type"),
+        ([link.PONG], "a Pong without a Ping"),
         ([link.encode_open(99, [Resource("/dev/null", "ro")])], "does not exist"),
         ([link.encode_list(99, watch=False)], "does not exist"),
         ([link.encode_closed(99, 0)], "does not exist"),
@@ -154,7 +156,7 @@ def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tm
         ([link.encode_open(1, [Resource("/dev/null", "ro")])[:-1]], "cut at"),
         ([link.encode_open(1, [Resource("/dev/null", "ro")]) + b"x"], "too many"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_an_inbox_that_breaks_its_rules_ends_the_service(tmp_path, messages, why):
     with world(tmp_path) as one:

@@ -32,6 +32,8 @@ OFFERS = [Offer(f"/dev/{index}", "rw", f"/etc/policy.yaml:{index}") for index in
         (link.INBOX_TO_OPENER, link.encode_list(1, watch=True), link.List(1, True)),
         (link.INBOX_TO_OPENER, link.encode_closed(1, 2), link.Closed(1, 2)),
         (link.INBOX_TO_OPENER, link.DRAINED, link.Drained()),
+        (link.INBOX_TO_OPENER, link.encode_shutdown(BIG), link.Shutdown(BIG)),
+        (link.CHILD_TO_LAUNCHER, link.STOP_ASKED, link.StopAsked()),
         (link.INBOX_TO_OPENER, link.PONG, link.Pong()),
         (link.OPENER_TO_INBOX, link.encode_connected(7, 2**32 - 2), link.Connected(7, 2**32 - 2)),
         (link.OPENER_TO_INBOX, link.encode_offered(7, OFFERS[:2], last=True), link.Offered(7, True, OFFERS[:2])),
