@@ -96,11 +96,15 @@ class Denied(Refused):
 
     wire_name, errno, exit_code = "Denied", errno.EACCES, EX_NOPERM
 
+    def __init__(self, message: str, *, index: int | None = None, rule: str = "") -> None:
+        super().__init__(message, index=index)
+        self.rule = rule  # FILE:LINE of the deny rule, for the record only: the client is not told
+
 
 class NoSuchResource(Refused):
     """The policy allows it and there is no such node now."""
 
-    wire_name, errno, exit_code = "NoSuchResource", errno.ENOENT, EX_UNAVAILABLE
+    wire_name, errno, exit_code = "NoSuchResource", errno.ENOENT, EX_TEMPFAIL
 
 
 class NotWhatItWas(Refused):
@@ -125,7 +129,7 @@ class OpenFailed(Refused):
 
 
 class QuotaExceeded(Refused):
-    """A per-user limit is reached; `limit` is its name in the policy, `maximum` its value."""
+    """A limit is reached; `limit` is its name in the policy, or descriptors, or reply_bytes, `maximum` its value."""
 
     wire_name, errno, exit_code = "QuotaExceeded", errno.EDQUOT, EX_TEMPFAIL
 

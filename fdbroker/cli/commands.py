@@ -22,7 +22,7 @@ _LISTEN_FDS_START = 3  # sd_listen_fds(3)
 def run() -> int:
     """Run one command; returns the exit code, which is one of sysexits.h's."""
     try:
-        code = app.main(standalone_mode=False)
+        code = app.main(prog_name="fdbroker", standalone_mode=False)
     except click.Abort:
         return errors.EX_TEMPFAIL
     except click.ClickException as error:

@@ -89,7 +89,7 @@ _INFO = Answer(
             "vendor": "fdbroker",
             "product": "fdbroker",
             "version": __version__,
-            "url": "https://fdbroker.io/",
+            "url": "man:fdbroker(8)",
             "interfaces": list(varlink.DESCRIPTIONS),
         }
     )

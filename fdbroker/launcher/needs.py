@@ -22,12 +22,16 @@ _CAPABILITY = {"ro": "CAP_DAC_READ_SEARCH", "wo": "CAP_DAC_OVERRIDE", "rw": "CAP
 
 
 class Needs(NamedTuple):
-    """`reasons` says of each capability and group which rule needs it; `files` are Landlock rights by path."""
+    """`reasons` says of each capability and group which rule needs it; `files` are Landlock rights by path.
+
+    `inodes` says what stood at each of these paths, for Landlock holds on to that and not to the path.
+    """
 
     capabilities: frozenset[str]
     groups: frozenset[int]
     files: dict[str, int]
     reasons: tuple[str, ...]
+    inodes: dict[str, tuple[int, int]]
 
 
 def needs(policy: Policy) -> Needs:
@@ -54,7 +58,8 @@ def needs(policy: Policy) -> Needs:
     files["/proc"] = READ_FILE  # identify: a client's comm and user namespace
     if "CAP_DAC_OVERRIDE" in capabilities:
         capabilities.discard("CAP_DAC_READ_SEARCH")  # it does all that this one does
-    return Needs(frozenset(capabilities), frozenset(groups), files, tuple(sorted(set(reasons))))
+    inodes = {path: (status.st_dev, status.st_ino) for path in files if (status := os.stat(path))}
+    return Needs(frozenset(capabilities), frozenset(groups), files, tuple(sorted(set(reasons))), inodes)
 
 
 def _need(path: str, rule: Rule) -> str | int:
@@ -91,6 +96,15 @@ def _places(pattern: str, found: list[str]) -> set[str]:
     return places
 
 
+def _still(place: str, given: Needs) -> bool:
+    """Whether `place` is what it was: a folder that was removed and made again is another one to Landlock."""
+    try:
+        status = os.stat(place)
+    except OSError:
+        return False
+    return given.inodes.get(place) == (status.st_dev, status.st_ino)
+
+
 def check_reload(given: Needs, wanted: Needs) -> None:
     """Whether an opener that was started with `given` can serve a policy with `wanted`. Raises RestartNeeded."""
     missing = sorted(wanted.capabilities - given.capabilities)
@@ -99,7 +113,7 @@ def check_reload(given: Needs, wanted: Needs) -> None:
     missing += [f"group {gid}" for gid in sorted(wanted.groups - given.groups)]
     for path, rights in wanted.files.items():
         if not any(
-            (path == place or path.startswith(place + "/")) and rights & ~allowed == 0
+            (path == place or path.startswith(place + "/")) and rights & ~allowed == 0 and _still(place, given)
             for place, allowed in given.files.items()
         ):
             missing.append(f"access to {path}")

@@ -26,6 +26,8 @@ from fdbroker.policy.compile import failed_tests, load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.wire import link
 
+# What each child may say to us.
+_SAYS = {"opener": link.OPENER_TO_LAUNCHER, "inbox": link.INBOX_TO_LAUNCHER}
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
@@ -128,7 +130,7 @@ class Launcher:
                 if data == b"":
                     raise ServiceFailed(self._end_of(child))
                 if data is not None:
-                    link.decode(link.CHILD_TO_LAUNCHER, data)
+                    link.decode(_SAYS[child.name], data)
                     missing.discard(child.name)
 
     def _confine(self, bound_path: str) -> None:
@@ -188,7 +190,7 @@ class Launcher:
                     with contextlib.suppress(FileNotFoundError):
                         self._epoll.unregister(child.link.fileno())
                     break
-                match link.decode(link.CHILD_TO_LAUNCHER, data):
+                match link.decode(_SAYS[child.name], data):
                     case link.Pong():
                         self._notify.tell(WATCHDOG=1)
                     case link.StopAsked() if not self._stop_at_s:

@@ -26,7 +26,7 @@ _JOURNAL_BYTES = 8 * 1024 * 1024  # SO_SNDBUF, as sd_journal_send(3) sets it
 # the ids that systemd's DynamicUser= takes from: systemd.io, "Users, Groups, UIDs and GIDs"
 _DYNAMIC_IDS = range(61184, 65520)
 _USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox"}
-_NO_NEEDS = Needs(frozenset(), frozenset(), {}, ())
+_NO_NEEDS = Needs(frozenset(), frozenset(), {}, (), {})
 
 
 class Child(NamedTuple):

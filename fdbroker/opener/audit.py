@@ -116,7 +116,8 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
         values["FDBROKER_RESOURCE"] = path
         values["FDBROKER_ACCESS"] = record.resource.access
         what = f" {record.resource.access} {cut(path, _MESSAGE_CHARACTERS)}"
-    why = f" by {record.rule}" if record.rule else f": {cut(reason, _MESSAGE_CHARACTERS)}"
+    why = f" by {record.rule}" if record.rule else ""
+    why += f": {cut(reason, _MESSAGE_CHARACTERS)}" if reason else ""
     again = f" ({repeated} times more)" if repeated else ""
     values["MESSAGE"] = f"{who}{record.kind}{what}{why}{again}"
     return {name: value for name, value in values.items() if value}

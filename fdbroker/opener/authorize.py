@@ -167,6 +167,8 @@ def authorize_resources(connection: Connection, resources: Sequence[Resource]) -
         decision = decide(connection.view, resource)
         if not decision.rules:
             by = decision.denied_by
-            raise Denied(f"denied by {by.where} ({by.source})" if by else "no rule allows it", index=index)
+            if by is not None:
+                raise Denied(f"a deny rule for {by.source}", index=index, rule=by.where)
+            raise Denied("no rule allows it", index=index)
         allowed.append(decision.rules)
     return allowed

@@ -85,8 +85,9 @@ class Nodes:
             refusal.index = index
             raise
         try:
-            if name != path and denying_rule(seen, name) is not None:
-                raise Denied(f"it leads to {name}, which is denied", index=index)
+            by = denying_rule(seen, name) if name != path else None
+            if by is not None:
+                raise Denied(f"it leads to {name}, denied to {by.source}", index=index, rule=by.where)
             status = os.fstat(node)
             reasons = []
             for rule in rules:

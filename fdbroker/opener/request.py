@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from fdbroker.errors import OpenFailed, RateLimited, Refused
+from fdbroker.errors import Denied, OpenFailed, RateLimited, Refused
 from fdbroker.opener.audit import Audit, NotRecorded, Record
 from fdbroker.opener.authorize import Connection, authorize_request, authorize_resources
 from fdbroker.opener.open import Nodes
@@ -75,5 +75,6 @@ def _refuse(
         audit.undo(Record("undone", stage, number, subject, grant.resource, str(refusal), sort=sort))
     if not recorded:
         resource = resources[refusal.index or 0]
-        audit.refuse(Record("refused", stage, number, subject, resource, str(refusal), sort=sort), now_s)
+        rule = refusal.rule if isinstance(refusal, Denied) else ""
+        audit.refuse(Record("refused", stage, number, subject, resource, str(refusal), rule, sort=sort), now_s)
     return refusal

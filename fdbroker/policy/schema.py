@@ -111,7 +111,9 @@ def _entry(device: dict[str, Field]) -> Mapping:
         "rules",
         {
             "devices": Field(Sequence(Mapping("a device rule", device)), "Device nodes that may be opened."),
-            "limits": Field(_LIMITS, "Maxima for these users; the largest of those that apply to a user counts."),
+            "limits": Field(
+                _LIMITS, "Maxima in place of the top ones: of several groups the largest, and a user's own before all."
+            ),
             "namespaces": Field(Later(), "Namespaces."),
             "sockets": Field(Later(), "Sockets inside namespaces."),
             "secrets": Field(Later(), "Secrets."),

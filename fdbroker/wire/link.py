@@ -422,7 +422,9 @@ OPENER_TO_INBOX: Decoders = {
     7: _plain(Ping()),
 }
 LAUNCHER_TO_OPENER: Decoders = {1: _decode_policy, 5: _plain(Stop()), 7: _plain(Ping())}
-CHILD_TO_LAUNCHER: Decoders = {4: _decode_applied, 6: _plain(Ready()), 8: _plain(Pong()), 9: _plain(StopAsked())}
+OPENER_TO_LAUNCHER: Decoders = {4: _decode_applied, 6: _plain(Ready()), 8: _plain(Pong()), 9: _plain(StopAsked())}
+# It may say that it is there, and nothing else: a taken-over inbox must not speak for the opener.
+INBOX_TO_LAUNCHER: Decoders = {6: _plain(Ready())}
 
 
 def decode(decoders: Decoders, data: bytes) -> Message:

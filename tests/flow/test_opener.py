@@ -201,7 +201,7 @@ def test_a_new_policy_holds_from_the_next_request_on(tmp_path):
         memfd = start.memfd("policy", to_bytes(policy))
         socket.send_fds(one.launcher, [link.encode_policy(2)], [memfd])
         os.close(memfd)
-        assert link.decode(link.CHILD_TO_LAUNCHER, one.launcher.recv(100)) == link.Applied(2)
+        assert link.decode(link.OPENER_TO_LAUNCHER, one.launcher.recv(100)) == link.Applied(2)
         one.inbox.send(link.encode_open(connected.connection, [Resource("/dev/null", "ro")]))
         assert type(one.hear().refusal).__name__ == "Denied"
 

@@ -33,7 +33,7 @@ OFFERS = [Offer(f"/dev/{index}", "rw", f"/etc/policy.yaml:{index}") for index in
         (link.INBOX_TO_OPENER, link.encode_closed(1, 2), link.Closed(1, 2)),
         (link.INBOX_TO_OPENER, link.DRAINED, link.Drained()),
         (link.INBOX_TO_OPENER, link.encode_shutdown(BIG), link.Shutdown(BIG)),
-        (link.CHILD_TO_LAUNCHER, link.STOP_ASKED, link.StopAsked()),
+        (link.OPENER_TO_LAUNCHER, link.STOP_ASKED, link.StopAsked()),
         (link.INBOX_TO_OPENER, link.PONG, link.Pong()),
         (link.OPENER_TO_INBOX, link.encode_connected(7, 2**32 - 2), link.Connected(7, 2**32 - 2)),
         (link.OPENER_TO_INBOX, link.encode_offered(7, OFFERS[:2], last=True), link.Offered(7, True, OFFERS[:2])),
@@ -42,9 +42,9 @@ OFFERS = [Offer(f"/dev/{index}", "rw", f"/etc/policy.yaml:{index}") for index in
         (link.LAUNCHER_TO_OPENER, link.encode_policy(3), link.Policy(3)),
         (link.LAUNCHER_TO_OPENER, link.STOP, link.Stop()),
         (link.LAUNCHER_TO_OPENER, link.PING, link.Ping()),
-        (link.CHILD_TO_LAUNCHER, link.encode_applied(3), link.Applied(3)),
-        (link.CHILD_TO_LAUNCHER, link.READY, link.Ready()),
-        (link.CHILD_TO_LAUNCHER, link.PONG, link.Pong()),
+        (link.OPENER_TO_LAUNCHER, link.encode_applied(3), link.Applied(3)),
+        (link.OPENER_TO_LAUNCHER, link.READY, link.Ready()),
+        (link.OPENER_TO_LAUNCHER, link.PONG, link.Pong()),
     ],
 )
 def test_each_message_goes_both_ways_and_one_byte_more_or_less_is_a_violation(table, data, message):
