@@ -258,3 +258,31 @@ def test_a_reload_that_needs_more_than_was_kept_is_refused_whole(dev):
         assert "restart" in broker.text()
         assert ask(broker.socket, "/dev/null") == "granted"
         assert ask(broker.socket, "/dev/snd/pcm") == "Denied"
+
+
+def test_a_folder_that_was_removed_and_made_again_needs_a_restart_and_a_reload_says_so(dev):
+    node("/dev/pool/a", MEM["zero"])
+    policy = 'version: 1\neveryone: {devices: [{path: "/dev/pool/*"}]}\n'
+    with running(policy) as broker:
+        assert ask(broker.socket, "/dev/pool/a") == "granted"
+        os.unlink("/dev/pool/a")
+        os.rmdir("/dev/pool")
+        os.mkdir("/dev/kept")  # so that the new folder is no old inode
+        node("/dev/pool/a", MEM["zero"])
+        assert ask(broker.socket, "/dev/pool/a") == "OpenFailed"
+        broker.reload(policy)
+        assert "access to /dev/pool, which the opener gave up when it started: restart" in broker.text()
+    with running(policy) as broker:
+        assert ask(broker.socket, "/dev/pool/a") == "granted"
+
+
+def test_a_deny_rule_is_named_in_the_record_and_not_to_the_client(broker):
+    def denied(address):
+        with Raw(address) as client:
+            return client.open("/dev/snd/pcm")
+
+    reply = as_user(ALICE, [GROUP, OTHER_GROUP], denied, broker.socket)
+    assert "policy" not in str(reply)
+    record = broker.records("refused")[0]
+    assert record["FDBROKER_RULE"] == f"{broker.policy}:12"
+    assert record["FDBROKER_REASON"] == f"a deny rule for group {OTHER_GROUP}"

@@ -30,7 +30,13 @@ IDS = st.sampled_from([0, 1, 2, 3, 65534, 0xFFFFFFFF])
 
 @given(st.binary(max_size=200))
 def test_whatever_a_link_says_is_a_message_or_a_violation(data):
-    for table in (link.INBOX_TO_OPENER, link.OPENER_TO_INBOX, link.LAUNCHER_TO_OPENER, link.OPENER_TO_LAUNCHER):
+    for table in (
+        link.INBOX_TO_OPENER,
+        link.OPENER_TO_INBOX,
+        link.LAUNCHER_TO_OPENER,
+        link.OPENER_TO_LAUNCHER,
+        link.INBOX_TO_LAUNCHER,
+    ):
         with contextlib.suppress(LinkViolation):
             link.decode(table, data)
 

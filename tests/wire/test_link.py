@@ -105,6 +105,13 @@ def test_what_a_taken_over_inbox_may_send_is_a_violation(data):
         link.decode(link.INBOX_TO_OPENER, data)
 
 
+@pytest.mark.parametrize("data", [link.PONG, link.STOP_ASKED, link.encode_applied(2), link.PING])
+def test_the_inbox_cannot_speak_to_the_launcher_for_the_opener(data):
+    assert link.decode(link.INBOX_TO_LAUNCHER, link.READY) == link.Ready()
+    with pytest.raises(LinkViolation):
+        link.decode(link.INBOX_TO_LAUNCHER, data)
+
+
 def test_a_message_of_the_other_direction_is_not_understood():
     with pytest.raises(LinkViolation):
         link.decode(link.INBOX_TO_OPENER, link.STOP)
