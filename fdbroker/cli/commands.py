@@ -23,6 +23,7 @@ def run() -> int:
     """Run one command; returns the exit code, which is one of sysexits.h's."""
     try:
         code = app.main(prog_name="fdbroker", standalone_mode=False)
+        sys.stdout.flush()  # here, where a full disk is an error of ours to tell
     except click.Abort:
         return errors.EX_TEMPFAIL
     except click.ClickException as error:
@@ -31,8 +32,14 @@ def run() -> int:
     except FdbrokerError as error:
         show.error(escaped_lines(str(error)))
         return error.exit_code
-    except BrokenPipeError:
+    except OSError as error:
+        # standard output is full or gone; what is left in its buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return errors.EX_OK
+        show.error(str(error))
+        return errors.EX_OSERR
+    except SystemExit:  # click's answer to a broken pipe
         return errors.EX_OK
     return code if isinstance(code, int) else errors.EX_OK
 
@@ -142,13 +149,16 @@ def _quoted(word: str) -> str:
 
 def _become(command: list[str], numbers: list[int], names: list[str]) -> None:
     """Run `command` instead of this program with exactly these descriptors, from 3 on; never returns."""
-    # first above all of them, so that none is overwritten before it was moved
-    top = max(numbers) + len(numbers) + _LISTEN_FDS_START
-    for offset, number in enumerate(numbers):
-        os.dup2(number, top + offset, inheritable=False)
-    for offset in range(len(numbers)):
-        os.dup2(top + offset, _LISTEN_FDS_START + offset, inheritable=True)
-        os.set_blocking(_LISTEN_FDS_START + offset, True)
+    waiting = list(numbers)
+    for offset, target in enumerate(range(_LISTEN_FDS_START, _LISTEN_FDS_START + len(numbers))):
+        if target in waiting[offset + 1 :]:  # one that comes later stands there: out of the way
+            waiting[waiting.index(target, offset + 1)] = os.dup(target)
+        if waiting[offset] == target:
+            os.set_inheritable(target, True)
+        else:
+            os.dup2(waiting[offset], target, inheritable=True)
+            os.close(waiting[offset])
+        os.set_blocking(target, True)
     # our own, and whatever was left open in us by accident
     os.closerange(_LISTEN_FDS_START + len(numbers), os.sysconf("SC_OPEN_MAX"))
     environment = dict(os.environ)

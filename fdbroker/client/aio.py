@@ -52,6 +52,8 @@ class Client:
         self._buffer = bytearray(_READ_BYTES)
         self._waiting: deque[_Waiting] = deque()
         self._writing = asyncio.Lock()
+        self._sending: asyncio.Task[None] | None = None
+        self._ended: FdbrokerError | None = None
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @classmethod
@@ -60,7 +62,15 @@ class Client:
         path = calls.address(address, os.environ)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            await asyncio.get_running_loop().sock_connect(sock, path)
+            while True:
+                try:
+                    sock.connect(path)
+                    break
+                except BlockingIOError:  # the backlog is full; the loop's sock_connect takes that for success
+                    await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            sock.close()
+            raise
         except OSError as error:
             sock.close()
             raise BrokerUnavailable(f"nobody answers at {path}: {error.strerror or error}") from None
@@ -109,16 +119,18 @@ class Client:
     async def _send(self, call: bytes) -> _Waiting:
         async with self._writing:
             if self._sock.fileno() < 0:
-                raise BrokerUnavailable("the client is closed")
+                raise self._ended or BrokerUnavailable("the client is closed")
             waiting = _Waiting()
             self._waiting.append(waiting)
+            self._sending = self._loop.create_task(self._loop.sock_sendall(self._sock, call))
             try:
-                await self._loop.sock_sendall(self._sock, call)
-            except OSError:
-                pass  # it hung up, and may have said why: the reader finds that, or the end
+                # an OSError in it: it hung up, and may have said why: the reader finds that, or the end
+                await asyncio.gather(self._sending, return_exceptions=True)
             except asyncio.CancelledError:
                 self.close()  # half a call cannot be taken back
                 raise
+            finally:
+                self._sending = None
             return waiting
 
     async def _next_offers(self, waiting: _Waiting) -> list[Offer]:
@@ -180,7 +192,11 @@ class Client:
 
     def _end(self, error: FdbrokerError) -> None:
         if self._sock.fileno() >= 0:
+            self._ended = error
+            if self._sending is not None:
+                self._sending.cancel()  # or it waits for ever: a closed socket is never writable
             self._loop.remove_reader(self._sock.fileno())
+            self._loop.remove_writer(self._sock.fileno())
             self._sock.close()
         self._replies.close()
         while self._waiting:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
 
@@ -38,7 +40,7 @@ class Client:
     @classmethod
     def connect(cls, address: str | None = None, *, timeout_s: float | None = 30.0) -> Self:
         """See `fdbroker.connect`."""
-        return cls(connected(address), timeout_s)
+        return cls(connected(address, timeout_s), timeout_s)
 
     def open(self, path: str, access: str = "ro") -> Descriptor:
         """Ask for one device node; returns its descriptor, owned by the caller.
@@ -68,7 +70,8 @@ class Client:
         while True:
             reply, numbers = self._reply(None)
             calls.close_all(numbers)
-            yield calls.offered(reply)
+            calls.answer(reply)
+            yield self._judged(partial(calls.offered, reply))
 
     def close(self) -> None:
         """Close the connection and whatever arrived on it and was not taken."""
@@ -135,11 +138,15 @@ class Client:
         raise BrokerUnavailable(why)
 
 
-def connected(address: str | None) -> socket.socket:
+def connected(address: str | None, timeout_s: float | None) -> socket.socket:
     """A connected socket, owned by the caller. Raises BrokerUnavailable."""
     path = calls.address(address, os.environ)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        if timeout_s is not None:
+            # not settimeout: to a full backlog a non-blocking connect says EAGAIN at once
+            seconds = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1_000_000) + 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         sock.connect(path)
     except OSError as error:
         sock.close()
@@ -149,7 +156,7 @@ def connected(address: str | None) -> socket.socket:
 
 def ping(address: str | None = None, *, timeout_s: float = 10.0) -> float:
     """Send PING by the inbox framing; returns the round trip in seconds. Raises BrokerUnavailable."""
-    with connected(address) as sock:
+    with connected(address, timeout_s) as sock:
         sock.settimeout(timeout_s)
         reader = frame.FrameReader()
         began_s = time.perf_counter()

@@ -183,11 +183,15 @@ class Inbox:
         if not last:
             return
         watching = client.state == "watching"
+        deaf = watching and len(client.out) > _UNSENT_BYTES  # of the listings before, not of this one
         client.out += dispatch.offers_reply(client.offers, continues=watching)
         client.offers = []
         if not watching:
             self._end_turn(client)
-        elif len(client.out) > _UNSENT_BYTES:
+        elif self._draining:
+            self._send(client)
+            self._close(client, _ENDED)  # nothing more is owed to it
+        elif deaf:
             self._close(client, _DEAF)
         else:
             self._settle(client)
@@ -219,7 +223,7 @@ class Inbox:
         if client.state != "idle" and events & (select.EPOLLHUP | select.EPOLLERR):
             self._close(client, _ENDED)  # nobody is there to hear the answer
         elif events & ~select.EPOLLOUT:
-            if client.state == "idle" and not client.out and not client.ended:
+            if client.state == "idle" and not client.out and not client.ended and client.number not in self._more:
                 self._read(client)
             elif events & (select.EPOLLHUP | select.EPOLLERR):
                 self._close(client, _ENDED)
@@ -298,6 +302,8 @@ class Inbox:
             case dispatch.AskList(watch):
                 client.state = link.TURNS[client.state, "Watch" if watch else "List"]
                 self._opener.send(link.encode_list(client.number, watch=watch))
+            case dispatch.AskShutdown() if self._draining:
+                client.doomed = True  # it stops already
             case dispatch.AskShutdown():
                 client.state = link.TURNS[client.state, "Shutdown"]
                 self._opener.send(link.encode_shutdown(client.number))
@@ -324,7 +330,7 @@ class Inbox:
         if sent and idle and (client.doomed or client.ended or self._draining):
             self._close(client, client.reason)
             return
-        if idle and client.decoder.partial:
+        if idle and sent and client.decoder.partial:
             self._partial.setdefault(client.number, time.monotonic())
         else:
             self._partial.pop(client.number, None)

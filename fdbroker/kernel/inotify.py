@@ -5,8 +5,6 @@ Runs in: opener. Only root changes /dev; nothing that is read here is used but t
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 
 from fdbroker.kernel import libc
@@ -28,7 +26,7 @@ def create() -> int:
 def watch_directory(inotify: int, path: str) -> None:
     """Report entries that come to or leave the directory `path`; watching it twice is one watch.
 
-    A directory that is not there, or may not be read, is left out: its own directory's watch tells when it comes.
+    A directory that is not there, or cannot be watched, is left out: its own directory's watch tells when it comes.
     So is one that others than root may write to, such as /dev/shm: they would keep us busy.
     """
     try:
@@ -36,12 +34,8 @@ def watch_directory(inotify: int, path: str) -> None:
             return
     except OSError:
         return
-    if libc.INOTIFY_ADD_WATCH(inotify, os.fsencode(path), _CHANGES) < 0 and ctypes.get_errno() not in (
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EACCES,
-    ):
-        libc.fail("inotify_add_watch")
+    # ENOSPC, ENOMEM: then this folder's changes are not told, which is no reason to end
+    libc.INOTIFY_ADD_WATCH(inotify, os.fsencode(path), _CHANGES)
 
 
 def drain(inotify: int) -> None:

@@ -227,11 +227,15 @@ class Launcher:
                 f"{type(error).__name__}: {error}" if not isinstance(error, FdbrokerError) else str(error)
             )
             return
-        descriptor = start.memfd("policy", to_bytes(policy))
         try:
-            sent = self._opener.link.send_with_descriptor(link.encode_policy(self._generation + 1), descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = start.memfd("policy", to_bytes(policy))
+            try:
+                sent = self._opener.link.send_with_descriptor(link.encode_policy(self._generation + 1), descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:  # no descriptors, or too many of root's in flight
+            self._keep_policy(f"the opener cannot be told: {error}")
+            return
         if sent:
             self._generation += 1
         else:
@@ -256,4 +260,7 @@ def serve(options: Options) -> int:
     except FdbrokerError as error:
         say(str(error), priority=3)
         return error.exit_code
+    except OSError as error:
+        say(f"the service ends: {error}", priority=3)
+        return errors.EX_OSERR
     return errors.EX_OK

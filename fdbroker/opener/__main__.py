@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 
 from fdbroker import errors, limits
 from fdbroker.errors import LinkViolation
@@ -27,19 +28,22 @@ def main() -> int:
     journal = socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None
     policy = from_bytes(read_memfd(descriptors["policy"], limits.POLICY_LINK_BYTES))
     os.close(descriptors["policy"])
+    audit = Audit(journal)
     opener = Opener(
         socket.socket(fileno=descriptors["listener"]),
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["inbox"])),
         policy,
         Nodes(Bracket(frozenset(order.capabilities))),
-        Audit(journal),
+        audit,
     )
     try:
         opener.serve()
     except LinkViolation as violation:
         opener.report_violation(violation)
         return errors.EX_SOFTWARE
+    finally:
+        audit.flush(time.monotonic(), everything=True)
     return errors.EX_OK
 
 

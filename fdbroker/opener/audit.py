@@ -157,6 +157,12 @@ class Audit:
         """Whether something may have to be written later: call `flush` now and then."""
         return bool(self._windows or self._owed)
 
+    def grant(self, record: Record) -> None:
+        """Write a grant, before its descriptor leaves. Raises NotRecorded, also while an earlier undoing is owed."""
+        if self._owed:
+            raise NotRecorded("records are owed")
+        self.write(record)
+
     def write(self, record: Record, repeated: int = 0) -> None:
         """Write one record. Raises NotRecorded when the journal, or standard error, takes nothing now."""
         values = fields(record, repeated)
@@ -200,9 +206,11 @@ class Audit:
         else:
             if record.resource is not None:
                 record = record._replace(resource=record.resource._replace(path=cut(path, _CHARACTERS)))
-            window.first[key] = (record, 0)
-            with contextlib.suppress(NotRecorded):
+            try:
                 self.write(record)
+                window.first[key] = (record, 0)
+            except NotRecorded:
+                window.first[key] = (record, 1)  # the count at the end says it
 
     def flush(self, now_s: float, *, everything: bool = False) -> None:
         """Write what is owed, and the counts of the windows whose time is over, or of all."""
@@ -212,15 +220,21 @@ class Audit:
                 self._owed.popleft()
         for uid, window in list(self._windows.items()):
             if everything or now_s >= window.until_s:
-                del self._windows[uid]
-                with contextlib.suppress(NotRecorded):
+                try:
                     self._write_counts(window)
+                except NotRecorded:
+                    if not everything:
+                        continue  # the next time
+                del self._windows[uid]
 
     def _write_counts(self, window: _Window) -> None:
+        """Write what was counted, and forget each count as it is written."""
         last = None
-        for last, repeated in window.first.values():
+        for key, (last, repeated) in window.first.items():
             if repeated:
                 self.write(last, repeated)
+                window.first[key] = (last, 0)
         if window.others and last is not None:
             reason = "and other refusals of this user, not written one by one"
             self.write(last._replace(resource=None, reason=reason), window.others)
+            window.others = 0

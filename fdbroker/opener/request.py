@@ -57,7 +57,7 @@ def answer_open(connection: Connection, resources: Sequence[Resource], nodes: No
 def _record_grants(audit: Audit, connection: Connection, grants: Sequence[Grant], recorded: list[Grant]) -> None:
     for grant in grants:
         number, subject = connection.number, connection.subject
-        audit.write(Record("granted", "send", number, subject, grant.resource, "", grant.rule.where, grant.rdev))
+        audit.grant(Record("granted", "send", number, subject, grant.resource, "", grant.rule.where, grant.rdev))
         recorded.append(grant)
 
 

@@ -35,7 +35,7 @@ from fdbroker.opener.request import answer_open
 from fdbroker.opener.send import say_refusal
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.policy.decide import view
-from fdbroker.terms import Subject
+from fdbroker.terms import DenyRule, Offer, Rule, Subject
 from fdbroker.wire import link
 
 _ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
@@ -47,6 +47,8 @@ _SETTLE_S = 0.1
 _LINGER_S = 1.0
 # How soon a client may try again when the journal takes no record now.
 _RETRY_MS = 100
+
+Listed = dict[tuple[tuple[Rule, ...], tuple[DenyRule, ...]], list[Offer]]
 
 
 class Opener:
@@ -68,6 +70,7 @@ class Opener:
         self._last_number = 0
         self._held: tuple[socket.socket, Subject, Account] | None = None  # accepted, not yet handed on
         self._lingering: set[Account] = set()  # whose ended connections have grants unread
+        self._linger_at_s = 0.0
         self._pings = 0  # sent to the inbox and not answered
         self._inotify = inotify.create()
         self._changed_at_s: float | None = None
@@ -112,11 +115,12 @@ class Opener:
             self._epoll.modify(self._inbox.fileno(), select.EPOLLOUT if full else select.EPOLLIN)
         if self._acceptor is None:
             return
-        wanted = not full and (not self._paused_until_s or time.monotonic() >= self._paused_until_s)
+        if self._paused_until_s and time.monotonic() >= self._paused_until_s:
+            self._paused_until_s = 0.0
+        wanted = not full and not self._paused_until_s
         if wanted != self._accepting:
             self._accepting = wanted
             if wanted:
-                self._paused_until_s = 0.0
                 self._epoll.register(self._acceptor.fileno(), select.EPOLLIN)
             else:
                 self._epoll.unregister(self._acceptor.fileno())
@@ -137,10 +141,12 @@ class Opener:
         if self._changed_at_s is not None and time.monotonic() - self._changed_at_s >= _SETTLE_S:
             self._changed_at_s = None
             self._list_again()
-        for account in tuple(self._lingering):
-            account.count_connections()
-            if not account.lingering:
-                self._lingering.discard(account)
+        if self._lingering and time.monotonic() >= self._linger_at_s:
+            self._linger_at_s = time.monotonic() + _LINGER_S
+            for account in tuple(self._lingering):
+                account.count_connections()
+                if not account.lingering:
+                    self._lingering.discard(account)
         if self._audit.counting:
             self._audit.flush(time.monotonic())
 
@@ -149,7 +155,7 @@ class Opener:
     def _accept(self, acceptor: Acceptor) -> None:
         for _ in range(_ACCEPTS_PER_TURN):
             try:
-                if len(self._connections) >= self._connections_max:
+                if len(self._connections) + self._count_lingering() >= self._connections_max:
                     acceptor.turn_one_away()
                     raise OutOfDescriptors
                 sock = acceptor.accept()
@@ -162,6 +168,9 @@ class Opener:
             self._welcome(sock)
             if self._inbox.waiting or self._held:
                 return
+
+    def _count_lingering(self) -> int:
+        return sum(len(account.lingering) for account in self._lingering)
 
     def _welcome(self, sock: socket.socket) -> None:
         """Identify one client and hand its socket on; `sock` is taken, and closed if the client is turned away."""
@@ -310,17 +319,27 @@ class Opener:
         for part in parts:
             self._inbox.send(part)
 
-    def _listing(self, connection: Connection) -> list[bytes]:
-        folders: set[str] = set()
-        listed = offers(connection.view, self._nodes, folders)
-        for folder in folders:
-            inotify.watch_directory(self._inotify, folder)
-        return link.split_offers(connection.number, listed)
+    def _listing(self, connection: Connection, listed: Listed | None = None) -> list[bytes]:
+        """The messages of a listing; `listed` keeps what was found for subjects that the policy sees alike."""
+        key = (connection.view.allow, connection.view.deny)
+        found = None if listed is None else listed.get(key)
+        if found is None:
+            folders: set[str] = set()
+            found = offers(connection.view, self._nodes, folders)
+            for folder in folders:
+                inotify.watch_directory(self._inotify, folder)
+            if listed is not None:
+                listed[key] = found
+        return link.split_offers(connection.number, found)
 
     def _list_again(self) -> None:
-        """Tell every watching client whose list has changed."""
+        """Tell every watching client whose list has changed; the rest later while the inbox's link is full."""
+        listed: Listed = {}
         for number, before in list(self._watching.items()):
-            parts = self._listing(self._connections[number])
+            if self._inbox.waiting:
+                self._changed_at_s = time.monotonic()
+                return
+            parts = self._listing(self._connections[number], listed)
             if parts != before:
                 self._watching[number] = parts
                 for part in parts:

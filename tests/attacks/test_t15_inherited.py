@@ -74,6 +74,20 @@ def test_a_command_gets_the_granted_descriptors_and_no_others(dev):
         os.close(leak)
 
 
+def test_few_descriptors_and_a_full_standard_output_are_no_fault(dev):
+    with running(EVERYONE_NULL + "limits: {unread_grants: 100}\n") as broker:
+        fdbroker = [sys.executable, "-I", "-m", "fdbroker"]
+        command = ["prlimit", "--nofile=60:60", *fdbroker, "open", "--socket", broker.socket, *["/dev/null"] * 30]
+        result = subprocess.run([*command, "--", "sh", "-c", "echo $LISTEN_FDS"], capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (0, "30\n"), result.stderr
+        for arguments in (["list"], ["ping"], ["open", "/dev/null"]):
+            with open("/dev/full", "w") as full:
+                command = [*fdbroker, arguments[0], "--socket", broker.socket, *arguments[1:]]
+                result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+            assert "Traceback" not in result.stderr
+            assert result.returncode in (0, 71), (arguments, result.stderr)
+
+
 def test_the_folder_helper_leaves_nothing():
     with folder() as where:
         assert where.is_dir()

@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 
+import pytest
 from harness import ALICE, EVERYONE_NULL, as_user, ask, running
 
 from fdbroker import limits
-from fdbroker.opener.audit import FIELDS, Audit, Record, fields
+from fdbroker.opener.audit import FIELDS, Audit, NotRecorded, Record, fields
 from fdbroker.terms import Resource, Subject
 from fdbroker.wire.journal import escaped
 
@@ -131,6 +132,39 @@ def test_what_was_recorded_and_did_not_happen_is_said_later_if_not_now():
             while True:
                 datagrams.append(theirs.recv(65536))
         assert dict(_parse(datagrams[-1]))["FDBROKER_RESOURCE"] == b"/dev/a"
+
+
+def test_counts_are_written_at_the_end_and_when_the_log_can_be_written_again(dev):
+    with running(EVERYONE_NULL) as broker:
+        for _ in range(20):
+            ask(broker.socket, "/dev/zero")
+        broker.stop()
+        assert [record.get("FDBROKER_REPEATED") for record in broker.records("refused")] == [None, "19"]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        audit = Audit(ours)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.send(b"x", socket.MSG_DONTWAIT)
+        subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
+        for _ in range(4):
+            audit.refuse(Record("refused", "authorize", 1, subject, Resource("/dev/a", "ro"), "why"), 100.0)
+        audit.flush(200.0)
+        assert audit.counting
+        theirs.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                theirs.recv(10)
+        audit.flush(200.0)
+        assert dict(_parse(theirs.recv(65536)))["FDBROKER_REPEATED"] == b"4"
+        assert not audit.counting
+
+
+def test_nothing_is_granted_while_an_undoing_is_owed():
+    audit = Audit(None)
+    audit._owed.append(Record("undone", "send", 1, None, None, "why"))
+    with pytest.raises(NotRecorded):
+        audit.grant(Record("granted", "send", 1, None, Resource("/dev/a", "ro"), ""))
 
 
 def test_identical_refusals_are_counted_and_grants_never(dev):

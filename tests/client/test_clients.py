@@ -174,3 +174,54 @@ def test_an_answer_that_does_not_come_is_a_timeout(root):
             pytest.raises(BrokerUnavailable, match="in time"),
         ):
             client.open("/dev/x")
+
+
+def test_closing_an_asyncio_client_ends_every_call_that_waits_for_it(root):
+    async def use(path):
+        client = await fdbroker.aio.connect(path)
+        long = ["/dev/" + "x" * 900] * 64
+        tasks = [asyncio.ensure_future(client.open_all(long)) for _ in range(10)]
+        await asyncio.sleep(0.2)
+        client.close()
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+        assert all(isinstance(result, BrokerUnavailable) for result in results), results
+
+    with folder() as where, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(where / "s"))
+        listener.listen()
+        asyncio.run(use(str(where / "s")))
+
+
+def test_a_full_backlog_is_waited_for_and_no_longer_than_asked(root):
+    with folder() as where, socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        path = str(where / "s")
+        listener.bind(path)
+        listener.listen(0)
+        stack.enter_context(fdbroker.connect(path))
+        with pytest.raises(BrokerUnavailable):
+            fdbroker.connect(path, timeout_s=0.3)
+
+        async def late():
+            async with asyncio.timeout(0.3):
+                await fdbroker.aio.connect(path)
+
+        with pytest.raises(TimeoutError):
+            asyncio.run(late())
+
+
+def test_refusals_reach_every_caller(dev):
+    from fdbroker.errors import QuotaExceeded, RateLimited
+
+    async def held(address):
+        client = await fdbroker.aio.connect(address)
+        await asyncio.sleep(0.2)
+        with pytest.raises(QuotaExceeded):
+            await client.open("/dev/x")
+        client.close()
+
+    with running(POLICY + "limits: {burst: 1, requests_per_second: 1, connections: 1}\n") as broker:
+        with fdbroker.connect(broker.socket) as client:
+            client.offers()
+            with pytest.raises(RateLimited):
+                next(client.watch())
+            asyncio.run(held(broker.socket))

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -200,3 +201,43 @@ def test_a_broken_opener_is_noticed():
         opener.send(b"\xff")
         opener.thread.join(5)
         assert "unknown message type" in str(opener.error)
+
+
+def test_a_flood_is_read_no_faster_than_it_is_answered():
+    """Else one client fills our memory: what is read waits in the decoder."""
+    with inbox() as opener, opener.client() as client:
+        sent = 0
+        client.settimeout(0.5)
+        call = b'{"method":"a.b","oneway":true}\0' * 1000
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            sent += client.send(call)
+        (one,) = opener.inbox._by_number.values()
+        assert len(one.decoder._reader._buffer) <= 2 * 65536
+        assert sent > 65536
+
+
+def test_a_listing_that_is_asked_for_while_draining_is_answered_and_closed():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(LIST)
+        opener.next()
+        opener.inbox._draining = True
+        for part in link.split_offers(1, [Offer("/dev/x", "ro", "f:1")]):
+            opener.send(part)
+        assert len(replies(client, 1)) == 1
+        assert client.recv(1) == b""
+        opener.thread.join(5)
+        assert not opener.thread.is_alive()
+
+
+def test_a_long_first_listing_reaches_a_client_that_reads():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(LIST)
+        opener.next()
+        offers = [Offer("/dev/" + "x" * 200, "ro", "f:1")] * 3000
+        opener.sock.settimeout(None)
+        sender = threading.Thread(target=lambda: [opener.send(part) for part in link.split_offers(1, offers)])
+        sender.start()
+        (reply,) = replies(client, 1)
+        sender.join(5)
+        assert len(reply["parameters"]["resources"]) == 3000
