@@ -122,7 +122,7 @@ class Inbox:
         return -1
 
     def _end_slow(self) -> None:
-        """Disconnect whose message is not complete in time."""
+        """Disconnect whose message is not complete in time, and who does not take its last answer."""
         if not self._partial:
             return
         limit_s = time.monotonic() - _MESSAGE_S
@@ -330,7 +330,7 @@ class Inbox:
         if sent and idle and (client.doomed or client.ended or self._draining):
             self._close(client, client.reason)
             return
-        if idle and sent and client.decoder.partial:
+        if (idle and sent and client.decoder.partial) or (client.doomed and not sent):
             self._partial.setdefault(client.number, time.monotonic())
         else:
             self._partial.pop(client.number, None)

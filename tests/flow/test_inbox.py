@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -241,3 +242,23 @@ def test_a_long_first_listing_reaches_a_client_that_reads():
         (reply,) = replies(client, 1)
         sender.join(5)
         assert len(reply["parameters"]["resources"]) == 3000
+
+
+def test_who_does_not_take_its_last_answer_is_closed_all_the_same(monkeypatch):
+    from fdbroker.inbox import service
+
+    monkeypatch.setattr(service, "_MESSAGE_S", 0.5)
+    with inbox() as opener, opener.client() as client:
+        client.sendall(b"\0\0\0\4PING" * 100)
+        ping = b"\0\0\0\4PING" * 8000
+        client.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                client.sendall(ping)
+        (one,) = opener.inbox._by_number.values()
+        assert one.out
+        one.doomed = True
+        opener.inbox._settle(one)
+        opener.send(link.PING)  # wakes the loop, which then knows of the new time limit
+        assert opener.next() == link.Pong()
+        assert opener.next() == link.Closed(1, 3)
