@@ -47,6 +47,8 @@ def own_mount_namespace() -> None:
     """Once: what the tests mount is seen by them alone, and gone with them."""
     if LIBC.unshare(CLONE_NEWNS) != 0 or LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) != 0:
         cannot(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
+    # for sockets and policies of the tests: it goes with the namespace, also when the run is killed
+    mount("fdbroker-test", "/mnt", "tmpfs", 0, "mode=0755")
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -213,7 +215,7 @@ def running(
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
     """A folder that everybody may enter and only root may write to."""
-    where = Path(f"/run/fdbroker-test-{os.getpid()}-{time.monotonic_ns()}")
+    where = Path(f"/mnt/{os.getpid()}-{time.monotonic_ns()}")
     where.mkdir(mode=0o755)
     os.chmod(where, 0o755)
     try:
