@@ -110,7 +110,7 @@ def open_(words: tuple[str, ...], access: str, json_: bool, address: str | None)
     for resource in resources:
         if not resource.startswith("/dev/"):
             raise click.BadParameter(f"{escaped(resource)}: a resource is a path below /dev", param_hint="RESOURCE")
-    from fdbroker.client.sync import Client  # noqa: PLC0415
+    from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
 
     with Client.connect(address) as client:
         try:
@@ -178,7 +178,7 @@ def _become(command: list[str], numbers: list[int], names: list[str]) -> None:
 @_socket
 def list_(more: bool, json_: bool, address: str | None) -> None:
     """What you may open now, with the most access."""
-    from fdbroker.client.sync import Client  # noqa: PLC0415
+    from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
 
     with Client.connect(address) as client:
         for offers in client.watch() if more else [client.offers()]:
@@ -196,7 +196,7 @@ def list_(more: bool, json_: bool, address: str | None) -> None:
 @_socket
 def ping(json_: bool, address: str | None) -> None:
     """Whether the broker answers, and how fast."""
-    from fdbroker.client.sync import ping as send_ping  # noqa: PLC0415
+    from fdbroker.client.sync import ping as send_ping  # noqa: PLC0415 -- `policy` and `serve` need no client
 
     seconds = send_ping(address)
     if json_:

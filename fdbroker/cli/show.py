@@ -27,8 +27,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         sys.stdout.flush()
         return
     from rich.console import Console  # noqa: PLC0415 -- a fifth of a second that only terminals need
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415 -- only terminals need it
+    from rich.text import Text  # noqa: PLC0415 -- only terminals need it
 
     made = Table(*columns, box=None, pad_edge=False)
     for row in rows:
@@ -39,8 +39,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def line(text: str, style: str = "") -> None:
     """One line, in colour on a terminal."""
     if style and sys.stdout.isatty():
-        from rich.console import Console  # noqa: PLC0415
-        from rich.text import Text  # noqa: PLC0415
+        from rich.console import Console  # noqa: PLC0415 -- only terminals need it
+        from rich.text import Text  # noqa: PLC0415 -- only terminals need it
 
         Console().print(Text(text, style=style), soft_wrap=True)
     else:

@@ -274,6 +274,13 @@ class Opener:
         connection.state = link.TURNS[connection.state, "Outcome"]
         self._inbox.send(link.encode_outcome(connection.number, refusal))
 
+    def _refuse(self, connection: Connection, refusal: Refused) -> None:
+        """Record and answer a refusal of a request that names no resource."""
+        number, subject, sort = connection.number, connection.subject, refusal.wire_name
+        record = Record("refused", "authorize", number, subject, None, str(refusal), sort=sort)
+        self._audit.refuse(record, time.monotonic())
+        self._end_turn(connection, refusal)
+
     def _close(self, connection: Connection, reason: int) -> None:
         if reason:
             why = link.CLOSED_REASONS[reason]
@@ -296,9 +303,7 @@ class Opener:
         except NotRecorded:
             self._end_turn(connection, RateLimited(_RETRY_MS))
         except Refused as refusal:
-            record = Record("refused", "authorize", connection.number, connection.subject, None, str(refusal))
-            self._audit.refuse(record._replace(sort=refusal.wire_name), time.monotonic())
-            self._end_turn(connection, refusal)
+            self._refuse(connection, refusal)
         else:
             self._launcher.send(link.STOP_ASKED)
 
@@ -308,9 +313,7 @@ class Opener:
         try:
             authorize_request(connection, time.monotonic())
         except Refused as refusal:
-            record = Record("refused", "authorize", connection.number, connection.subject, None, str(refusal))
-            self._audit.refuse(record._replace(sort=refusal.wire_name), time.monotonic())
-            self._end_turn(connection, refusal)
+            self._refuse(connection, refusal)
             return
         parts = self._listing(connection)
         if connection.state == "watching":
