@@ -102,7 +102,7 @@ class Denied(Refused):
 
 
 class NoSuchResource(Refused):
-    """The policy allows it and there is no such node now."""
+    """The policy allows it, and it is not there now."""
 
     wire_name, errno, exit_code = "NoSuchResource", errno.ENOENT, EX_TEMPFAIL
 
@@ -118,13 +118,13 @@ class NotWhatItWas(Refused):
 
 
 class OpenFailed(Refused):
-    """The kernel or the driver refused to open an allowed node; `number` is its errno, e.g. EBUSY."""
+    """The kernel or the driver refused to open or to make what is allowed; `number` is its errno, e.g. EBUSY."""
 
     wire_name, errno, exit_code = "OpenFailed", errno.EIO, EX_TEMPFAIL
 
     def __init__(self, number: int, *, index: int | None = None) -> None:
         name = errno.errorcode.get(number, str(number))
-        super().__init__(f"the device could not be opened: {name}", index=index)
+        super().__init__(f"it could not be opened: {name}", index=index)
         self.number = number
 
 

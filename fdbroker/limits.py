@@ -33,6 +33,10 @@ LIMITS: dict[str, Limit] = {
     "LINK_BYTES": Limit(131072, "bytes", "one request of 64 KiB and its lengths fit twice", "the service ends"),
     "LINK_WAITING": Limit(131072, "messages", "guess: five for each of 20,000 connections", "the service ends"),
     "POLICY_LINK_BYTES": Limit(16777216, "bytes", "guess: a large policy, compiled, is 1 MiB", "load fails"),
+    # --- the namespaces worker
+    "NAMESPACE_SECONDS": Limit(5, "seconds", "guess: a thousand times what it takes", "OpenFailed (ETIMEDOUT)"),
+    "NAMESPACE_REQUESTS": Limit(16, "requests", "guess: each is a process for a moment; one of each user", "wait"),
+    "NAMESPACE_WAIT_SECONDS": Limit(10, "seconds", "guess: twice what the worker gives a child", "OpenFailed"),
     # --- the service as a whole
     "DESCRIPTORS": Limit(65536, "descriptors", "RLIMIT_NOFILE asked for; the hard limit wins", "accepting pauses"),
     "DESCRIPTORS_RESERVED": Limit(192, "descriptors", "links, one batch twice (64 node, 64 open)", "accepting pauses"),
@@ -76,5 +80,6 @@ USER_LIMITS: dict[str, UserLimit] = {
     "requests_per_second": UserLimit(500, 1, 1_000_000, "requests a second, on average"),
     "burst": UserLimit(1000, 1, 1_000_000, "requests at once, before the average counts"),
     "unread_grants": UserLimit(32, 1, 1024, "descriptors sent and not yet read when a request comes"),
+    "namespaces": UserLimit(16, 1, 64, "living namespaces that the broker made"),
     "leases": UserLimit(256, 1, 65_536, "descriptors that the broker still tracks (none in this version)"),
 }

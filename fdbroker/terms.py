@@ -1,7 +1,7 @@
 """The nouns of the design, as plain values that every layer shares.
 
 Runs in: every process. Imports nothing of ours and nothing heavy: the opener loads it.
-An attacker controls: the `path` of a Resource and the `comm` of a Subject; nothing else here comes from a client.
+An attacker controls: what a Resource holds, and the `comm` of a Subject; nothing else here comes from a client.
 """
 
 from __future__ import annotations
@@ -21,13 +21,124 @@ ACCESS_COVERS: dict[str, frozenset[str]] = {
     "wo": frozenset({"wo"}),
     "rw": frozenset({"ro", "wo", "rw"}),
 }
+# As in /proc/PID/ns. Source: namespaces(7).
+NAMESPACE_TYPES = ("net", "mnt", "pid", "user", "uts", "ipc", "cgroup", "time")
+# Those that a process can make and hand to another: a pid namespace wants a first process, a user namespace is the
+# caller's own business.
+NEW_NAMESPACE_TYPES = ("net", "mnt", "uts", "ipc", "cgroup", "time")
+FAMILIES = ("inet", "inet6")
+SOCKET_TYPES = ("stream", "dgram")
+PID_MAX = 4_194_304  # PID_MAX_LIMIT: linux/threads.h
+PORT_MAX = 65_535
 
 
-class Resource(NamedTuple):
-    """What is asked for: the device node at `path`, exactly as the client wrote it, with `access` (ro, wo or rw)."""
+class Device(NamedTuple):
+    """The device node at `path`, exactly as the client wrote it, with `access` (ro, wo or rw)."""
 
     path: str
     access: str
+
+    @property
+    def text(self) -> str:
+        """As on the command line."""
+        return self.path
+
+
+class Namespace(NamedTuple):
+    """A namespace of `type`, one of NAMESPACE_TYPES: the one called `name`, or that of process `pid`, or a new one.
+
+    One of `name` and `pid` is set; for a new namespace neither. `pid` is a number as the client's own pid namespace
+    counts; whose process it is, the kernel says.
+    """
+
+    type: str
+    name: str = ""
+    pid: int = 0
+
+    @property
+    def access(self) -> str:
+        """A namespace's descriptor is for setns(2), which asks for no access."""
+        return "ro"
+
+    @property
+    def text(self) -> str:
+        """As on the command line."""
+        return f"{self.type}:{self.name or (f'pid:{self.pid}' if self.pid else 'new')}"
+
+
+class Socket(NamedTuple):
+    """A new socket in the network namespace called `namespace`; bound to `port` of all addresses, 0 for not bound."""
+
+    namespace: str
+    family: str
+    type: str
+    port: int = 0
+
+    @property
+    def access(self) -> str:
+        """A socket is for both."""
+        return "rw"
+
+    @property
+    def text(self) -> str:
+        """As on the command line; what is not said there is inet, stream, and not bound."""
+        parts = [word for word in (self.family, self.type) if word not in (FAMILIES[0], SOCKET_TYPES[0])]
+        parts += [f"bind={self.port}"] if self.port else []
+        return ",".join([f"socket:net:{self.namespace}", *parts])
+
+
+Resource = Device | Namespace | Socket
+
+
+def parse(text: str, access: str) -> Resource:
+    """What the command line calls a resource; `access` is for devices. Raises ValueError that says what is wrong."""
+    if text.startswith("/"):
+        return Device(text, access)
+    kind, colon, rest = text.partition(":")
+    if colon and rest and kind == "socket":
+        return _parse_socket(rest)
+    if not colon or not rest or kind not in NAMESPACE_TYPES:
+        types = ", ".join(NAMESPACE_TYPES)
+        raise ValueError(
+            "a resource is a path below /dev, net:NAME, TYPE:pid:PID, TYPE:new or socket:net:NAME; "
+            f"TYPE is one of {types}"
+        )
+    if rest.startswith("pid:"):
+        number = _number(rest[4:], PID_MAX)
+        if not number:
+            raise ValueError(f"{rest[4:]!r} is no process id")
+        return Namespace(kind, pid=number)
+    if rest == "new":
+        if kind not in NEW_NAMESPACE_TYPES:
+            raise ValueError(f"a new {kind} namespace cannot be asked for: one of {', '.join(NEW_NAMESPACE_TYPES)} can")
+        return Namespace(kind)
+    if kind != "net":
+        raise ValueError(f"only net namespaces have names: {kind}:pid:PID or {kind}:new")
+    return Namespace(kind, name=rest)
+
+
+def _parse_socket(rest: str) -> Socket:
+    kind, _, rest = rest.partition(":")
+    name, *options = rest.split(",")
+    if kind != "net" or not name:
+        raise ValueError("a socket is asked for as socket:net:NAME[,inet6][,dgram][,bind=PORT]")
+    family, type_, port = FAMILIES[0], SOCKET_TYPES[0], 0
+    for option in options:
+        if option in FAMILIES:
+            family = option
+        elif option in SOCKET_TYPES:
+            type_ = option
+        elif option.startswith("bind=") and _number(option[5:], PORT_MAX):
+            port = int(option[5:])
+        else:
+            raise ValueError(f"{option!r} is none of inet, inet6, stream, dgram and bind=PORT")
+    return Socket(name, family, type_, port)
+
+
+def _number(text: str, most: int) -> int:
+    """A decimal number from 1 to `most`, else 0."""
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else 0
+    return number if number <= most else 0
 
 
 class Subject(NamedTuple):
@@ -47,8 +158,8 @@ class Subject(NamedTuple):
     foreign: bool
 
 
-class Rule(NamedTuple):
-    """One allow rule, compiled: numbers for names, still with the place it came from.
+class DeviceRule(NamedTuple):
+    """An allow rule for devices, compiled: numbers for names, still with the place it came from.
 
     `pattern` is an absolute glob whose wildcards never match a slash. `kernel_class` is the kernel subsystem that
     the opened node must belong to, `device` a glob over "MAJOR:MINOR" that it must have; "" asks for nothing.
@@ -64,11 +175,76 @@ class Rule(NamedTuple):
     source: str
     where: str
 
+    @property
+    def text(self) -> str:
+        """What it names, in a few words."""
+        return self.pattern
+
+
+class Uplink(NamedTuple):
+    """How a new net namespace is connected: to `bridge`, with an address of `address` ("10.88.0.0/24").
+
+    A network gives each namespace an address of its own, an address with its prefix ("10.88.0.7/24") just that one.
+    `isolated`: it reaches the host and what is not isolated, not the other namespaces on that bridge.
+    """
+
+    bridge: str
+    address: str
+    isolated: bool
+
+
+class NamespaceRule(NamedTuple):
+    """An allow rule for namespaces of `types`: by name, of the caller's processes, or new; one of the three.
+
+    `name` is a glob of names, "" for none. `of_caller`: those of processes of the caller's own uid. `create`: new ones,
+    connected as `uplink` says.
+    """
+
+    types: tuple[str, ...]
+    name: str
+    of_caller: bool
+    create: bool
+    uplink: Uplink | None
+    source: str
+    where: str
+
+    @property
+    def text(self) -> str:
+        """What it names, in a few words."""
+        return f"{','.join(self.types)}:{self.name or ('new' if self.create else 'pid:*')}"
+
+
+class SocketRule(NamedTuple):
+    """An allow rule for sockets in the net namespaces whose name the glob `namespace` matches.
+
+    `ports` are those that may be asked to be bound.
+    """
+
+    namespace: str
+    families: tuple[str, ...]
+    types: tuple[str, ...]
+    ports: tuple[int, ...]
+    source: str
+    where: str
+
+    @property
+    def text(self) -> str:
+        """What it names, in a few words."""
+        return f"socket:net:{self.namespace}"
+
+
+Rule = DeviceRule | NamespaceRule | SocketRule
+
 
 class DenyRule(NamedTuple):
-    """One entry of `deny`: `patterns` are denied to every subject of `uids` or `gids`, or to all when `everyone`."""
+    """One entry of `deny`: denied to every subject of `uids` or `gids`, or to all when `everyone`.
+
+    `patterns` are globs of device paths, `rules` say which namespaces and sockets; a socket rule without ports is
+    for all sockets, bound or not.
+    """
 
     patterns: tuple[str, ...]
+    rules: tuple[NamespaceRule | SocketRule, ...]
     uids: frozenset[int]
     gids: frozenset[int]
     everyone: bool
@@ -77,16 +253,21 @@ class DenyRule(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """One descriptor as it is about to leave: what it is and the rule that allowed it. Owns nothing."""
+    """One descriptor as it is about to leave: what it is and the rule that allowed it. Owns nothing.
+
+    `rdev` is a device's "MAJOR:MINOR", `inode` a namespace's number as in "net:[4026531840]". `unusable` says why the
+    client's setns(2) would fail with EPERM, "" when it would not or nobody knows, None where nobody would ask.
+    """
 
     resource: Resource
     rule: Rule
-    rdev: str
+    rdev: str = ""
+    inode: str = ""
+    unusable: str | None = None
 
 
 class Offer(NamedTuple):
-    """One resource that a subject may open now, with the most access it may ask for and the rule that says so."""
+    """One resource that a subject may open now, with the most access it may ask for, and the rule that says so."""
 
-    path: str
-    access: str
+    resource: Resource
     where: str

@@ -23,6 +23,7 @@ RANKS = {
     "opener": 3,
     "inbox": 3,
     "launcher": 3,
+    "namespaces": 3,
     "client": 3,
     "aio": 4,
     "cli": 4,

@@ -13,7 +13,7 @@ import click
 from fdbroker import __version__, errors
 from fdbroker.cli import policy, show
 from fdbroker.errors import Denied, FdbrokerError
-from fdbroker.terms import ACCESS_NAMES
+from fdbroker.terms import ACCESS_NAMES, Device, parse
 from fdbroker.wire.journal import escaped
 
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
@@ -52,7 +52,7 @@ def escaped_lines(text: str) -> str:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fdbroker")
 def app() -> None:
-    """Hands open descriptors of devices to programs that may not open them, as a policy allows."""
+    """Hands open descriptors to programs that may not open the thing itself, as a policy allows."""
 
 
 app.add_command(policy.group)
@@ -101,15 +101,22 @@ def serve(policy_file: str, address: str | None, mode: str, group: str | None, c
 @_as_json
 @_socket
 def open_(words: tuple[str, ...], access: str, json_: bool, address: str | None) -> None:
-    """Ask for device nodes, all or nothing.
+    """Ask for resources, all or nothing.
+
+    RESOURCE is a path below /dev; net:NAME, a network namespace by name; TYPE:pid:PID, a namespace of one of your
+    processes; TYPE:new, a new one, owned by your user namespace; or socket:net:NAME[,inet6][,dgram][,bind=PORT], a
+    new socket in that network namespace. TYPE is net, mnt, pid, user, uts, ipc, cgroup or time.
 
     With COMMAND, run it in this program's place with the descriptors from 3 on, in the order asked for, blocking,
-    LISTEN_FDS saying how many and LISTEN_FDNAMES their paths. Without, say what was granted, and close it.
+    LISTEN_FDS saying how many and LISTEN_FDNAMES their names. Without, say what was granted, and close it.
     """
     resources, command = _split(words)
     for resource in resources:
-        if not resource.startswith("/dev/"):
-            raise click.BadParameter(f"{escaped(resource)}: a resource is a path below /dev", param_hint="RESOURCE")
+        try:
+            if isinstance(parse(resource, access), Device) and not resource.startswith("/dev/"):
+                raise ValueError("a device's path begins with /dev/")
+        except ValueError as error:
+            raise click.BadParameter(f"{escaped(resource)}: {error}", param_hint="RESOURCE") from None
     from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
 
     with Client.connect(address) as client:
@@ -122,15 +129,19 @@ def open_(words: tuple[str, ...], access: str, json_: bool, address: str | None)
             raise click.exceptions.Exit(denial.exit_code) from None
         except (ValueError, UnicodeError) as error:
             raise click.UsageError(str(error)) from None
+    for one in owned:
+        if one.usable is False:
+            show.error(escaped(f"{one.resource}: usable: false: {one.why}"))
     if command:
         _become(command, [descriptor.detach() for descriptor in owned], resources)
     granted = [{"resource": one.resource, "access": one.access, "rdev": one.rdev, "rule": one.rule} for one in owned]
-    for descriptor in owned:
-        descriptor.close()
     if json_:
-        show.as_json(granted)
+        said = [{} if one.usable is None else {"usable": one.usable, "why": one.why} for one in owned]
+        show.as_json([{**left, **right} for left, right in zip(granted, said, strict=True)])
     else:
         show.table(("RESOURCE", "ACCESS", "NUMBER", "RULE"), [tuple(one.values()) for one in granted])
+    for descriptor in owned:
+        descriptor.close()
 
 
 def _split(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -182,7 +193,10 @@ def list_(more: bool, json_: bool, address: str | None) -> None:
 
     with Client.connect(address) as client:
         for offers in client.watch() if more else [client.offers()]:
-            rows = [{"resource": offer.path, "access": offer.access, "rule": offer.where} for offer in offers]
+            rows = [
+                {"resource": offer.resource.text, "access": offer.resource.access, "rule": offer.where}
+                for offer in offers
+            ]
             if json_:
                 show.as_json(rows)
             else:

@@ -13,12 +13,13 @@ import click
 
 from fdbroker import errors
 from fdbroker.cli import show
+from fdbroker.cli.usable import usable
 from fdbroker.errors import PolicyError
 from fdbroker.policy import names
 from fdbroker.policy.compile import Loaded, failed_tests, load_policy
 from fdbroker.policy.explain import Explanation, explain
 from fdbroker.policy.schema import json_schema
-from fdbroker.terms import ACCESS_NAMES, Resource, Subject
+from fdbroker.terms import ACCESS_NAMES, Namespace, Resource, Subject, parse
 from fdbroker.wire.journal import escaped
 
 DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
@@ -75,28 +76,38 @@ def test(policy_file: str, json_: bool) -> None:
 
 
 @group.command("explain")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.argument("words", metavar="RESOURCE...", nargs=-1, required=True)
 @click.option("--user", help="For whom: a name or a uid. Default: you.")
 @click.option("--groups", help="All its groups, with commas between. Default: those of the group database.")
 @click.option("--access", type=click.Choice(ACCESS_NAMES), default="ro", show_default=True, help="What is asked for.")
 @_file
 @_as_json
 def explain_(
-    paths: tuple[str, ...], user: str | None, groups: str | None, access: str, policy_file: str, json_: bool
+    words: tuple[str, ...], user: str | None, groups: str | None, access: str, policy_file: str, json_: bool
 ) -> None:
-    """Why a path is allowed or denied to a user, what came near, and the smallest change that would allow it.
+    """Why a resource is allowed or denied to a user, what came near, and the smallest change that would allow it.
+
+    Of a namespace also whether its descriptor would be of use: without --user to this very program, else to a program
+    of that user that has no capabilities.
 
     Exits with 0 when all are allowed, with 77 when one is denied.
     """
     loaded = _load(policy_file)
     subject = _subject(user, groups)
     name = user or str(subject.uid)
-    explained = [(path, explain(loaded.policy, subject, Resource(path, access), name)) for path in paths]
+    explained = []
+    for word in words:
+        try:
+            resource = parse(word, access)
+        except ValueError as error:
+            raise click.BadParameter(f"{escaped(word)}: {error}", param_hint="RESOURCE") from None
+        explained.append((resource, explain(loaded.policy, subject, resource, name)))
+    use = [usable(resource, subject, itself=user is None) if one.allowed else None for resource, one in explained]
     if json_:
-        show.as_json([_plain(path, access, subject, one) for path, one in explained])
+        show.as_json([_plain(*both, subject, why) for both, why in zip(explained, use, strict=True)])
     else:
-        for path, one in explained:
-            _print(path, access, name, one)
+        for both, why in zip(explained, use, strict=True):
+            _print(*both, name, why)
     if not all(one.allowed for _, one in explained):
         raise click.exceptions.Exit(errors.EX_NOPERM)
 
@@ -118,10 +129,10 @@ def _subject(user: str | None, groups: str | None) -> Subject:
     return Subject(uid, gids, gid, 0, "", "", foreign=False)
 
 
-def _plain(path: str, access: str, subject: Subject, one: Explanation) -> dict[str, Any]:
+def _plain(resource: Resource, one: Explanation, subject: Subject, why: str | None) -> dict[str, Any]:
     return {
-        "resource": path,
-        "access": access,
+        "resource": resource.text,
+        "access": resource.access,
         "uid": subject.uid,
         "gids": sorted(subject.gids),
         "decision": "allow" if one.allowed else "deny",
@@ -130,19 +141,25 @@ def _plain(path: str, access: str, subject: Subject, one: Explanation) -> dict[s
         "deniedBy": one.denied_by.where if one.denied_by else None,
         "near": [{"rule": near.rule.where, "missing": near.missing, "change": near.change} for near in one.near],
         "change": one.change or None,
+        **({} if why is None else {"usable": not why, "why": why}),
     }
 
 
-def _print(path: str, access: str, name: str, one: Explanation) -> None:
+def _print(resource: Resource, one: Explanation, name: str, why: str | None) -> None:
     verdict = "allow" if one.allowed else "deny"
-    show.line(f"{verdict}: {access} {escaped(path)} for {escaped(name)}", "green" if one.allowed else "red")
+    what = f"{resource.access} {escaped(resource.text)}"
+    show.line(f"{verdict}: {what} for {escaped(name)}", "green" if one.allowed else "red")
     show.line(f"  because {escaped(one.reason)}")
     for rule in one.rules[1:]:
         show.line(f"  also {rule.where} ({rule.source})")
     for near in one.near:
-        show.line(f"  near: {near.rule.where} {near.rule.pattern} ({near.rule.source}): {escaped(near.missing)}")
+        show.line(f"  near: {near.rule.where} {near.rule.text} ({near.rule.source}): {escaped(near.missing)}")
     if one.change:
         show.line(f"  to allow it: {escaped(one.change)}")
+    if why is not None:
+        show.line(f"  usable: false: {why}" if why else "  usable: true")
+    if why and isinstance(resource, Namespace) and resource.name:
+        show.line(f"  a socket inside it needs no right: socket:net:{escaped(resource.name)}, if a rule allows that")
 
 
 @group.command()

@@ -76,16 +76,17 @@ class Client:
             raise BrokerUnavailable(f"nobody answers at {path}: {error.strerror or error}") from None
         return cls(sock)
 
-    async def open(self, path: str, access: str = "ro") -> Descriptor:
-        """Ask for one device node; returns its descriptor, owned by the caller. Errors: as in the blocking client."""
-        return (await self.open_all([path], access))[0]
+    async def open(self, resource: str, access: str = "ro") -> Descriptor:
+        """Ask for one resource; returns its descriptor, owned by the caller. All as in the blocking client."""
+        return (await self.open_all([resource], access))[0]
 
-    async def open_all(self, paths: list[str], access: str = "ro") -> list[Descriptor]:
-        """Ask for 1 to 64 nodes at once: all of them, in this order, or none and the error of the first in the way."""
-        waiting = await self._send(calls.open_call(paths, access))
+    async def open_all(self, resources: list[str], access: str = "ro") -> list[Descriptor]:
+        """Ask for 1 to 64 at once: all of them, in this order, or none and the error of the first in the way."""
+        asked = calls.asked(resources, access)
+        waiting = await self._send(calls.open_call(asked))
         reply, numbers = await self._next(waiting)
         try:
-            return calls.opened(reply, numbers, paths)
+            return calls.opened(reply, numbers, asked)
         except ProtocolViolation as error:
             self._end(error)
             raise

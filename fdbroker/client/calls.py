@@ -5,6 +5,7 @@ Runs in: any program. What it reads comes from the broker; a broker that breaks 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +26,9 @@ from fdbroker.errors import (
     RateLimited,
     Refused,
 )
-from fdbroker.terms import ACCESS_NAMES, Offer
+from fdbroker.terms import ACCESS_NAMES, Offer, Resource, parse
 from fdbroker.wire import varlink
+from fdbroker.wire.resources import WrongMember, from_json, to_json
 
 DEFAULT_ADDRESS = "/run/fdbroker/socket"
 # A listing is at most OFFERS names of 4 KiB; everything else is far smaller.
@@ -36,7 +38,7 @@ DESCRIPTORS_PER_READ = 253
 _BROKER = "io.fdbroker.Broker"
 _TEXTS: dict[type[Refused], str] = {
     Denied: "denied: no rule of the policy allows it, or a deny rule forbids it",
-    NoSuchResource: "there is no such node now",
+    NoSuchResource: "the policy allows it, and it is not there now",
 }
 
 
@@ -54,14 +56,19 @@ def address(given: str | None, environment: Mapping[str, str]) -> str:
     return given or environment.get("FDBROKER_SOCKET") or DEFAULT_ADDRESS
 
 
-def open_call(paths: Iterable[str], access: str) -> bytes:
-    """The bytes of Open. Raises ValueError for an unknown access, no path, over 64 paths or over 64 KiB."""
+def asked(texts: Iterable[str], access: str) -> list[Resource]:
+    """What these words ask for. Raises ValueError for an unknown access or kind, none, or over 64 of them."""
     if access not in ACCESS_NAMES:
         raise ValueError(f"access is one of {', '.join(ACCESS_NAMES)}, not {access!r}")
-    resources = [{"device": path, "access": access} for path in paths]
+    resources = [parse(text, access) for text in texts]
     if not 1 <= len(resources) <= limits.RESOURCES_PER_OPEN:
         raise ValueError(f"1 to {limits.RESOURCES_PER_OPEN} resources at once, not {len(resources)}")
-    return varlink.encode_call(f"{_BROKER}.Open", {"resources": resources})
+    return resources
+
+
+def open_call(resources: Iterable[Resource]) -> bytes:
+    """The bytes of Open. Raises ValueError when they are over 64 KiB."""
+    return varlink.encode_call(f"{_BROKER}.Open", {"resources": list(map(to_json, resources))})
 
 
 def list_call(*, more: bool) -> bytes:
@@ -90,7 +97,8 @@ def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
         made = kind(_TEXTS[kind])
     resource = parameters.get("resource")
     if isinstance(resource, dict):
-        made.args = (f"{resource.get('device')}: {made}",)
+        with contextlib.suppress(WrongMember):  # a broker that says more than we know: the error alone
+            made.args = (f"{from_json(resource).text}: {made}",)
     return made
 
 
@@ -112,26 +120,27 @@ def count_grants(reply: varlink.Reply) -> int:
     return len(grants) if isinstance(grants, list) and not reply.error else 0
 
 
-def opened(reply: varlink.Reply, numbers: list[int], paths: Sequence[str]) -> list[Descriptor]:
-    """The grants of Open's reply as owned descriptors, in the order of `paths`; takes `numbers`.
+def opened(reply: varlink.Reply, numbers: list[int], resources: Sequence[Resource]) -> list[Descriptor]:
+    """The grants of Open's reply as owned descriptors, in the order of `resources`; takes `numbers`.
 
     Raises ProtocolViolation, with every descriptor of this reply closed, when the reply is not what was asked for.
     """
     made: list[Descriptor] = []
     try:
         grants = reply.parameters["grants"]
-        if len(grants) != len(paths) or len(numbers) != len(paths):
-            raise ProtocolViolation(f"{len(grants)} grants and {len(numbers)} descriptors, {len(paths)} were asked for")
-        for grant, path in zip(grants, paths, strict=True):
-            said = _said(grant)
+        count = len(resources)
+        if len(grants) != count or len(numbers) != count:
+            raise ProtocolViolation(f"{len(grants)} grants and {len(numbers)} descriptors, {count} were asked for")
+        for grant, resource in zip(grants, resources, strict=True):
+            said = from_json(grant["resource"])
             index = grant["fileDescriptor"]
             if not isinstance(index, int) or not 0 <= index < len(numbers) or numbers[index] < 0:
                 raise ProtocolViolation(f"descriptor {index!r} is not there")
-            if said[0] != path:
-                raise ProtocolViolation(f"{said[0]!r} in place of {path!r}")
+            if said != resource:
+                raise ProtocolViolation(f"{said.text!r} in place of {resource.text!r}")
             number, numbers[index] = numbers[index], -1
-            made.append(Descriptor(number, *said))
-    except (ProtocolViolation, LookupError, TypeError) as error:
+            made.append(Descriptor(number, resource.text, *_said(grant)))
+    except (ProtocolViolation, LookupError, TypeError, WrongMember) as error:
         for descriptor in made:
             descriptor.close()
         close_all(numbers)
@@ -139,18 +148,18 @@ def opened(reply: varlink.Reply, numbers: list[int], paths: Sequence[str]) -> li
     return made
 
 
-def _said(grant: dict[str, Any]) -> tuple[str, str, str, str]:
-    return str(grant["resource"]["device"]), str(grant["access"]), str(grant["rule"]), str(grant.get("rdev", ""))
+def _said(grant: dict[str, Any]) -> tuple[str, str, str, bool | None, str]:
+    usable = grant.get("usable")
+    if not isinstance(usable, bool | None):
+        raise ProtocolViolation("usable is a boolean")
+    return str(grant["access"]), str(grant["rule"]), str(grant.get("rdev") or ""), usable, str(grant.get("why") or "")
 
 
 def offered(reply: varlink.Reply) -> list[Offer]:
     """The offers of List's reply. Raises ProtocolViolation."""
     try:
-        return [
-            Offer(str(one["resource"]["device"]), str(one["access"]), str(one["rule"]))
-            for one in reply.parameters["resources"]
-        ]
-    except (LookupError, TypeError) as error:
+        return [Offer(from_json(one["resource"]), str(one["rule"])) for one in reply.parameters["resources"]]
+    except (LookupError, TypeError, WrongMember) as error:
         raise ProtocolViolation(f"a reply to List that is none: {error}") from None
 
 

@@ -18,15 +18,27 @@ class Descriptor:
     ResourceWarning. It is non-blocking: `os.set_blocking(descriptor.fileno(), True)` if the program wants to wait.
 
     `resource` is what was asked for ("/dev/snd/pcmC0D0p"), `access` ro, wo or rw, `rule` the policy's "FILE:LINE",
-    `rdev` the device number "MAJOR:MINOR".
+    `rdev` the device number "MAJOR:MINOR", "" for what has none. `usable` says of a namespace whether setns(2) would
+    have let this program in when it asked, with the reason in `why` if not; None where the broker does not say.
     """
 
-    def __init__(self, number: int, resource: str, access: str, rule: str, rdev: str) -> None:
+    def __init__(
+        self,
+        number: int,
+        resource: str,
+        access: str,
+        rule: str,
+        rdev: str = "",
+        usable: bool | None = None,  # noqa: FBT001 -- as the wire has it
+        why: str = "",
+    ) -> None:
         self._number = number
         self.resource = resource
         self.access = access
         self.rule = rule
         self.rdev = rdev
+        self.usable = usable
+        self.why = why
 
     def __repr__(self) -> str:
         state = "closed" if self._number < 0 else str(self._number)

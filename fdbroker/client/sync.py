@@ -42,18 +42,20 @@ class Client:
         """See `fdbroker.connect`."""
         return cls(connected(address, timeout_s), timeout_s)
 
-    def open(self, path: str, access: str = "ro") -> Descriptor:
-        """Ask for one device node; returns its descriptor, owned by the caller.
+    def open(self, resource: str, access: str = "ro") -> Descriptor:
+        """Ask for one resource; returns its descriptor, owned by the caller.
 
-        `access` is ro, wo or rw. Raises Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited
-        or ClientNotReading as the broker refuses; BrokerUnavailable when it is gone; ValueError for a wrong access.
+        `resource` is a path below /dev, net:NAME, TYPE:pid:PID, TYPE:new or socket:net:NAME; `access`, for devices, is
+        ro, wo or rw. Raises Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited
+        or ClientNotReading as the broker refuses; BrokerUnavailable when it is gone; ValueError for a wrong word.
         """
-        return self.open_all([path], access)[0]
+        return self.open_all([resource], access)[0]
 
-    def open_all(self, paths: list[str], access: str = "ro") -> list[Descriptor]:
-        """Ask for 1 to 64 nodes at once: all of them, in this order, or none and the error of the first in the way."""
-        reply, numbers = self._call(calls.open_call(paths, access))
-        return self._judged(lambda: calls.opened(reply, numbers, paths))
+    def open_all(self, resources: list[str], access: str = "ro") -> list[Descriptor]:
+        """Ask for 1 to 64 at once: all of them, in this order, or none and the error of the first in the way."""
+        asked = calls.asked(resources, access)
+        reply, numbers = self._call(calls.open_call(asked))
+        return self._judged(lambda: calls.opened(reply, numbers, asked))
 
     def offers(self) -> list[Offer]:
         """What this program may open now, with the most access that it may ask for."""

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from fdbroker import __version__, limits
 from fdbroker.errors import ClientNotReading, Denied, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, Refused
-from fdbroker.terms import ACCESS_NAMES, Offer, Resource
+from fdbroker.terms import Offer, Resource
 from fdbroker.wire import frame, varlink
+from fdbroker.wire.resources import WrongMember, from_json, to_json
 from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
@@ -117,23 +118,10 @@ def _open(call: Call) -> Action:
     listed = call.parameters.get("resources")
     if not isinstance(listed, list) or not 1 <= len(listed) <= _RESOURCES:
         raise invalid_parameter("resources")
-    return AskOpen([_resource(value) for value in listed])
-
-
-def _resource(value: Any) -> Resource:
-    if not isinstance(value, dict):
-        raise invalid_parameter("resources")
-    for name in value:
-        if name not in ("device", "access"):
-            raise invalid_parameter(name)
-    device, access = value.get("device"), value.get("access")
-    if not isinstance(device, str):
-        raise invalid_parameter("device")
-    if access is None:
-        access = "ro"
-    if access not in ACCESS_NAMES:
-        raise invalid_parameter("access")
-    return Resource(device, access)
+    try:
+        return AskOpen([from_json(value) for value in listed])
+    except WrongMember as error:
+        raise invalid_parameter(str(error)) from None
 
 
 def _list(call: Call) -> Action:
@@ -166,7 +154,7 @@ def refusal_reply(refusal: Refused, resources: Sequence[Resource]) -> bytes:
             pass
         case _:
             resource = resources[refusal.index or 0]
-            parameters["resource"] = {"device": resource.path, "access": resource.access}
+            parameters["resource"] = to_json(resource)
             if isinstance(refusal, NotWhatItWas):
                 parameters["reason"] = refusal.reason
             elif isinstance(refusal, OpenFailed):
@@ -176,8 +164,5 @@ def refusal_reply(refusal: Refused, resources: Sequence[Resource]) -> bytes:
 
 def offers_reply(offers: Sequence[Offer], *, continues: bool) -> bytes:
     """The reply of List."""
-    listed = [
-        {"resource": {"device": one.path, "access": one.access}, "access": one.access, "rule": one.where}
-        for one in offers
-    ]
+    listed = [{"resource": to_json(one.resource), "access": one.resource.access, "rule": one.where} for one in offers]
     return varlink.encode_reply({"resources": listed}, continues=continues)

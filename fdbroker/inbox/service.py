@@ -136,13 +136,13 @@ class Inbox:
     def _read_opener(self) -> bool:
         """Do what the opener says; false when it is gone."""
         for _ in range(_MESSAGES_PER_TURN):
-            received = self._opener.receive_with_descriptor()
+            received = self._opener.receive_with_descriptors(1)
             if received is None:
                 return True
-            data, descriptor = received
+            data, descriptors = received
             if not data:
                 return False
-            sock = None if descriptor is None else socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0]) if descriptors else None
             match link.decode(link.OPENER_TO_INBOX, data):
                 case link.Connected(number, uid) if sock is not None:
                     self._welcome(Client(number, uid, sock))

@@ -1,6 +1,6 @@
 """Capabilities of the calling thread, effective only inside a `with` block.
 
-Runs in: opener, launcher. Source: capabilities(7), capset(2), linux/capability.h.
+Runs in: opener, namespaces worker, launcher. Source: capabilities(7), capset(2), linux/capability.h.
 """
 
 from __future__ import annotations
@@ -10,8 +10,16 @@ from types import TracebackType
 
 from fdbroker.kernel import libc
 
-# linux/capability.h; the ones that an opener can need
-NUMBERS = {"CAP_DAC_OVERRIDE": 1, "CAP_DAC_READ_SEARCH": 2}
+# linux/capability.h; those that a process of ours can need
+NUMBERS = {
+    "CAP_DAC_OVERRIDE": 1,
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_NET_BIND_SERVICE": 10,
+    "CAP_NET_ADMIN": 12,
+    "CAP_SYS_CHROOT": 18,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+}
 
 _VERSION_3 = 0x20080522
 
@@ -36,16 +44,18 @@ def mask(names: frozenset[str]) -> int:
 class Bracket:
     """`with bracket:` makes its capabilities effective, and leaving it, however, makes none effective.
 
-    They must be permitted to the thread. The two states are prepared once, so that entering and leaving is one
-    system call each. If dropping fails, OSError must end the process: it must not go on with them raised.
+    They must be permitted to the thread; permitted to it from then on are `permitted_names`, or just the same ones.
+    The two states are prepared once, so that entering and leaving is one system call each. If dropping fails,
+    CapabilityStuck must end the process: it must not go on with them raised.
     """
 
     __slots__ = ("_lowered", "_needed", "_raised")
 
-    def __init__(self, names: frozenset[str]) -> None:
-        permitted = mask(names)
-        self._needed = bool(permitted)
-        self._raised = (_Data * 2)(_Data(permitted, permitted, 0), _Data(0, 0, 0))
+    def __init__(self, names: frozenset[str], permitted_names: frozenset[str] | None = None) -> None:
+        effective = mask(names)
+        permitted = effective if permitted_names is None else mask(permitted_names)
+        self._needed = bool(effective)
+        self._raised = (_Data * 2)(_Data(effective, permitted, 0), _Data(0, 0, 0))
         self._lowered = (_Data * 2)(_Data(0, permitted, 0), _Data(0, 0, 0))
 
     def __enter__(self) -> None:

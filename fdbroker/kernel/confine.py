@@ -1,6 +1,6 @@
 """Give up, for good, every right that a process of the broker does not need.
 
-Runs in: opener and inbox before they read anything, launcher after start-up.
+Runs in: opener, inbox and namespaces worker before they read anything, launcher after start-up.
 Source: capabilities(7), prctl(2), seccomp(2); docs/confinement.md says what each step is against.
 """
 
@@ -29,15 +29,15 @@ _SECUREBITS = 0xEF
 class Confinement(NamedTuple):
     """What a process keeps.
 
-    `files` are Landlock rules (path, rights beneath it), `program` a seccomp filter, or b"" for none. `parent`: die
-    when this process does, 0 for none.
+    `files` are Landlock rules (path, rights beneath it), None for no Landlock; `program` a seccomp filter, or b"" for
+    none. `parent`: die when this process does, 0 for none.
     """
 
     uid: int
     gid: int
     groups: tuple[int, ...]
     capabilities: frozenset[str]
-    files: tuple[tuple[str, int], ...]
+    files: tuple[tuple[str, int], ...] | None
     program: bytes
     parent: int
 
@@ -67,17 +67,18 @@ def confine(to: Confinement) -> bool:
     os.umask(0o077)
     _verify(to)
     if to.parent:
-        _die_with(to.parent)  # a change of uid would have cleared it
-    restricted = landlock.restrict(to.files)
+        die_with(to.parent)  # a change of uid would have cleared it
+    restricted = to.files is not None and landlock.restrict(to.files)
     if to.program:
         _load_filter(to.program)
     return restricted
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Be killed when process `parent`, which must be ours, ends. Raises ProcessLookupError when it has."""
     prctl.set_pdeathsig(signal.SIGKILL)
     if os.getppid() != parent:
-        raise ProcessLookupError(errno.ESRCH, "the launcher is gone")
+        raise ProcessLookupError(errno.ESRCH, "the parent is gone")
 
 
 def _empty_bounding_set() -> None:

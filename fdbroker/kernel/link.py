@@ -1,4 +1,4 @@
-"""One end of a link between two of our processes: whole messages, at most one descriptor each, never blocking.
+"""One end of a link between two of our processes: whole messages, a few descriptors with them, never blocking.
 
 Runs in: every process of the broker. In the opener, a taken-over inbox controls what `receive` returns.
 """
@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 from collections import deque
+from collections.abc import Sequence
 
 from fdbroker import limits
 from fdbroker.errors import LinkViolation
@@ -43,8 +44,8 @@ class Link:
                 raise LinkViolation("the other end does not read")
             self._waiting.append(message)
 
-    def send_with_descriptor(self, message: bytes, descriptor: int) -> bool:
-        """Send now, with the borrowed `descriptor`, or not at all: false when there is no room.
+    def send_with_descriptors(self, message: bytes, descriptors: Sequence[int]) -> bool:
+        """Send now, with the borrowed `descriptors`, or not at all: false when there is no room.
 
         What carries a descriptor is never queued, so no number can be closed and reused while it waits. Raises
         OSError, ETOOMANYREFS among others when too many descriptors of this user are in flight.
@@ -52,7 +53,7 @@ class Link:
         if self._waiting:
             return False
         try:
-            sockets.send(self._sock, message, (descriptor,))
+            sockets.send(self._sock, message, descriptors)
         except BlockingIOError:
             return False
         return True
@@ -85,22 +86,22 @@ class Link:
             raise LinkViolation(f"a message of {size} bytes, at most {_LINK_BYTES}")
         return bytes(self._view[:size])
 
-    def receive_with_descriptor(self) -> tuple[bytes, int | None] | None:
-        """The next message and its descriptor, which the caller owns; b"" at the end, None when there is none now.
+    def receive_with_descriptors(self, most: int) -> tuple[bytes, list[int]] | None:
+        """The next message and its descriptors, which the caller owns; b"" at the end, None when there is none now.
 
-        Raises LinkViolation when more than one descriptor came or the message was cut.
+        Raises LinkViolation when more than `most` descriptors came or the message was cut.
         """
         try:
-            size, descriptors = sockets.receive_into(self._sock, self._view, 1, socket.MSG_DONTWAIT)
+            size, descriptors = sockets.receive_into(self._sock, self._view, most, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except ConnectionResetError:
-            return b"", None
+            return b"", []
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
                 raise LinkViolation(str(error)) from None
             raise
-        return bytes(self._view[:size]), descriptors[0] if descriptors else None
+        return bytes(self._view[:size]), descriptors
 
     def close(self) -> None:
         """Close our end; what still waits is dropped."""

@@ -1,6 +1,6 @@
 """What the launcher tells a child at its start: how to confine itself, and which descriptor is what.
 
-Runs in: launcher (writes), opener and inbox (read, first thing). No attacker controls anything here: it is the
+Runs in: launcher (writes), the other processes (read, first thing). No attacker controls anything here: it is the
 command line that root's launcher gave, so `ps` shows the admin how each process is confined.
 """
 
@@ -18,13 +18,16 @@ _FILTER_BYTES = 8 * 4096  # BPF_MAXINSNS
 
 
 class Order(NamedTuple):
-    """How to run. `files` are Landlock rules, `descriptors` names the inherited ones, `parent` is the launcher."""
+    """How to run.
+
+    `files` are Landlock rules, None for no Landlock; `descriptors` names the inherited ones, `parent` is the launcher.
+    """
 
     uid: int
     gid: int
     groups: list[int]
     capabilities: list[str]
-    files: list[tuple[str, int]]
+    files: list[tuple[str, int]] | None
     descriptors: dict[str, int]
     descriptors_max: int
     parent: int
@@ -57,7 +60,7 @@ def obey(order: Order, filter_fd: int) -> bool:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     program = os.read(filter_fd, _FILTER_BYTES)
     os.close(filter_fd)
-    files = tuple((path, rights) for path, rights in order.files)
+    files = None if order.files is None else tuple((path, rights) for path, rights in order.files)
     return confine(
         Confinement(
             order.uid,

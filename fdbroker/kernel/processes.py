@@ -1,12 +1,16 @@
-"""What /proc shows about another process to anybody: its name for itself and its user namespace's id maps.
+"""What /proc shows about another process: its name for itself, its ids, its namespaces.
 
-Runs in: opener. The process's owner controls `comm`, and nothing else here.
+Runs in: opener, namespaces worker, command line. The process's owner controls `comm`, and nothing else here.
 """
 
 from __future__ import annotations
 
 import os
 import select
+from types import TracebackType
+from typing import NamedTuple, Self
+
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def is_alive(pidfd: int) -> bool:
@@ -42,3 +46,70 @@ def id_maps(proc: int, pid: int) -> tuple[bytes, bytes] | None:
         return _read(proc, f"{pid}/uid_map"), _read(proc, f"{pid}/gid_map")
     except OSError:
         return None
+
+
+class Status(NamedTuple):
+    """Real, effective, saved and file system ids; permitted and effective capabilities as bits."""
+
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
+    permitted: int
+    effective: int
+
+
+class Process:
+    """One process, pinned: a pidfd, and its folder of /proc, which never becomes another process's.
+
+    Takes `pidfd`, if given. Raises ProcessLookupError when there is no such process now, or only what is left of it.
+    Leave the `with` block, or call `close`.
+    """
+
+    def __init__(self, pid: int, pidfd: int | None = None) -> None:
+        self.pidfd = os.pidfd_open(pid) if pidfd is None else pidfd
+        try:
+            self._folder = os.open(f"/proc/{pid}", _FOLDER)
+        except FileNotFoundError:
+            os.close(self.pidfd)
+            raise ProcessLookupError(f"there is no process {pid}") from None
+        except BaseException:
+            os.close(self.pidfd)
+            raise
+        # while it lives nobody else has its number, so the folder is the same process's as the pidfd
+        if not is_alive(self.pidfd):
+            self.close()
+            raise ProcessLookupError(f"process {pid} has ended")
+
+    @classmethod
+    def of(cls, pidfd: int) -> Self:
+        """The process of a pidfd, which is taken. Raises ProcessLookupError as well when it is not in our sight."""
+        with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+            pids = [int(line[4:]) for line in file if line.startswith(b"Pid:")]
+        if not pids or pids[0] <= 0:
+            os.close(pidfd)
+            raise ProcessLookupError("the process has ended, or is in another pid namespace")
+        return cls(pids[0], pidfd)
+
+    def status(self) -> Status:
+        """Its ids and capabilities now."""
+        fields = dict(line.partition(b":\t")[::2] for line in _read(self._folder, "status").splitlines())
+        return Status(
+            tuple(map(int, fields[b"Uid"].split())),
+            tuple(map(int, fields[b"Gid"].split())),
+            int(fields[b"CapPrm"], 16),
+            int(fields[b"CapEff"], 16),
+        )
+
+    def namespace(self, kind: str) -> int:
+        """An owned descriptor of its namespace of that type. Needs CAP_SYS_PTRACE over it, or to be it."""
+        return os.open(f"ns/{kind}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._folder)
+        os.close(self.pidfd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

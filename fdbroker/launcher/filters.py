@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import socket
 import termios
 
 import pyseccomp
+
+from fdbroker.kernel import libc
+from fdbroker.kernel.namespaces import CLONE, QUESTIONS
+from fdbroker.terms import NEW_NAMESPACE_TYPES
 
 # What Python and the C library do in any process.
 _RUNTIME = """
@@ -36,19 +42,46 @@ _DEADLY = """
     settimeofday clock_settime sethostname setdomainname iopl ioperm modify_ldt
 """
 
-PROCESSES = {"opener": _RUNTIME + _LOOP + _OPENER, "inbox": _RUNTIME + _LOOP}
+# The namespaces worker and its children.
+_WORKER = """
+    openat openat2 readlink readlinkat getdents64 capset pread64 dup pidfd_open kill wait4 getppid bind setsockopt
+    set_robust_list rseq
+"""
+
+PROCESSES = {
+    "opener": _RUNTIME + _LOOP + _OPENER,
+    "inbox": _RUNTIME + _LOOP,
+    "namespaces": _RUNTIME + _LOOP + _WORKER,
+}
+# What is allowed with certain values of one argument only: which one, and which values.
+_FORK = 0x0120_0000 | signal.SIGCHLD  # CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID: what glibc's fork says
+NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
+    # how much has the client not read yet
+    "opener": {"ioctl": (1, (termios.TIOCOUTQ,))},
+    "inbox": {},
+    "namespaces": {
+        "setns": (1, tuple(CLONE[kind] for kind in ("net", "mnt", "user"))),
+        "unshare": (0, tuple(CLONE[kind] for kind in NEW_NAMESPACE_TYPES)),
+        "clone": (0, (_FORK,)),
+        "socketpair": (0, (socket.AF_UNIX,)),
+        "socket": (0, (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)),
+        "ioctl": (1, QUESTIONS),
+        "prctl": (0, (libc.PR_SET_PDEATHSIG,)),
+    },
+}
 
 
 def compile_filter(process: str) -> int:
     """A seccomp filter as an owned memfd at its beginning. Raises OSError when libseccomp refuses."""
     program = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
-    for name in PROCESSES[process].split():
+    allowed, narrowed = PROCESSES[process].split(), NARROWED[process]
+    for name in allowed:
         _add(program, pyseccomp.ALLOW, name)
-    for name in _DEADLY.split():
+    for name, (position, values) in narrowed.items():
+        for value in values:
+            _add(program, pyseccomp.ALLOW, name, pyseccomp.Arg(position, pyseccomp.EQ, value))
+    for name in set(_DEADLY.split()).difference(allowed, narrowed):
         _add(program, pyseccomp.KILL_PROCESS, name)
-    if process == "opener":
-        # of ioctl only: how much has the client not read yet
-        _add(program, pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, termios.TIOCOUTQ))
     # glibc then falls back to clone, which is not on the list
     _add(program, pyseccomp.ERRNO(errno.ENOSYS), "clone3")
     descriptor = os.memfd_create(f"seccomp-{process}")

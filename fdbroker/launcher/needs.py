@@ -1,4 +1,4 @@
-"""What the opener must be able to do for a policy, and no more: capabilities, groups, folders.
+"""What the opener, and the namespaces worker, must be able to do for a policy, and no more.
 
 Runs in: launcher, command line. Root alone makes the nodes that are looked at here; none is opened.
 """
@@ -14,7 +14,7 @@ from fdbroker.kernel.devices import nodes_matching
 from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.paths import is_literal, literal_folder
-from fdbroker.terms import Rule
+from fdbroker.terms import DeviceRule, NamespaceRule, SocketRule
 
 _MODE_BITS = {"ro": 4, "wo": 2, "rw": 6}
 _RIGHTS = {"ro": READ_FILE, "wo": WRITE_FILE, "rw": READ_FILE | WRITE_FILE}
@@ -24,7 +24,8 @@ _CAPABILITY = {"ro": "CAP_DAC_READ_SEARCH", "wo": "CAP_DAC_OVERRIDE", "rw": "CAP
 class Needs(NamedTuple):
     """`reasons` says of each capability and group which rule needs it; `files` are Landlock rights by path.
 
-    `inodes` says what stood at each of these paths, for Landlock holds on to that and not to the path.
+    `inodes` says what stood at each of these paths, for Landlock holds on to that and not to the path. `worker` are
+    the capabilities of the namespaces worker, None when the policy needs no worker.
     """
 
     capabilities: frozenset[str]
@@ -32,6 +33,7 @@ class Needs(NamedTuple):
     files: dict[str, int]
     reasons: tuple[str, ...]
     inodes: dict[str, tuple[int, int]]
+    worker: frozenset[str] | None
 
 
 def needs(policy: Policy) -> Needs:
@@ -44,7 +46,14 @@ def needs(policy: Policy) -> Needs:
     groups: set[int] = set()
     files: dict[str, int] = {}
     reasons = []
+    worker: set[str] | None = None
     for rule in policy.all_rules():
+        if not isinstance(rule, DeviceRule):
+            wanted = _of_worker(rule)
+            worker = wanted if worker is None else worker | wanted
+            reasons += [f"{name} in the namespaces worker: {rule.where}" for name in wanted]
+            files["/run"] = READ_DIR  # to list the names in /run/netns
+            continue
         found = [path for path in nodes_matching(rule.pattern, set()) if os.path.exists(path)]
         for need in {_need(path, rule) for path in found} or {_CAPABILITY[rule.access]}:
             if isinstance(need, int):
@@ -59,10 +68,31 @@ def needs(policy: Policy) -> Needs:
     if "CAP_DAC_OVERRIDE" in capabilities:
         capabilities.discard("CAP_DAC_READ_SEARCH")  # it does all that this one does
     inodes = {path: (status.st_dev, status.st_ino) for path in files if (status := os.stat(path))}
-    return Needs(frozenset(capabilities), frozenset(groups), files, tuple(sorted(set(reasons))), inodes)
+    return Needs(
+        frozenset(capabilities),
+        frozenset(groups),
+        files,
+        tuple(sorted(set(reasons))),
+        inodes,
+        None if worker is None else frozenset(worker),
+    )
 
 
-def _need(path: str, rule: Rule) -> str | int:
+def _of_worker(rule: NamespaceRule | SocketRule) -> set[str]:
+    """What the namespaces worker must be able to raise for a rule. Source: setns(2), proc_pid_ns(5), ip(7)."""
+    if isinstance(rule, SocketRule):
+        return {"CAP_SYS_ADMIN", *(["CAP_NET_BIND_SERVICE"] if rule.ports else [])}
+    if not rule.create:
+        return {"CAP_SYS_PTRACE"}  # by name as well: only so can it tell whether the caller could enter
+    wanted = {"CAP_SYS_PTRACE", "CAP_SYS_ADMIN"}
+    if "net" in rule.types:
+        wanted.add("CAP_NET_ADMIN")  # lo up, and the end on the bridge
+    if "mnt" in rule.types:
+        wanted.add("CAP_SYS_CHROOT")  # into the caller's, to copy it
+    return wanted
+
+
+def _need(path: str, rule: DeviceRule) -> str | int:
     """A capability, a gid, or "" for the opener to open `path` as `rule` says."""
     folder = os.path.dirname(path)
     while len(folder) >= len("/dev"):
@@ -111,6 +141,10 @@ def check_reload(given: Needs, wanted: Needs) -> None:
     if "CAP_DAC_OVERRIDE" in given.capabilities:
         missing = []
     missing += [f"group {gid}" for gid in sorted(wanted.groups - given.groups)]
+    if wanted.worker is not None and given.worker is None:
+        missing.append("the namespaces worker")
+    elif wanted.worker is not None and given.worker is not None:
+        missing += [f"{name} in the namespaces worker" for name in sorted(wanted.worker - given.worker)]
     for path, rights in wanted.files.items():
         if not any(
             (path == place or path.startswith(place + "/")) and rights & ~allowed == 0 and _still(place, given)
@@ -119,5 +153,5 @@ def check_reload(given: Needs, wanted: Needs) -> None:
             missing.append(f"access to {path}")
     if missing:
         raise RestartNeeded(
-            f"the new policy needs {', '.join(missing)}, which the opener gave up when it started: restart fdbroker"
+            f"the new policy needs {', '.join(missing)}, which was given up when the service started: restart fdbroker"
         )

@@ -27,7 +27,11 @@ from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.wire import link
 
 # What each child may say to us.
-_SAYS = {"opener": link.OPENER_TO_LAUNCHER, "inbox": link.INBOX_TO_LAUNCHER}
+_SAYS = {
+    "opener": link.OPENER_TO_LAUNCHER,
+    "inbox": link.INBOX_TO_LAUNCHER,
+    "namespaces": link.WORKER_TO_LAUNCHER,
+}
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
@@ -115,7 +119,7 @@ class Launcher:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     def _await_ready(self) -> None:
-        """Wait for both children to be confined and to serve."""
+        """Wait for all children to be confined and to serve."""
         self._epoll.register(self._wake_read, select.EPOLLIN)
         for child in self._children:
             self._epoll.register(child.link.fileno(), select.EPOLLIN)
@@ -178,7 +182,7 @@ class Launcher:
             return b""
 
     def _read_children(self) -> bool:
-        """What the children say; true when both have ended as they were told to."""
+        """What the children say; true when all have ended as they were told to."""
         for child in self._children:
             while True:
                 data = child.link.receive()
@@ -196,6 +200,9 @@ class Launcher:
                     case link.StopAsked() if not self._stop_at_s:
                         say("an administrator asks to stop")
                         self._stop()
+                    case link.WorkerStuck():
+                        say("the namespaces worker does not answer; it is started again", priority=4)
+                        self._children[-1].link.send(link.RESTART)
                     case link.Applied(generation):
                         text = f"Serving with {self._options.policy}, reloaded {generation - 1} times"
                         self._notify.tell(READY=1, STATUS=text)
@@ -230,7 +237,7 @@ class Launcher:
         try:
             descriptor = start.memfd("policy", to_bytes(policy))
             try:
-                sent = self._opener.link.send_with_descriptor(link.encode_policy(self._generation + 1), descriptor)
+                sent = self._opener.link.send_with_descriptors(link.encode_policy(self._generation + 1), [descriptor])
             finally:
                 os.close(descriptor)
         except OSError as error:  # no descriptors, or too many of root's in flight

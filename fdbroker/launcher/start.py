@@ -25,8 +25,15 @@ _JOURNAL = "/run/systemd/journal/socket"
 _JOURNAL_BYTES = 8 * 1024 * 1024  # SO_SNDBUF, as sd_journal_send(3) sets it
 # the ids that systemd's DynamicUser= takes from: systemd.io, "Users, Groups, UIDs and GIDs"
 _DYNAMIC_IDS = range(61184, 65520)
-_USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox"}
-_NO_NEEDS = Needs(frozenset(), frozenset(), {}, (), {})
+_USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox", "namespaces": "fdbroker-namespaces"}
+
+
+class _Kept(NamedTuple):
+    """What a child keeps; see orders.Order."""
+
+    capabilities: frozenset[str] = frozenset()
+    groups: frozenset[int] = frozenset()
+    files: dict[str, int] | None = None
 
 
 class Child(NamedTuple):
@@ -38,7 +45,7 @@ class Child(NamedTuple):
 
 
 def identities() -> dict[str, tuple[int, int]]:
-    """Find uid and gid for opener and inbox: their system users, or where those do not exist unused dynamic ids."""
+    """Find uid and gid for each child: its system user, or where that does not exist an unused dynamic id."""
     found = {}
     taken: set[int] = set()
     for name, user in _USERS.items():
@@ -101,41 +108,54 @@ def memfd(name: str, data: bytes) -> int:
 
 
 def start_children(listener: socket.socket, policy: bytes, need: Needs) -> list[Child]:
-    """Start opener and inbox; the caller owns them, and keeps `listener`."""
+    """Start opener and inbox, and the namespaces worker where needed; the caller owns them, and keeps `listener`."""
     ids = identities()
-    to_opener, opener_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    to_inbox, inbox_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    between = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    policy_fd = memfd("policy", policy)
-    journal = journal_socket()
-    opener = {
-        "listener": listener.fileno(),
-        "launcher": opener_end.fileno(),
-        "inbox": between[0].fileno(),
-        "policy": policy_fd,
-    }
-    if journal is not None:
-        opener["journal"] = journal.fileno()
-    inbox = {"launcher": inbox_end.fileno(), "opener": between[1].fileno()}
-    try:
+    with contextlib.ExitStack() as ours:  # closed here, once the children have them
+
+        def pair() -> tuple[socket.socket, socket.socket]:
+            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.enter_context(ends[1])
+            return ends
+
+        to_opener, opener_end = pair()
+        to_inbox, inbox_end = pair()
+        opener_inbox, inbox_opener = pair()
+        ours.enter_context(opener_inbox)
+        policy_fd = memfd("policy", policy)
+        ours.callback(os.close, policy_fd)
+        journal = journal_socket()
+        opener = {
+            "listener": listener.fileno(),
+            "launcher": opener_end.fileno(),
+            "inbox": opener_inbox.fileno(),
+            "policy": policy_fd,
+        }
+        if journal is not None:
+            opener["journal"] = ours.enter_context(journal).fileno()
+        inbox = {"launcher": inbox_end.fileno(), "opener": inbox_opener.fileno()}
+        children = []
+        if need.worker is not None:
+            to_worker, worker_end = pair()
+            opener_worker, worker_opener = pair()
+            opener["worker"] = ours.enter_context(opener_worker).fileno()
+            worker = {"launcher": worker_end.fileno(), "opener": worker_opener.fileno()}
+            started = _start("namespaces", ids["namespaces"], worker, _Kept(need.worker))
+            children.append(Child("namespaces", started, Link(to_worker)))
+        kept = _Kept(need.capabilities, need.groups, need.files)
         return [
-            Child("opener", _start("opener", ids["opener"], opener, need), Link(to_opener)),
-            Child("inbox", _start("inbox", ids["inbox"], inbox, _NO_NEEDS), Link(to_inbox)),
+            Child("opener", _start("opener", ids["opener"], opener, kept), Link(to_opener)),
+            Child("inbox", _start("inbox", ids["inbox"], inbox, _Kept(files={})), Link(to_inbox)),
+            *children,
         ]
-    finally:
-        os.close(policy_fd)
-        for sock in (opener_end, inbox_end, *between, journal):
-            if sock is not None:
-                sock.close()
 
 
-def _start(name: str, ids: tuple[int, int], descriptors: dict[str, int], need: Needs) -> subprocess.Popen[bytes]:
+def _start(name: str, ids: tuple[int, int], descriptors: dict[str, int], kept: _Kept) -> subprocess.Popen[bytes]:
     filter_fd = compile_filter(name)
     order = orders.Order(
         *ids,
-        sorted(need.groups),
-        sorted(need.capabilities),
-        sorted(need.files.items()),
+        sorted(kept.groups),
+        sorted(kept.capabilities),
+        None if kept.files is None else sorted(kept.files.items()),
         {**descriptors, "filter": filter_fd},
         limits.DESCRIPTORS,
         os.getpid(),

@@ -7,6 +7,7 @@
 | identify | the kernel's word on who asks |
 | authorize | policy and limits |
 | open | find, judge and open a node |
+| ask | what only the namespaces worker can open |
 | audit | one record before a descriptor leaves |
 | send | descriptor and reply in one message |
 | listing | what a subject may open now |

@@ -15,6 +15,7 @@ from fdbroker.errors import LinkViolation
 from fdbroker.kernel import orders
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.link import Link, read_memfd
+from fdbroker.opener.ask import Asking
 from fdbroker.opener.audit import Audit
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.service import Opener
@@ -33,6 +34,7 @@ def main() -> int:
         socket.socket(fileno=descriptors["listener"]),
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["inbox"])),
+        Asking(Link(socket.socket(fileno=descriptors["worker"])) if "worker" in descriptors else None),
         policy,
         Nodes(Bracket(frozenset(order.capabilities))),
         audit,

@@ -1,6 +1,6 @@
 """Stage audit: one record before a descriptor leaves, one for every refusal; a second where the outcome differs.
 
-Runs in: opener. An attacker controls the asked path and its own `comm`: both are one escaped value each.
+Runs in: opener. An attacker controls what it asks for and its own `comm`: both are one escaped value each.
 The fields stand in docs/operating.md, which a test compares with FIELDS.
 """
 
@@ -16,7 +16,7 @@ from collections import deque
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.terms import Resource, Subject
+from fdbroker.terms import Device, Resource, Subject
 from fdbroker.wire.journal import encode_fields, escaped
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -58,6 +58,7 @@ FIELDS = (
     "FDBROKER_RULE",
     "FDBROKER_RESOURCE",
     "FDBROKER_RDEV",
+    "FDBROKER_NAMESPACE",
     "FDBROKER_ACCESS",
     "FDBROKER_UID",
     "FDBROKER_GID",
@@ -80,6 +81,7 @@ class Record(NamedTuple):
     reason: str
     rule: str = ""
     rdev: str = ""
+    inode: str = ""
     sort: str = ""  # what makes two refusals alike, where the reason has numbers in it
 
 
@@ -99,6 +101,7 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
         "FDBROKER_REASON": reason,
         "FDBROKER_RULE": record.rule,
         "FDBROKER_RDEV": record.rdev,
+        "FDBROKER_NAMESPACE": record.inode,
         "FDBROKER_CONNECTION": str(record.connection),
         "FDBROKER_REPEATED": str(repeated) if repeated else "",
     }
@@ -112,10 +115,10 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
         values["FDBROKER_LABEL"] = escaped(subject.label)
         who = f"uid {subject.uid} pid {subject.pid} "
     if record.resource is not None:
-        path = cut(escaped(record.resource.path), _CHARACTERS)
-        values["FDBROKER_RESOURCE"] = path
+        text = cut(escaped(record.resource.text), _CHARACTERS)
+        values["FDBROKER_RESOURCE"] = text
         values["FDBROKER_ACCESS"] = record.resource.access
-        what = f" {record.resource.access} {cut(path, _MESSAGE_CHARACTERS)}"
+        what = f" {record.resource.access} {cut(text, _MESSAGE_CHARACTERS)}"
     why = f" by {record.rule}" if record.rule else ""
     why += f": {cut(reason, _MESSAGE_CHARACTERS)}" if reason else ""
     again = f" ({repeated} times more)" if repeated else ""
@@ -196,16 +199,16 @@ class Audit:
             if len(self._windows) >= _USERS:
                 self.flush(now_s, everything=True)
             window = self._windows[uid] = _Window(now_s + _REPEAT_S)
-        path = record.resource.path if record.resource is not None else ""
-        key = (record.kind, record.stage, record.sort or record.reason, hash(path))
+        text = record.resource.text if record.resource is not None else ""
+        key = (record.kind, record.stage, record.sort or record.reason, hash(text))
         if key in window.first:
             first, repeated = window.first[key]
             window.first[key] = (first, repeated + 1)
         elif len(window.first) >= _REFUSALS:
             window.others += 1
         else:
-            if record.resource is not None:
-                record = record._replace(resource=record.resource._replace(path=cut(path, _CHARACTERS)))
+            if isinstance(record.resource, Device):
+                record = record._replace(resource=record.resource._replace(path=cut(text, _CHARACTERS)))
             try:
                 self.write(record)
                 window.first[key] = (record, 0)

@@ -28,12 +28,13 @@ _IDLE_S = 60
 class Account:
     """What one user has in use, over all of its connections."""
 
-    __slots__ = ("connections", "lingering", "refilled_at_s", "tokens", "unread")
+    __slots__ = ("connections", "lingering", "namespaces", "refilled_at_s", "tokens", "unread")
 
     def __init__(self, burst: int, now_s: float) -> None:
         self.connections: set[Connection] = set()
         self.unread: set[Connection] = set()  # those that may have grants unread
         self.lingering: set[Connection] = set()  # ended by us, with grants that the client has not read
+        self.namespaces: tuple[int, ...] = ()  # inode numbers of those made for it that may be living
         self.tokens = float(burst)
         self.refilled_at_s = now_s
 
@@ -70,7 +71,7 @@ class Accounts:
 
     def _forget_idle(self, now_s: float) -> None:
         for uid, account in list(self._by_uid.items()):
-            if not account.count_connections() and now_s - account.refilled_at_s > _IDLE_S:
+            if not account.count_connections() and not account.namespaces and now_s - account.refilled_at_s > _IDLE_S:
                 del self._by_uid[uid]
 
 

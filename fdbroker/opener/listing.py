@@ -1,4 +1,4 @@
-"""What a subject may open now: every rule's glob looked up in /dev, each match judged as if it were asked for.
+"""What a subject may open now: every rule's glob looked up, each match judged as if it were asked for.
 
 Runs in: opener, without any capability raised. An attacker controls nothing here but how often.
 """
@@ -6,37 +6,84 @@ Runs in: opener, without any capability raised. An attacker controls nothing her
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from itertools import islice
 
 from fdbroker import limits
 from fdbroker.errors import Refused
 from fdbroker.kernel.devices import nodes_matching
 from fdbroker.opener.open import Nodes
 from fdbroker.policy.decide import View, decide
-from fdbroker.terms import ACCESS_NAMES, Offer, Resource
+from fdbroker.policy.paths import matcher
+from fdbroker.terms import (
+    ACCESS_NAMES,
+    Device,
+    DeviceRule,
+    Namespace,
+    NamespaceRule,
+    Offer,
+    Resource,
+    Socket,
+    SocketRule,
+)
 
 _OFFERS = limits.OFFERS
+NETNS = "/run/netns"  # ip-netns(8)
 
 
-def offers(seen: View, nodes: Nodes, folders: set[str]) -> list[Offer]:
-    """All that `seen` allows and that exists, in order of name, each with the most access that may be asked for.
+def offers(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> list[Offer]:
+    """All that `seen` allows and that exists, devices first, each with the most access that may be asked for.
 
-    The folders that were looked into are added to `folders`: a change in one of them may change the list.
+    Namespaces of the caller's processes are listed as those of `pid`. The folders that were looked into are added to
+    `folders`: a change in one of them may change the list.
     """
+    listed = list(islice(_devices(seen, nodes, folders), _OFFERS))
+    for resource in dict.fromkeys(_others(seen, pid, folders)):
+        rules = decide(seen, resource).rules
+        if rules:
+            listed.append(Offer(resource, rules[0].where))
+    return listed[:_OFFERS]
+
+
+def _devices(seen: View, nodes: Nodes, folders: set[str]) -> Iterator[Offer]:
     paths: set[str] = set()
-    for pattern in dict.fromkeys(rule.pattern for rule in seen.allow):
+    for pattern in dict.fromkeys(rule.pattern for rule in seen.devices):
         paths.update(nodes_matching(pattern, folders))
-    listed: list[Offer] = []
     for path in sorted(paths):
-        if len(listed) == _OFFERS:
-            break
         for access in reversed(ACCESS_NAMES):  # rw, wo, ro
-            rules = decide(seen, Resource(path, access)).rules
+            device = Device(path, access)
+            rules = [rule for rule in decide(seen, device).rules if isinstance(rule, DeviceRule)]
             if rules:
                 try:
                     found = nodes.find(path, rules, seen)
                 except Refused:
                     continue
                 os.close(found.descriptor)
-                listed.append(Offer(path, access, found.rule.where))
+                yield Offer(device, found.rule.where)
                 break
-    return listed
+
+
+def _others(seen: View, pid: int, folders: set[str]) -> Iterator[Resource]:
+    names = _names(folders) if seen.others else []
+    for rule in seen.others:
+        match rule:
+            case NamespaceRule(name=pattern) if pattern:
+                yield from (Namespace("net", name) for name in names if matcher(pattern).fullmatch(name))
+            case NamespaceRule(types):
+                yield from (Namespace(kind, pid=0 if rule.create else pid) for kind in types)
+            case SocketRule(pattern, families, types, ports):
+                for name in (name for name in names if matcher(pattern).fullmatch(name)):
+                    for family in families:
+                        for kind in types:
+                            yield from (Socket(name, family, kind, port) for port in (0, *ports))
+
+
+def _names(folders: set[str]) -> list[str]:
+    """The names in /run/netns; whether they are what they should be, the worker sees when one is asked for."""
+    try:
+        names = sorted(os.listdir(NETNS))
+        folders.add(NETNS)
+    except OSError:
+        folders.add(os.path.dirname(NETNS))  # where the folder comes
+        return []
+    return names

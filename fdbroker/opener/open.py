@@ -19,7 +19,7 @@ from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.openat import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2, reopen
 from fdbroker.policy.decide import View, denying_rule
 from fdbroker.policy.paths import is_dangerous
-from fdbroker.terms import Grant, Resource, Rule
+from fdbroker.terms import Device, DeviceRule, Grant, Resource, Rule
 
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
 _LINKS = 40  # as many as the kernel follows: path_resolution(7)
@@ -36,7 +36,7 @@ class Found(NamedTuple):
     """A node judged fit: `descriptor` (O_PATH, owned by who called), the rule that it fits, and its "MAJOR:MINOR"."""
 
     descriptor: int
-    rule: Rule
+    rule: DeviceRule
     rdev: str
     status: os.stat_result
 
@@ -55,25 +55,30 @@ class Nodes:
         self._sys_dev = os.open("/sys/dev", flags)
 
     def open_all(
-        self, resources: Sequence[Resource], allowed: Sequence[tuple[Rule, ...]], seen: View, into: list[int]
-    ) -> list[Grant]:
-        """Open every resource by one of its rules; owned descriptors are added to `into` as they come, in order.
+        self,
+        resources: Sequence[Resource],
+        allowed: Sequence[tuple[Rule, ...]],
+        seen: View,
+        grants: dict[int, Grant],
+        descriptors: dict[int, int],
+    ) -> None:
+        """Open every device by one of its rules; grants and owned descriptors are added as they come, by position.
 
         Raises NoSuchResource, NotWhatItWas, OpenFailed or Denied with the resource's index; the caller closes what
-        is in `into` already.
+        is in `descriptors` already.
         """
-        grants = []
         with self._bracket:
             for index, (resource, rules) in enumerate(zip(resources, allowed, strict=True)):
-                found = self.find(resource.path, rules, seen, index)
+                if not isinstance(resource, Device):
+                    continue
+                found = self.find(resource.path, [one for one in rules if isinstance(one, DeviceRule)], seen, index)
                 try:
-                    into.append(self._open(found, resource.access, index))
+                    descriptors[index] = self._open(found, resource.access, index)
                 finally:
                     os.close(found.descriptor)
-                grants.append(Grant(resource, found.rule, found.rdev))
-        return grants
+                grants[index] = Grant(resource, found.rule, found.rdev)
 
-    def find(self, path: str, rules: Sequence[Rule], seen: View, index: int | None = None) -> Found:
+    def find(self, path: str, rules: Sequence[DeviceRule], seen: View, index: int | None = None) -> Found:
         """The node at `path`, if it is what one of `rules` says and no deny rule names where links lead."""
         try:
             node, name = self._walk(path)
@@ -85,7 +90,7 @@ class Nodes:
             refusal.index = index
             raise
         try:
-            by = denying_rule(seen, name) if name != path else None
+            by = denying_rule(seen, Device(name, "ro")) if name != path else None
             if by is not None:
                 raise Denied(f"it leads to {name}, denied to {by.source}", index=index, rule=by.where)
             status = os.fstat(node)
@@ -150,7 +155,7 @@ class Nodes:
                 names.extendleft(reversed(target.split("/")))
         raise NotWhatItWas("a link leads to a folder")
 
-    def _misfit(self, rule: Rule, name: str, status: os.stat_result) -> str:
+    def _misfit(self, rule: DeviceRule, name: str, status: os.stat_result) -> str:
         """Why the node `name` with `status` is not what `rule` says, or ""."""
         kind = stat.S_IFMT(status.st_mode)
         if kind not in (stat.S_IFCHR, stat.S_IFBLK):

@@ -15,6 +15,7 @@ from fdbroker import limits
 from fdbroker.errors import ClientNotReading, QuotaExceeded, RateLimited
 from fdbroker.kernel import sockets
 from fdbroker.terms import Grant
+from fdbroker.wire.resources import to_json
 
 _REPLY_BYTES = limits.REPLY_WITH_DESCRIPTORS_BYTES
 _BUSY_MS = 1000
@@ -29,11 +30,11 @@ def compose(grants: Sequence[Grant]) -> bytes:
                 "grants": [
                     {
                         "fileDescriptor": index,
-                        "resource": {"device": grant.resource.path, "access": grant.resource.access},
+                        "resource": to_json(grant.resource),
                         "access": grant.resource.access,
                         "rule": grant.rule.where,
-                        "rdev": grant.rdev,
                         "revocable": False,
+                        **_particular(grant),
                     }
                     for index, grant in enumerate(grants)
                 ]
@@ -43,6 +44,15 @@ def compose(grants: Sequence[Grant]) -> bytes:
     if len(reply) >= _REPLY_BYTES:
         raise QuotaExceeded("reply_bytes", _REPLY_BYTES)
     return reply + b"\0"
+
+
+def _particular(grant: Grant) -> dict[str, object]:
+    """What only some grants have."""
+    if grant.rdev:
+        return {"rdev": grant.rdev}
+    if grant.unusable is None:
+        return {}
+    return {"usable": False, "why": grant.unusable} if grant.unusable else {"usable": True}
 
 
 def send_grants(sock: socket.socket, reply: bytes, descriptors: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from fdbroker.errors import LinkViolation, QuotaExceeded, RateLimited, Refused
 from fdbroker.kernel import inotify, sockets
 from fdbroker.kernel.link import Link, read_memfd
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
+from fdbroker.opener.ask import Asking
 from fdbroker.opener.audit import Audit, NotRecorded, Record
 from fdbroker.opener.authorize import (
     Account,
@@ -31,11 +32,11 @@ from fdbroker.opener.authorize import (
 from fdbroker.opener.identify import Identifier
 from fdbroker.opener.listing import offers
 from fdbroker.opener.open import Nodes
-from fdbroker.opener.request import answer_open
+from fdbroker.opener.request import Opening, finish_open, refuse_open, start_open
 from fdbroker.opener.send import say_refusal
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.policy.decide import view
-from fdbroker.terms import DenyRule, Offer, Rule, Subject
+from fdbroker.terms import DenyRule, NamespaceRule, Offer, Rule, Subject
 from fdbroker.wire import link
 
 _ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
@@ -48,18 +49,26 @@ _LINGER_S = 1.0
 # How soon a client may try again when the journal takes no record now.
 _RETRY_MS = 100
 
-Listed = dict[tuple[tuple[Rule, ...], tuple[DenyRule, ...]], list[Offer]]
+Listed = dict[tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[DenyRule, ...], int], list[Offer]]
 
 
 class Opener:
     """All that the opener holds. `serve` returns when it is told to stop and all is answered."""
 
     def __init__(
-        self, listener: socket.socket, launcher: Link, inbox: Link, policy: Policy, nodes: Nodes, audit: Audit
+        self,
+        listener: socket.socket,
+        launcher: Link,
+        inbox: Link,
+        asking: Asking,
+        policy: Policy,
+        nodes: Nodes,
+        audit: Audit,
     ) -> None:
         self._acceptor: Acceptor | None = Acceptor(listener)
         self._launcher = launcher
         self._inbox = inbox
+        self._asking = asking
         self._policy = policy
         self._nodes = nodes
         self._audit = audit
@@ -87,6 +96,8 @@ class Opener:
         poll.register(self._launcher.fileno(), select.EPOLLIN)
         poll.register(self._inbox.fileno(), select.EPOLLIN)
         poll.register(self._inotify, select.EPOLLIN)
+        if self._asking.fileno() >= 0:
+            poll.register(self._asking.fileno(), select.EPOLLIN)
         self._launcher.send(link.READY)
         while True:
             self._arm()
@@ -99,6 +110,9 @@ class Opener:
                 elif descriptor == self._launcher.fileno():
                     if not self._read_launcher():
                         return
+                elif descriptor == self._asking.fileno():
+                    self._asking.read()
+                    self._finish_ready()
                 elif descriptor == self._inotify:
                     inotify.drain(self._inotify)
                     self._changed_at_s = self._changed_at_s or time.monotonic()
@@ -129,13 +143,16 @@ class Opener:
 
     def _timeout_s(self) -> float:
         """Until when nothing but a message can happen; -1 for ever."""
+        ends_s = [self._asking.timeout_s]
         if self._paused_until_s:
-            return _ACCEPT_PAUSE_S
+            ends_s.append(_ACCEPT_PAUSE_S)
         if self._changed_at_s is not None and self._watching:
-            return _SETTLE_S
+            ends_s.append(_SETTLE_S)
         if self._lingering:
-            return _LINGER_S
-        return float(limits.AUDIT_REPEAT_SECONDS) if self._audit.counting else -1
+            ends_s.append(_LINGER_S)
+        if self._audit.counting:
+            ends_s.append(float(limits.AUDIT_REPEAT_SECONDS))
+        return min((end_s for end_s in ends_s if end_s >= 0), default=-1)
 
     def _timers(self) -> None:
         if self._changed_at_s is not None and time.monotonic() - self._changed_at_s >= _SETTLE_S:
@@ -149,6 +166,10 @@ class Opener:
                     self._lingering.discard(account)
         if self._audit.counting:
             self._audit.flush(time.monotonic())
+        if self._asking.timeout_s == 0:
+            if self._asking.expire():
+                self._launcher.send(link.WORKER_STUCK)
+            self._finish_ready()
 
     # ---- accept, identify
 
@@ -193,7 +214,7 @@ class Opener:
         """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
         message = link.encode_connected(self._last_number + 1, subject.uid)
         try:
-            if not self._inbox.send_with_descriptor(message, sock.fileno()):
+            if not self._inbox.send_with_descriptors(message, [sock.fileno()]):
                 self._held = (sock, subject, account)
                 return
         except OSError as error:
@@ -242,8 +263,7 @@ class Opener:
     def _answer(self, message: link.Message) -> None:
         match message:
             case link.Open(number, resources):
-                connection = self._turn(number, "Open")
-                self._end_turn(connection, answer_open(connection, resources, self._nodes, self._audit))
+                self._open(Opening(self._turn(number, "Open"), resources))
             case link.List(number, watch):
                 self._list(self._turn(number, "Watch" if watch else "List"))
             case link.Shutdown(number):
@@ -270,6 +290,24 @@ class Opener:
         connection.state = state
         return connection
 
+    def _open(self, opening: Opening) -> None:
+        refusal = start_open(opening, self._audit)
+        if refusal is None and opening.missing() is not None:
+            self._asking.ask(opening)
+            self._finish_ready()
+        else:
+            self._finish(opening, refusal)
+
+    def _finish_ready(self) -> None:
+        """Go on with those for which the worker has no more to do."""
+        for opening, refusal in self._asking.ready():
+            self._finish(opening, None if refusal is None else refuse_open(opening, refusal, self._audit))
+
+    def _finish(self, opening: Opening, refusal: Refused | None) -> None:
+        if refusal is None:
+            refusal = finish_open(opening, self._nodes, self._audit)
+        self._end_turn(opening.connection, refusal)
+
     def _end_turn(self, connection: Connection, refusal: Refused | None) -> None:
         connection.state = link.TURNS[connection.state, "Outcome"]
         self._inbox.send(link.encode_outcome(connection.number, refusal))
@@ -288,6 +326,7 @@ class Opener:
             self._audit.refuse(record, time.monotonic())
         del self._connections[connection.number]
         self._watching.pop(connection.number, None)
+        self._asking.drop(connection)
         connection.close()
         if connection.account.lingering:
             self._lingering.add(connection.account)
@@ -324,11 +363,14 @@ class Opener:
 
     def _listing(self, connection: Connection, listed: Listed | None = None) -> list[bytes]:
         """The messages of a listing; `listed` keeps what was found for subjects that the policy sees alike."""
-        key = (connection.view.allow, connection.view.deny)
+        seen, pid = connection.view, connection.subject.pid
+        if not any(isinstance(rule, NamespaceRule) and rule.of_caller for rule in seen.others):
+            pid = 0  # then the list is the same for every process
+        key = (seen.devices, seen.others, seen.deny, pid)
         found = None if listed is None else listed.get(key)
         if found is None:
             folders: set[str] = set()
-            found = offers(connection.view, self._nodes, folders)
+            found = offers(seen, pid, self._nodes, folders)
             for folder in folders:
                 inotify.watch_directory(self._inotify, folder)
             if listed is not None:
@@ -352,16 +394,16 @@ class Opener:
 
     def _read_launcher(self) -> bool:
         """Do what the launcher says; false when it is gone, which ends the service."""
-        received = self._launcher.receive_with_descriptor()
+        received = self._launcher.receive_with_descriptors(1)
         if received is None:
             return True
-        data, descriptor = received
+        data, descriptors = received
         if not data:
             return False
         try:
             match link.decode(link.LAUNCHER_TO_OPENER, data):
-                case link.Policy(generation) if descriptor is not None:
-                    self._use(from_bytes(read_memfd(descriptor, limits.POLICY_LINK_BYTES)))
+                case link.Policy(generation) if descriptors:
+                    self._use(from_bytes(read_memfd(descriptors[0], limits.POLICY_LINK_BYTES)))
                     self._launcher.send(link.encode_applied(generation))
                 case link.Stop():
                     self._stop()
@@ -369,7 +411,7 @@ class Opener:
                     self._pings += 1
                     self._inbox.send(link.PING)
         finally:
-            if descriptor is not None:
+            for descriptor in descriptors:
                 os.close(descriptor)
         return True
 
@@ -391,6 +433,7 @@ class Opener:
                 self._held[0].close()
                 self._held = None
             self._paused_until_s = 0.0
+            self._asking.hurry()
             self._inbox.send(link.DRAIN)
 
     def report_violation(self, violation: LinkViolation) -> None:

@@ -5,6 +5,7 @@ Runs in: launcher, command line. Opens nothing but the policy's files, by load; 
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -14,8 +15,23 @@ from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import NOBODY, decide, view
 from fdbroker.policy.load import Node, close, in_order, load
-from fdbroker.policy.paths import dangerous_name, glob_error
-from fdbroker.terms import ACCESS_COVERS, INVALID_ID, DenyRule, Resource, Rule, Subject
+from fdbroker.policy.paths import dangerous_name, glob_error, name_glob_error
+from fdbroker.terms import (
+    ACCESS_COVERS,
+    FAMILIES,
+    INVALID_ID,
+    NEW_NAMESPACE_TYPES,
+    SOCKET_TYPES,
+    DenyRule,
+    DeviceRule,
+    NamespaceRule,
+    Resource,
+    Rule,
+    SocketRule,
+    Subject,
+    Uplink,
+    parse,
+)
 
 # What a class's devices can do at all, where that is less than everything. Source: the drivers' file_operations.
 _CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
@@ -62,7 +78,7 @@ def failed_tests(loaded: Loaded) -> list[Finding]:
                     "this test fails",
                     "allow" if test.allowed else "deny",
                     "allow" if allowed else "deny",
-                    f"try `fdbroker policy explain` for uid {test.subject.uid} and {test.resource.path}",
+                    f"try `fdbroker policy explain` for uid {test.subject.uid} and {test.resource.text}",
                 )
             )
     return findings
@@ -152,8 +168,10 @@ class _Compiler:
     ) -> None:
         if "limits" in entry.value:
             maxima |= _plain(entry.value["limits"])
-        for node in entry.items("devices"):
-            rule = self.rule(node, source)
+        compiled: list[tuple[Node, Rule]] = [(node, self.device(node, source)) for node in entry.items("devices")]
+        compiled += [(node, self.namespace(node, source)) for node in entry.items("namespaces")]
+        compiled += [(node, self.socket(node, source)) for node in entry.items("sockets")]
+        for node, rule in compiled:
             if node.get("membership") == "nss" and gid is not None:
                 # the database's word: the rule goes to its members of this moment, one by one
                 for uid in names.members_of(gid):
@@ -168,7 +186,7 @@ class _Compiler:
             return ""
         return str(node.value)
 
-    def rule(self, node: Node, source: str) -> Rule:
+    def device(self, node: Node, source: str) -> DeviceRule:
         pattern = self.glob(node.value["path"])
         access = node.get("access") or "ro"
         kernel_class = node.get("class") or ""
@@ -188,7 +206,60 @@ class _Compiler:
                     )
                 )
         where = f"{node.file}:{node.line}"
-        return Rule(pattern, access, kernel_class, node.get("device") or "", dangerous, source, where)
+        return DeviceRule(pattern, access, kernel_class, node.get("device") or "", dangerous, source, where)
+
+    def name_glob(self, node: Node, key: str) -> str:
+        pattern = str(node.get(key) or "")
+        trouble = name_glob_error(pattern) if pattern else ""
+        if trouble:
+            self.findings.append(node.value[key].finding(f"{key} {pattern!r}: {trouble}"))
+            return ""
+        return pattern
+
+    def namespace(self, node: Node, source: str) -> NamespaceRule:
+        types = tuple(dict.fromkeys(one.value for one in node.items("type")))
+        create = node.get("create")
+        if create is False:
+            self.findings.append(node.value["create"].finding("create", "true", "false", "remove the rule"))
+        for one in node.items("type"):
+            if "name" in node.value and one.value != "net":
+                hint = "write `of: caller`, or `create: true`"
+                self.findings.append(one.finding("a namespace with a name", "type net", one.value, hint))
+            elif create and one.value not in NEW_NAMESPACE_TYPES:
+                expected = f"one of {', '.join(NEW_NAMESPACE_TYPES)}"
+                self.findings.append(one.finding("a namespace to create", expected, one.value))
+        where = f"{node.file}:{node.line}"
+        link = node.value.get("link")
+        uplink = None
+        if link is not None:
+            if not create or types != ("net",):
+                self.findings.append(link.finding("a link", "in a rule with `type: net` and `create: true` alone"))
+            uplink = self.uplink(link)
+        return NamespaceRule(
+            types, self.name_glob(node, "name"), "of" in node.value, bool(create), uplink, source, where
+        )
+
+    def uplink(self, node: Node) -> Uplink:
+        text = str(node.get("address"))
+        isolated = node.get("isolated")
+        try:
+            address = ipaddress.ip_interface(text)
+        except ValueError as error:
+            self.findings.append(node.value["address"].finding(f"address {text!r}", "such as 10.88.0.0/24", str(error)))
+        else:
+            bits = address.network.max_prefixlen - address.network.prefixlen
+            if bits < 2:
+                hint = "it holds the bridge's address and at least one more"
+                self.findings.append(node.value["address"].finding(f"address {text!r}", "a larger network", hint=hint))
+            elif address.is_multicast or address.is_loopback or address.is_unspecified:
+                self.findings.append(node.value["address"].finding(f"address {text!r}", "one that a machine can have"))
+        return Uplink(str(node.get("bridge")), text, isolated is None or isolated)
+
+    def socket(self, node: Node, source: str) -> SocketRule:
+        families = tuple(dict.fromkeys(one.value for one in node.items("families"))) or FAMILIES
+        types = tuple(dict.fromkeys(one.value for one in node.items("types"))) or SOCKET_TYPES
+        ports = tuple(dict.fromkeys(one.value for one in node.items("bind")))
+        return SocketRule(self.name_glob(node, "namespace"), families, types, ports, source, f"{node.file}:{node.line}")
 
     def deny_rule(self, node: Node) -> None:
         parts = []
@@ -199,13 +270,20 @@ class _Compiler:
             parts.append("everyone")
         if not parts:
             self.findings.append(node.finding("a deny rule for nobody", hint="`everyone: false` names nobody"))
+        source = ", ".join(parts)
+        patterns = tuple(self.glob(one) for one in node.items("devices"))
+        others: list[NamespaceRule | SocketRule] = [self.namespace(one, source) for one in node.items("namespaces")]
+        others += [self.socket(one, source) for one in node.items("sockets")]
+        if not any(key in node.value for key in ("devices", "namespaces", "sockets")):
+            self.findings.append(node.finding("a deny rule without any of devices, namespaces, sockets"))
         self.deny.append(
             DenyRule(
-                tuple(self.glob(one) for one in node.items("devices")),
+                patterns,
+                tuple(others),
                 self.ids(users, "user"),
                 self.ids(groups, "group"),
                 bool(node.get("everyone")),
-                ", ".join(parts),
+                source,
                 f"{node.file}:{node.line}",
             )
         )
@@ -214,17 +292,28 @@ class _Compiler:
         subject = node.value["as"]
         uid = self.id(subject.value["user"], "user")
         gids = self.ids(subject.items("groups"), "group")
-        if uid is None:
+        resource = self.asked(node)
+        if uid is None or resource is None:
             return
         gid, all_gids = (min(gids, default=INVALID_ID), gids) if "groups" in subject.value else names.groups_of(uid)
         self.tests.append(
             PolicyTest(
                 Subject(uid, all_gids, gid, 0, "", "", foreign=False),
-                Resource(node.get("open"), node.get("access") or "ro"),
+                resource,
                 node.get("expect") == "allow",
                 node,
             )
         )
+
+    def asked(self, node: Node) -> Resource | None:
+        """What a test asks for."""
+        text = node.get("open")
+        try:
+            resource = parse(text, node.get("access") or "ro")
+        except ValueError as error:
+            self.findings.append(node.value["open"].finding(f"open {text!r}", str(error)))
+            return None
+        return resource
 
 
 def _plain(node: Node) -> dict[str, int]:

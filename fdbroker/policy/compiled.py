@@ -9,7 +9,9 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from fdbroker.terms import DenyRule, Rule
+from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Uplink
+
+_KINDS: dict[str, Any] = {"device": DeviceRule, "namespace": NamespaceRule, "socket": SocketRule}
 
 
 class Policy(NamedTuple):
@@ -43,7 +45,8 @@ def to_bytes(policy: Policy) -> bytes:
         if isinstance(value, frozenset):
             return sorted(value)
         if isinstance(value, tuple):
-            return [plain(item) for item in value]
+            kind = [name for name, rule in _KINDS.items() if isinstance(value, rule)]
+            return kind + [plain(item) for item in value]
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
         return value
@@ -53,10 +56,10 @@ def to_bytes(policy: Policy) -> bytes:
 
 def from_bytes(data: bytes) -> Policy:
     """The inverse of `to_bytes`. Raises ValueError, TypeError or LookupError for anything else."""
-    uids, gids, limits, by_uid, by_gid, everyone, deny, uid_limits, gid_limits, everyone_limits = json.loads(data)
+    uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits = json.loads(data)
 
-    def rules(items: list[list[Any]]) -> tuple[Rule, ...]:
-        return tuple(Rule(*item) for item in items)
+    def rules(items: list[list[Any]]) -> tuple[Any, ...]:
+        return tuple(_rule(*item) for item in items)
 
     return Policy(
         frozenset(uids),
@@ -64,9 +67,21 @@ def from_bytes(data: bytes) -> Policy:
         limits,
         {int(uid): rules(items) for uid, items in by_uid.items()},
         {int(gid): rules(items) for gid, items in by_gid.items()},
-        rules(everyone),
-        tuple(DenyRule(tuple(p), frozenset(u), frozenset(g), e, source, where) for p, u, g, e, source, where in deny),
+        rules(for_everyone),
+        tuple(
+            DenyRule(tuple(paths), rules(others), frozenset(uids), frozenset(gids), everyone, source, where)
+            for paths, others, uids, gids, everyone, source, where in deny
+        ),
         {int(uid): maxima for uid, maxima in uid_limits.items()},
         {int(gid): maxima for gid, maxima in gid_limits.items()},
         everyone_limits,
     )
+
+
+def _rule(kind: str, *fields: Any) -> Rule:
+    # JSON has lists where we have tuples
+    values = [tuple(field) if isinstance(field, list) else field for field in fields]
+    rule: Rule = _KINDS[kind](*values)
+    if isinstance(rule, NamespaceRule) and rule.uplink is not None:
+        return rule._replace(uplink=Uplink(*rule.uplink))
+    return rule

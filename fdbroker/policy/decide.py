@@ -1,6 +1,6 @@
-"""Allow or deny: the policy, a subject and an asked path, and nothing else.
+"""Allow or deny: the policy, a subject and what it asks for, and nothing else.
 
-Runs in: opener, command line. An attacker controls the path. Nothing is opened, looked up or remembered here.
+Runs in: opener, command line. An attacker controls what is asked. Nothing is opened, looked up or remembered here.
 
 Default deny, for root too. A deny rule that matches wins. Otherwise the union of the rules for everyone, for the
 user and for all groups of the subject.
@@ -11,8 +11,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.paths import is_device_path, matcher
-from fdbroker.terms import ACCESS_COVERS, INVALID_ID, UNMAPPED_ID, DenyRule, Resource, Rule, Subject
+from fdbroker.policy.paths import is_device_path, is_namespace_name, matcher
+from fdbroker.terms import (
+    ACCESS_COVERS,
+    INVALID_ID,
+    UNMAPPED_ID,
+    DenyRule,
+    Device,
+    DeviceRule,
+    Namespace,
+    NamespaceRule,
+    Resource,
+    Rule,
+    Socket,
+    SocketRule,
+    Subject,
+)
 
 # Ids that stand for "not known who": no rule is for them.
 NOBODY = frozenset({UNMAPPED_ID, INVALID_ID})
@@ -21,7 +35,8 @@ NOBODY = frozenset({UNMAPPED_ID, INVALID_ID})
 class View(NamedTuple):
     """What the policy says about one subject; made once per connection and policy."""
 
-    allow: tuple[Rule, ...]
+    devices: tuple[DeviceRule, ...]
+    others: tuple[NamespaceRule | SocketRule, ...]
     deny: tuple[DenyRule, ...]
     limits: dict[str, int]
     administrator: bool
@@ -30,14 +45,14 @@ class View(NamedTuple):
 class Decision(NamedTuple):
     """`rules` are those that allow the request, none when it is denied. `denied_by` is the deny rule, if one matched.
 
-    With several rules the opened node must fit one of them.
+    With several rules an opened node must fit one of them; of what has no node, the first one counts.
     """
 
     rules: tuple[Rule, ...]
     denied_by: DenyRule | None
 
 
-_NOTHING = View((), (), {}, administrator=False)
+_NOTHING = View((), (), (), {}, administrator=False)
 
 
 def view(policy: Policy, subject: Subject) -> View:
@@ -60,7 +75,10 @@ def view(policy: Policy, subject: Subject) -> View:
         if overrides:
             limits[name] = max(overrides)
     limits |= policy.uid_limits.get(subject.uid, {})
-    return View(tuple(dict.fromkeys(rules)), deny, limits, is_administrator(policy, subject))
+    each = dict.fromkeys(rules)
+    devices = tuple(rule for rule in each if isinstance(rule, DeviceRule))
+    others = tuple(rule for rule in each if not isinstance(rule, DeviceRule))
+    return View(devices, others, deny, limits, is_administrator(policy, subject))
 
 
 def is_administrator(policy: Policy, subject: Subject) -> bool:
@@ -74,28 +92,60 @@ def is_administrator(policy: Policy, subject: Subject) -> bool:
     )
 
 
-def denying_rule(seen: View, path: str) -> DenyRule | None:
-    """The first deny rule that names `path`."""
+def well_formed(resource: Resource) -> bool:
+    """Whether a rule can name this at all: the plain spelling of a path, or a name that a file can have."""
+    match resource:
+        case Device(path):
+            return is_device_path(path)
+        case Namespace(type_, name):
+            return not name or (type_ == "net" and is_namespace_name(name))
+        case Socket(namespace):
+            return is_namespace_name(namespace)
+
+
+def covers(rule: Rule, resource: Resource) -> bool:
+    """Whether an allow rule names this, with that access."""
+    match rule, resource:
+        case DeviceRule(), Device(path, access):
+            return access in ACCESS_COVERS[rule.access] and matcher(rule.pattern).fullmatch(path) is not None
+        case NamespaceRule(), Namespace(type_, name, process):
+            if type_ not in rule.types:
+                return False
+            if name:
+                return matcher(rule.name).fullmatch(name) is not None
+            return rule.of_caller if process else rule.create
+        case SocketRule(), Socket(namespace, family, type_, port):
+            return (
+                family in rule.families
+                and type_ in rule.types
+                and (not port or port in rule.ports)
+                and matcher(rule.namespace).fullmatch(namespace) is not None
+            )
+    return False
+
+
+def denying_rule(seen: View, resource: Resource) -> DenyRule | None:
+    """The first deny rule that names this, with whatever access."""
     for rule in seen.deny:
-        for pattern in rule.patterns:
-            if matcher(pattern).fullmatch(path):
+        if isinstance(resource, Device):
+            if any(matcher(pattern).fullmatch(resource.path) for pattern in rule.patterns):
+                return rule
+            continue
+        for one in rule.rules:
+            asked = resource
+            if isinstance(one, SocketRule) and not one.ports and isinstance(resource, Socket):
+                asked = resource._replace(port=0)  # it is for all sockets, bound or not
+            if covers(one, asked):
                 return rule
     return None
 
 
 def decide(seen: View, resource: Resource) -> Decision:
-    """Judge the asked path as text. No system call is made on a path that no rule names."""
-    path = resource.path
-    if not is_device_path(path):
+    """Judge what is asked as text. No system call is made on a path that no rule names."""
+    if not well_formed(resource):
         return Decision((), None)
-    denied_by = denying_rule(seen, path)
+    denied_by = denying_rule(seen, resource)
     if denied_by is not None:
         return Decision((), denied_by)
-    return Decision(
-        tuple(
-            rule
-            for rule in seen.allow
-            if resource.access in ACCESS_COVERS[rule.access] and matcher(rule.pattern).fullmatch(path)
-        ),
-        None,
-    )
+    rules: tuple[Rule, ...] = seen.devices if isinstance(resource, Device) else seen.others
+    return Decision(tuple(rule for rule in rules if covers(rule, resource)), None)

@@ -9,10 +9,23 @@ import difflib
 from typing import NamedTuple
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import NOBODY, Decision, decide, view
-from fdbroker.policy.paths import is_device_path, matcher
-from fdbroker.terms import ACCESS_COVERS, DenyRule, Resource, Rule, Subject
+from fdbroker.policy.decide import NOBODY, Decision, covers, decide, view, well_formed
+from fdbroker.policy.paths import matcher
+from fdbroker.terms import (
+    ACCESS_COVERS,
+    DenyRule,
+    Device,
+    DeviceRule,
+    Namespace,
+    NamespaceRule,
+    Resource,
+    Rule,
+    Socket,
+    SocketRule,
+    Subject,
+)
 
+_KINDS = {Device: "path", Namespace: "namespace", Socket: "socket"}
 _NEAR_MOST = 3
 _ALIKE_LEAST = 0.6  # difflib's own idea of close
 
@@ -41,11 +54,24 @@ def explain(policy: Policy, subject: Subject, resource: Resource, user: str) -> 
     decision = decide(view(policy, subject), resource)
     if decision.rules:
         first = decision.rules[0]
-        conditions = [f"class {first.kernel_class}"] if first.kernel_class else []
-        conditions += [f"number {first.device}"] if first.device else []
-        condition = f", if the node has {' and '.join(conditions)}" if conditions else ""
-        return Explanation(True, decision.rules, None, f"{first.where} ({first.source}) allows it{condition}", (), "")
+        reason = f"{first.where} ({first.source}) allows it{_condition(first)}"
+        return Explanation(True, decision.rules, None, reason, (), "")
     return _denied(policy, subject, resource, user, decision)
+
+
+def _condition(rule: Rule) -> str:
+    """What else must hold when it is opened."""
+    match rule:
+        case DeviceRule():
+            conditions = [f"class {rule.kernel_class}"] if rule.kernel_class else []
+            conditions += [f"number {rule.device}"] if rule.device else []
+            return f", if the node has {' and '.join(conditions)}" if conditions else ""
+        case NamespaceRule(of_caller=True):
+            return ", if the process is the caller's own"
+        case NamespaceRule(create=True, uplink=uplink):
+            connected = f", connected to {uplink.bridge} with an address of {uplink.address}" if uplink else ""
+            return f", and it is owned by the caller's user namespace{connected}"
+    return ""
 
 
 def _denied(policy: Policy, subject: Subject, resource: Resource, user: str, decision: Decision) -> Explanation:
@@ -53,9 +79,12 @@ def _denied(policy: Policy, subject: Subject, resource: Resource, user: str, dec
     if subject.uid in NOBODY:
         reason = f"uid {subject.uid} stands for users that the kernel cannot map: nothing is for it"
         change = "run the program as a user of this machine, or in a user namespace whose ids are mapped"
-    elif not is_device_path(resource.path):
+    elif not well_formed(resource) and isinstance(resource, Device):
         reason = "no rule can name this path: it is not the plain spelling of a path below /dev"
         change = "ask for the path without .., ., // or a slash at its end"
+    elif not well_formed(resource):
+        reason = "no rule can name this: it is not the name that a file in /run/netns can have"
+        change = "ask for a name that `ip netns list` shows"
     elif decision.denied_by is not None:
         rule = decision.denied_by
         reason = f"{rule.where} denies it to {rule.source}, and a deny rule wins"
@@ -63,24 +92,41 @@ def _denied(policy: Policy, subject: Subject, resource: Resource, user: str, dec
         if not decide(view(policy._replace(deny=()), subject), resource).rules:
             change += f", and {near[0].change if near else _new_rule(resource, user)}"
     elif near:
-        reason = f"no rule allows {resource.access} of this path to {user}"
+        reason = f"no rule allows {resource.access} of this {_KINDS[type(resource)]} to {user}"
         change = near[0].change
     else:
-        reason = f"no rule names this path for {user}"
+        reason = f"no rule names this {_KINDS[type(resource)]} for {user}"
         change = _new_rule(resource, user)
     return Explanation(False, (), decision.denied_by, reason, near, change)
 
 
 def _new_rule(resource: Resource, user: str) -> str:
-    access = f", access: {resource.access}" if resource.access != "ro" else ""
-    return f"add under users: `{user}: {{devices: [{{path: {resource.path}{access}}}]}}`"
+    key, text = _as_rule(resource)
+    return f"add under users: `{user}: {{{key}: [{{{text}}}]}}`"
+
+
+def _as_rule(resource: Resource) -> tuple[str, str]:
+    """The narrowest rule for it: under which key, and what stands in it."""
+    match resource:
+        case Device(path, access):
+            return "devices", f"path: {path}" + (f", access: {access}" if access != "ro" else "")
+        case Namespace(kind, name, pid):
+            which = f'name: "{name}"' if name else "of: caller" if pid else "create: true"
+            return "namespaces", f"type: {kind}, {which}"
+        case Socket(namespace, family, kind, port):
+            bind = f", bind: [{port}]" if port else ""
+            return "sockets", f'namespace: "{namespace}", families: [{family}], types: [{kind}]{bind}'
 
 
 def _near(policy: Policy, subject: Subject, resource: Resource, user: str) -> list[Near]:
     """The rules that almost allow it, nearest first."""
-    mine = set(view(policy, subject).allow)
+    seen = view(policy, subject)
+    mine: set[Rule] = {*seen.devices, *seen.others}
     found: list[tuple[float, Near]] = []
     for rule in policy.all_rules():
+        if not isinstance(resource, Device) or not isinstance(rule, DeviceRule):
+            found += _near_other(rule, resource, user, is_mine=rule in mine)
+            continue
         named = matcher(rule.pattern).fullmatch(resource.path) is not None
         enough = resource.access in ACCESS_COVERS[rule.access]
         if named and rule in mine and not enough:
@@ -88,12 +134,7 @@ def _near(policy: Policy, subject: Subject, resource: Resource, user: str) -> li
             change = f"at {rule.where} set `access: {wanted}`"
             found.append((0, Near(rule, f"it gives {rule.access} only", change)))
         elif named and rule not in mine and enough:
-            kind, _, name = rule.source.partition(" ")
-            if kind == "group":
-                change = f"make {user} a member: `usermod -aG {name} {user}`, and log in again"
-            else:
-                change = _new_rule(resource, user)
-            found.append((1, Near(rule, f"it is for {rule.source}", change)))
+            found.append((1, _for_others(rule, resource, user)))
         elif named and rule not in mine:
             missing = f"it is for {rule.source}, and gives {rule.access} only"
             found.append((2, Near(rule, missing, _new_rule(resource, user))))
@@ -106,3 +147,34 @@ def _near(policy: Policy, subject: Subject, resource: Resource, user: str) -> li
                 change = f"at {rule.where} widen the path, or add `- path: {resource.path}` beside it"
                 found.append((4 - alike, Near(rule, missing, change)))
     return [near for _, near in sorted(found, key=lambda one: one[0])]
+
+
+def _for_others(rule: Rule, resource: Resource, user: str) -> Near:
+    kind, _, name = rule.source.partition(" ")
+    if kind == "group":
+        change = f"make {user} a member: `usermod -aG {name} {user}`, and log in again"
+    else:
+        change = _new_rule(resource, user)
+    return Near(rule, f"it is for {rule.source}", change)
+
+
+def _near_other(rule: Rule, resource: Resource, user: str, *, is_mine: bool) -> list[tuple[float, Near]]:
+    """Whether a rule for namespaces or sockets almost allows one."""
+    if covers(rule, resource):
+        return [] if is_mine else [(1, _for_others(rule, resource, user))]
+    match rule, resource:
+        case NamespaceRule(types), Namespace(kind) if kind not in types and covers(
+            rule._replace(types=(kind,)), resource
+        ):
+            missing, change = f"it is for {', '.join(types)} only", f"at {rule.where} add {kind} to `type`"
+        case SocketRule(), Socket(family=family, type=kind, port=port) if covers(
+            rule._replace(families=(family,), types=(kind,), ports=(port,)), resource
+        ):
+            missing = f"it is for {', '.join((*rule.families, *rule.types, *map(str, rule.ports)))} only"
+            change = f"at {rule.where} add what is missing to `families`, `types` or `bind`"
+        case _:
+            return []
+    if is_mine:
+        return [(0, Near(rule, missing, change))]
+    missing = f"it is for {rule.source}, and {missing.removeprefix('it is ')}"
+    return [(2, Near(rule, missing, _new_rule(resource, user)))]

@@ -254,6 +254,11 @@ class _Walk:
                 value = self.named(node, kind)
             case schema.Sequence(item):
                 value = self.sequence(node, item, what)
+            case schema.OneOrMore(item) if isinstance(node, yaml.SequenceNode):
+                value = self.sequence(node, item, what)
+            case schema.OneOrMore(item):
+                child = self.node(node, item, what)
+                value = None if child is None else [child]
             case _:
                 value = self.scalar(node, kind, what)
         if value is None:
@@ -330,8 +335,12 @@ class _Walk:
         for name in required:
             if name not in seen:
                 self.wrong(node, f"{kind.what} without {name}")
-        if kind.one_of and seen.isdisjoint(kind.one_of):
+        given = [name for name in kind.one_of if name in seen]
+        if kind.one_of and not given:
             self.wrong(node, f"{kind.what} without any of {', '.join(kind.one_of)}")
+            return None
+        if kind.only and len(given) > 1:
+            self.wrong(node, f"{kind.what} with {' and '.join(given)}", f"one of {', '.join(kind.one_of)}")
             return None
         return children if all(name in children for name in required) else None
 

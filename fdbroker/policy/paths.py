@@ -65,31 +65,46 @@ def is_device_path(path: str) -> bool:
     )
 
 
+def is_namespace_name(name: str) -> bool:
+    """Whether a name that a client wrote can be that of a file in a folder: ip-netns(8) keeps namespaces as files."""
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable() and len(name.encode()) <= _NAME_BYTES
+
+
 def glob_error(pattern: str) -> str:
-    """What is wrong with a glob of a rule, or ""."""
+    """What is wrong with a device rule's glob, or ""."""
+    if not pattern.startswith("/dev/"):
+        return "a device's path begins with /dev/"
+    for name in pattern.split("/")[1:]:
+        trouble = name_glob_error(name)
+        if trouble:
+            return trouble
+    if len(pattern.encode()) > _PATH_BYTES:
+        return f"it is over {_PATH_BYTES} bytes"
+    return ""
+
+
+def name_glob_error(pattern: str) -> str:
+    """What is wrong with a glob for one name, or ""."""
     for character, why in _FORBIDDEN.items():
         if character in pattern:
             return f"{character!r} is not allowed: {why}"
     if "**" in pattern:
         return "** is not allowed: * never matches a slash; write a rule for each level"
-    if not pattern.startswith("/dev/"):
-        return "a device's path begins with /dev/"
     if not pattern.isprintable():
         return "it has characters that cannot be printed"
-    for name in pattern.split("/")[1:]:
-        if name == "":
-            return "it has an empty name (// or a slash at its end)"
-        if name in (".", ".."):
-            return f"{name} is not allowed"
-        if len(name.encode()) > _NAME_BYTES:
-            return f"a name is over {_NAME_BYTES} bytes"
-        if "[" in _PIECE.sub(lambda found: found["one"] or "", name):
-            return "a [ without its ]"
-        for found in _PIECE.finditer(name):
-            if found["set"] is not None and _set_error(found["set"]):
-                return f"[{found['set']}] is not a set of characters"
-    if len(pattern.encode()) > _PATH_BYTES:
-        return f"it is over {_PATH_BYTES} bytes"
+    if pattern == "":
+        return "it has an empty name (// or a slash at its end)"
+    if pattern in (".", ".."):
+        return f"{pattern} is not allowed"
+    if "/" in pattern:
+        return "it is one name, without a slash"
+    if len(pattern.encode()) > _NAME_BYTES:
+        return f"a name is over {_NAME_BYTES} bytes"
+    if "[" in _PIECE.sub(lambda found: found["one"] or "", pattern):
+        return "a [ without its ]"
+    for found in _PIECE.finditer(pattern):
+        if found["set"] is not None and _set_error(found["set"]):
+            return f"[{found['set']}] is not a set of characters"
     return ""
 
 

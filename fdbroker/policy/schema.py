@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fdbroker import limits
-from fdbroker.terms import ACCESS_NAMES
+from fdbroker.terms import ACCESS_NAMES, FAMILIES, NAMESPACE_TYPES, NEW_NAMESPACE_TYPES, PORT_MAX, SOCKET_TYPES
 
 
 class Text(NamedTuple):
@@ -41,6 +41,12 @@ class Sequence(NamedTuple):
     item: Kind
 
 
+class OneOrMore(NamedTuple):
+    """One item, or a list of them."""
+
+    item: Kind
+
+
 class Field(NamedTuple):
     """One key of a mapping."""
 
@@ -50,11 +56,12 @@ class Field(NamedTuple):
 
 
 class Mapping(NamedTuple):
-    """A mapping with these keys and no others. `one_of`: at least one of these must be there."""
+    """A mapping with these keys and no others. `one_of`: at least one of these must be there; exactly one if `only`."""
 
     what: str
     fields: dict[str, Field]
     one_of: tuple[str, ...] = ()
+    only: bool = False
 
 
 class Named(NamedTuple):
@@ -68,7 +75,7 @@ class Later(NamedTuple):
     """A key of the design that this version does not serve: refused, for an admin would rely on it."""
 
 
-Kind = Text | Integer | Flag | Choice | Sequence | Mapping | Named | Later
+Kind = Text | Integer | Flag | Choice | Sequence | OneOrMore | Mapping | Named | Later
 
 _GLOB = Text("an absolute path below /dev; * ? [..] never match a slash", "^/dev/[^/](.|\n)*$")
 _NAME = Text("a name or a number")
@@ -92,6 +99,52 @@ _DEVICE = {
     "revoke": Field(Later(), "Take the descriptor back when the client disconnects."),
     "require": Field(Later(), "Ask for a password first."),
 }
+_NETNS = Text("a name in /run/netns; * ? [..] match any part of it", "^[^/]+$")
+_NAMESPACE = {
+    "type": Field(OneOrMore(Choice(NAMESPACE_TYPES)), "The kind of namespace, or a list of them.", True),
+    "name": Field(
+        _NETNS, "Namespaces by name: those in `/run/netns`, which `ip netns add` makes, hence of type `net`."
+    ),
+    "of": Field(
+        Choice(("caller",)), "`caller`: the namespaces of processes of the caller's own uid, which it asks for by pid."
+    ),
+    "create": Field(
+        Flag(),
+        f"New ones, owned by the caller's user namespace: {', '.join(f'`{name}`' for name in NEW_NAMESPACE_TYPES)}.",
+    ),
+    "link": Field(
+        Mapping(
+            "a link",
+            {
+                "bridge": Field(
+                    Text("the name of a network interface", r"^(?!\.{1,2}$)[^\s/:%]{1,15}$"), "The bridge.", True
+                ),
+                "address": Field(
+                    Text("ADDRESS/PREFIX", r"^[0-9A-Fa-f.:]+/[0-9]{1,3}$"),
+                    "A network, such as `10.88.0.0/24`: each new namespace gets an address of its own in it. Or one "
+                    "address with its prefix: one namespace at a time.",
+                    True,
+                ),
+                "isolated": Field(
+                    Flag(),
+                    "Whether it reaches the host and what else is on the bridge, but no other isolated namespace "
+                    "there. Default: `true`.",
+                ),
+            },
+        ),
+        "Connect new `net` namespaces: a veth pair, one end on this bridge of the machine, the other, `eth0`, inside.",
+    ),
+}
+_SOCKET = {
+    "namespace": Field(_NETNS, "The network namespaces, by name, in which sockets may be made.", True),
+    "families": Field(Sequence(Choice(FAMILIES)), "Default: all of them."),
+    "types": Field(Sequence(Choice(SOCKET_TYPES)), "Default: all of them."),
+    "bind": Field(
+        Sequence(Integer(1, PORT_MAX)),
+        "Ports that the broker may bind the socket to, on all addresses. A program binds others itself, as far as the "
+        "namespace's `ip_unprivileged_port_start` lets everybody. Default: none.",
+    ),
+}
 _MEMBERSHIP = Field(
     Choice(("kernel", "nss")),
     "Whose word counts for who is in the group: the kernel's (the groups of the process), or the group database's "
@@ -106,16 +159,23 @@ _LIMITS = Mapping(
 )
 
 
-def _entry(device: dict[str, Field]) -> Mapping:
+def _entry(more: dict[str, Field]) -> Mapping:
     return Mapping(
         "rules",
         {
-            "devices": Field(Sequence(Mapping("a device rule", device)), "Device nodes that may be opened."),
+            "devices": Field(
+                Sequence(Mapping("a device rule", {**_DEVICE, **more})), "Device nodes that may be opened."
+            ),
             "limits": Field(
                 _LIMITS, "Maxima in place of the top ones: of several groups the largest, and a user's own before all."
             ),
-            "namespaces": Field(Later(), "Namespaces."),
-            "sockets": Field(Later(), "Sockets inside namespaces."),
+            "namespaces": Field(
+                Sequence(Mapping("a namespace rule", {**_NAMESPACE, **more}, ("name", "of", "create"), only=True)),
+                "Namespaces whose descriptors may be had.",
+            ),
+            "sockets": Field(
+                Sequence(Mapping("a socket rule", {**_SOCKET, **more})), "Sockets inside namespaces that may be had."
+            ),
             "secrets": Field(Later(), "Secrets."),
             "send": Field(Later(), "Topics to send to."),
             "subscribe": Field(Later(), "Topics to subscribe to."),
@@ -136,11 +196,9 @@ POLICY = Mapping(
             "Who may administer the broker; uid 0 always may.",
         ),
         "limits": Field(_LIMITS, "Maxima for each user."),
-        "groups": Field(
-            Named("a group", _entry({**_DEVICE, "membership": _MEMBERSHIP})), "Rules for members of groups."
-        ),
-        "users": Field(Named("a user", _entry(_DEVICE)), "Rules for users."),
-        "everyone": Field(_entry(_DEVICE), "Rules for all who can connect."),
+        "groups": Field(Named("a group", _entry({"membership": _MEMBERSHIP})), "Rules for members of groups."),
+        "users": Field(Named("a user", _entry({})), "Rules for users."),
+        "everyone": Field(_entry({}), "Rules for all who can connect."),
         "deny": Field(
             Sequence(
                 Mapping(
@@ -149,12 +207,27 @@ POLICY = Mapping(
                         "groups": Field(_NAMES, "Members of these groups."),
                         "users": Field(_NAMES, "These users."),
                         "everyone": Field(Flag(), "All, root too."),
-                        "devices": Field(Sequence(_GLOB), "The nodes, as in a device rule.", True),
+                        "devices": Field(Sequence(_GLOB), "The nodes, as in a device rule."),
+                        "namespaces": Field(
+                            Sequence(
+                                Mapping(
+                                    "a namespace rule",
+                                    {name: _NAMESPACE[name] for name in ("type", "name", "of", "create")},
+                                    ("name", "of", "create"),
+                                    only=True,
+                                )
+                            ),
+                            "Namespaces, as in a namespace rule.",
+                        ),
+                        "sockets": Field(
+                            Sequence(Mapping("a socket rule", _SOCKET)),
+                            "Sockets, as in a socket rule; without `bind` those that are to be bound as well.",
+                        ),
                     },
                     one_of=("groups", "users", "everyone"),
                 )
             ),
-            "What nobody of these gets, whatever else allows it: by its path, and by the path that links lead to.",
+            "What nobody of these gets, whatever else allows it. Devices: by path, and by that to which links lead.",
         ),
         "tests": Field(
             Sequence(
@@ -172,7 +245,11 @@ POLICY = Mapping(
                             "Who asks.",
                             True,
                         ),
-                        "open": Field(Text("an absolute path"), "What is asked for.", True),
+                        "open": Field(
+                            Text("a resource, as on the command line"),
+                            "What is asked for: a path, `net:NAME`, `TYPE:pid:PID`, `TYPE:new`, `socket:net:NAME`.",
+                            True,
+                        ),
                         "access": Field(_ACCESS, "Default: `ro`."),
                         "expect": Field(Choice(("allow", "deny")), "What must come out.", True),
                     },
@@ -198,9 +275,11 @@ def _json(kind: Kind) -> dict[str, Any]:
             return {"enum": list(words)}
         case Sequence(item):
             return {"type": "array", "minItems": 1, "items": _json(item)}
+        case OneOrMore(item):
+            return {"anyOf": [_json(item), {"type": "array", "minItems": 1, "items": _json(item)}]}
         case Named(_, value):
             return {"type": "object", "additionalProperties": _json(value)}
-        case Mapping(_, fields, one_of):
+        case Mapping(_, fields, one_of, only):
             shape: dict[str, Any] = {
                 "type": "object",
                 "additionalProperties": False,
@@ -214,7 +293,7 @@ def _json(kind: Kind) -> dict[str, Any]:
             if required:
                 shape["required"] = required
             if one_of:
-                shape["anyOf"] = [{"required": [name]} for name in one_of]
+                shape["oneOf" if only else "anyOf"] = [{"required": [name]} for name in one_of]
             return shape
         case Later():
             return {"not": {}}

@@ -22,10 +22,11 @@ from fdbroker.errors import (
     RateLimited,
     Refused,
 )
-from fdbroker.terms import ACCESS_NAMES, Offer, Resource
+from fdbroker.terms import Offer, Resource
+from fdbroker.wire import resources
+from fdbroker.wire.pack import Cursor, exact, flag
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
-_ACCESS = {name: number for number, name in enumerate(ACCESS_NAMES)}
 
 # ---- inbox to opener
 
@@ -123,6 +124,14 @@ class StopAsked(NamedTuple):
     """An administrator asks the service to stop."""
 
 
+class WorkerStuck(NamedTuple):
+    """The namespaces worker does not answer any more."""
+
+
+class Restart(NamedTuple):
+    """End the worker that is stuck, and start another. Launcher to who holds the worker."""
+
+
 class Ready(NamedTuple):
     """The process is confined and serves."""
 
@@ -137,7 +146,7 @@ class Pong(NamedTuple):
 
 ToOpener = Open | List | Shutdown | Closed | Drained | Policy | Stop
 ToInbox = Connected | Outcome | Offered | Drain
-Message = ToOpener | ToInbox | Applied | StopAsked | Ready | Ping | Pong
+Message = ToOpener | ToInbox | Applied | StopAsked | WorkerStuck | Restart | Ready | Ping | Pong
 
 # What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
 # that has no row here is out of turn. docs/protocol.md prints it.
@@ -164,12 +173,11 @@ _TYPE = struct.Struct("!B")
 _CLOSED = struct.Struct("!BQB")
 _SHUTDOWN = struct.Struct("!BQ")
 _CONNECTED = struct.Struct("!BQI")
-_OPEN = struct.Struct("!BQB")  # then `count` times: access, length of path, path
-_RESOURCE = struct.Struct("!BH")
+_OPEN = struct.Struct("!BQB")  # then `count` resources
 _LIST = struct.Struct("!BQB")
 _OUTCOME = struct.Struct("!BQBBI")  # code, index of the resource (255: none), number; then text
-_OFFERED = struct.Struct("!BQBH")  # last, count; then `count` times:
-_OFFER = struct.Struct("!BHH")  # access, length of path, length of where; path, where
+_OFFERED = struct.Struct("!BQBH")  # last, count; then `count` times a resource and its rule:
+_WHERE = struct.Struct("!H")  # length of where; where
 _GENERATION = struct.Struct("!BI")
 
 _OFFERS_PER_MESSAGE = 8  # two names of at most 4 KiB an offer: far below LINK_BYTES
@@ -186,79 +194,21 @@ _REFUSAL_CODES: dict[type[Refused], int] = {
 }
 
 
-def _exact(form: struct.Struct, data: bytes) -> tuple[int, ...]:
-    try:
-        return form.unpack(data)
-    except struct.error:
-        raise LinkViolation(f"message type {data[0]} of {len(data)} bytes, must be {form.size}") from None
-
-
-def _flag(value: int) -> bool:
-    if value > 1:
-        raise LinkViolation(f"a flag of value {value}")
-    return bool(value)
-
-
-def _access(value: int) -> str:
-    if value >= len(ACCESS_NAMES):
-        raise LinkViolation(f"an access of value {value}")
-    return ACCESS_NAMES[value]
-
-
-class _Cursor:
-    """Reads a variable message front to back; every read is checked, and nothing may be left over."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    def numbers(self, form: struct.Struct) -> tuple[int, ...]:
-        if len(self._data) - self._at < form.size:
-            raise LinkViolation(f"message type {self._data[0]} cut at {len(self._data)} bytes")
-        values: tuple[int, ...] = form.unpack_from(self._data, self._at)
-        self._at += form.size
-        return values
-
-    def text(self, length: int) -> str:
-        end = self._at + length
-        if end > len(self._data):
-            raise LinkViolation(f"message type {self._data[0]} cut at {len(self._data)} bytes")
-        try:
-            value = self._data[self._at : end].decode()
-        except UnicodeDecodeError:
-            raise LinkViolation("text that is not UTF-8") from None
-        self._at = end
-        return value
-
-    def end(self) -> None:
-        if self._at != len(self._data):
-            raise LinkViolation(f"message type {self._data[0]}: {len(self._data) - self._at} bytes too many")
-
-
-def encode_open(connection: int, resources: Sequence[Resource]) -> bytes:
+def encode_open(connection: int, asked: Sequence[Resource]) -> bytes:
     """Raises ValueError when a path is over 65535 bytes or there are over RESOURCES_PER_OPEN resources."""
-    if not 1 <= len(resources) <= _RESOURCES:
-        raise ValueError(f"{len(resources)} resources")
-    parts = [_OPEN.pack(1, connection, len(resources))]
-    for resource in resources:
-        path = resource.path.encode()
-        if len(path) > 0xFFFF:
-            raise ValueError("path too long")
-        parts += (_RESOURCE.pack(_ACCESS[resource.access], len(path)), path)
-    return b"".join(parts)
+    if not 1 <= len(asked) <= _RESOURCES:
+        raise ValueError(f"{len(asked)} resources")
+    return b"".join([_OPEN.pack(1, connection, len(asked)), *map(resources.pack, asked)])
 
 
 def _decode_open(data: bytes) -> Open:
-    cursor = _Cursor(data)
+    cursor = Cursor(data)
     _, connection, count = cursor.numbers(_OPEN)
     if not 1 <= count <= _RESOURCES:
         raise LinkViolation(f"{count} resources")
-    resources = []
-    for _ in range(count):
-        access, length = cursor.numbers(_RESOURCE)
-        resources.append(Resource(cursor.text(length), _access(access)))
+    asked = [resources.take(cursor) for _ in range(count)]
     cursor.end()
-    return Open(connection, resources)
+    return Open(connection, asked)
 
 
 def encode_list(connection: int, *, watch: bool) -> bytes:
@@ -267,8 +217,8 @@ def encode_list(connection: int, *, watch: bool) -> bytes:
 
 
 def _decode_list(data: bytes) -> List:
-    _, connection, watch = _exact(_LIST, data)
-    return List(connection, _flag(watch))
+    _, connection, watch = exact(_LIST, data)
+    return List(connection, flag(watch))
 
 
 def encode_closed(connection: int, reason: int) -> bytes:
@@ -277,7 +227,7 @@ def encode_closed(connection: int, reason: int) -> bytes:
 
 
 def _decode_closed(data: bytes) -> Closed:
-    _, connection, reason = _exact(_CLOSED, data)
+    _, connection, reason = exact(_CLOSED, data)
     if reason >= len(CLOSED_REASONS):
         raise LinkViolation(f"a reason of value {reason}")
     return Closed(connection, reason)
@@ -289,7 +239,7 @@ def encode_shutdown(connection: int) -> bytes:
 
 
 def _decode_shutdown(data: bytes) -> Shutdown:
-    return Shutdown(_exact(_SHUTDOWN, data)[1])
+    return Shutdown(exact(_SHUTDOWN, data)[1])
 
 
 def encode_connected(connection: int, uid: int) -> bytes:
@@ -298,16 +248,18 @@ def encode_connected(connection: int, uid: int) -> bytes:
 
 
 def _decode_connected(data: bytes) -> Connected:
-    _, connection, uid = _exact(_CONNECTED, data)
+    _, connection, uid = exact(_CONNECTED, data)
     return Connected(connection, uid)
 
 
-def encode_outcome(connection: int, refusal: Refused | None) -> bytes:
-    """`refusal` None: the descriptors and the reply have left."""
+def encode_outcome(connection: int, refusal: Refused | None, *, why: bool = False) -> bytes:
+    """`refusal` None: the descriptors and the reply have left. `why`: say of a denial what only the record may say."""
     if refusal is None:
         return _OUTCOME.pack(2, connection, _GRANTED, _NO_INDEX, 0)
     number, text = 0, ""
     match refusal:
+        case Denied() if why:
+            text = str(refusal)
         case NotWhatItWas():
             text = refusal.reason
         case OpenFailed():
@@ -320,19 +272,20 @@ def encode_outcome(connection: int, refusal: Refused | None) -> bytes:
     return _OUTCOME.pack(2, connection, _REFUSAL_CODES[type(refusal)], index, number) + text.encode()
 
 
-def _decode_outcome(data: bytes) -> Outcome:
-    cursor = _Cursor(data)
+def decode_outcome(data: bytes) -> Outcome:
+    """Also what the namespaces worker refuses. Raises LinkViolation."""
+    cursor = Cursor(data)
     _, connection, code, position, number = cursor.numbers(_OUTCOME)
-    text = cursor.text(len(data) - _OUTCOME.size)
+    text = cursor.rest()
     index = None if position == _NO_INDEX else position
     refusal: Refused | None
     match code:
         case 0:
             refusal = None
         case 1:
-            refusal = Denied("no rule allows it", index=index)
+            refusal = Denied(text or "no rule allows it", index=index)
         case 2:
-            refusal = NoSuchResource("there is no such node now", index=index)
+            refusal = NoSuchResource("it is not there now", index=index)
         case 3:
             refusal = NotWhatItWas(text, index=index)
         case 4:
@@ -352,8 +305,8 @@ def encode_offered(connection: int, offers: Sequence[Offer], *, last: bool) -> b
     """One part of a listing; `split_offers` makes them of the right size."""
     parts = [_OFFERED.pack(3, connection, last, len(offers))]
     for offer in offers:
-        path, where = offer.path.encode(), offer.where.encode()
-        parts += (_OFFER.pack(_ACCESS[offer.access], len(path), len(where)), path, where)
+        where = offer.where.encode()
+        parts += (resources.pack(offer.resource), _WHERE.pack(len(where)), where)
     return b"".join(parts)
 
 
@@ -367,14 +320,15 @@ def split_offers(connection: int, offers: Sequence[Offer]) -> list[bytes]:
 
 
 def _decode_offered(data: bytes) -> Offered:
-    cursor = _Cursor(data)
+    cursor = Cursor(data)
     _, connection, last, count = cursor.numbers(_OFFERED)
     offers = []
     for _ in range(count):
-        access, path_length, where_length = cursor.numbers(_OFFER)
-        offers.append(Offer(cursor.text(path_length), _access(access), cursor.text(where_length)))
+        resource = resources.take(cursor)
+        (length,) = cursor.numbers(_WHERE)
+        offers.append(Offer(resource, cursor.text(length)))
     cursor.end()
-    return Offered(connection, _flag(last), offers)
+    return Offered(connection, flag(last), offers)
 
 
 def encode_policy(generation: int) -> bytes:
@@ -383,7 +337,7 @@ def encode_policy(generation: int) -> bytes:
 
 
 def _decode_policy(data: bytes) -> Policy:
-    return Policy(_exact(_GENERATION, data)[1])
+    return Policy(exact(_GENERATION, data)[1])
 
 
 def encode_applied(generation: int) -> bytes:
@@ -392,18 +346,19 @@ def encode_applied(generation: int) -> bytes:
 
 
 def _decode_applied(data: bytes) -> Applied:
-    return Applied(_exact(_GENERATION, data)[1])
+    return Applied(exact(_GENERATION, data)[1])
 
 
 def _plain(message: Message) -> Callable[[bytes], Message]:
     def decode(data: bytes) -> Message:
-        _exact(_TYPE, data)
+        exact(_TYPE, data)
         return message
 
     return decode
 
 
 DRAINED, DRAIN, STOP, READY, PING, PONG, STOP_ASKED = (_TYPE.pack(number) for number in (4, 4, 5, 6, 7, 8, 9))
+WORKER_STUCK, RESTART = (_TYPE.pack(number) for number in (10, 11))
 
 Decoders = Mapping[int, Callable[[bytes], Message]]
 INBOX_TO_OPENER: Decoders = {
@@ -416,15 +371,23 @@ INBOX_TO_OPENER: Decoders = {
 }
 OPENER_TO_INBOX: Decoders = {
     1: _decode_connected,
-    2: _decode_outcome,
+    2: decode_outcome,
     3: _decode_offered,
     4: _plain(Drain()),
     7: _plain(Ping()),
 }
 LAUNCHER_TO_OPENER: Decoders = {1: _decode_policy, 5: _plain(Stop()), 7: _plain(Ping())}
-OPENER_TO_LAUNCHER: Decoders = {4: _decode_applied, 6: _plain(Ready()), 8: _plain(Pong()), 9: _plain(StopAsked())}
-# It may say that it is there, and nothing else: a taken-over inbox must not speak for the opener.
+OPENER_TO_LAUNCHER: Decoders = {
+    4: _decode_applied,
+    6: _plain(Ready()),
+    8: _plain(Pong()),
+    9: _plain(StopAsked()),
+    10: _plain(WorkerStuck()),
+}
+LAUNCHER_TO_WORKER: Decoders = {11: _plain(Restart())}
+# They may say that they are there, and nothing else: a taken-over inbox must not speak for the opener.
 INBOX_TO_LAUNCHER: Decoders = {6: _plain(Ready())}
+WORKER_TO_LAUNCHER: Decoders = {6: _plain(Ready())}
 
 
 def decode(decoders: Decoders, data: bytes) -> Message:

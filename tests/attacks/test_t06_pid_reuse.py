@@ -9,7 +9,7 @@ import socket
 from harness import ALICE, EVERYONE_NULL, GROUP, MEM, Raw, node, outcome, running
 
 from fdbroker.policy import decide
-from fdbroker.terms import Resource, Subject
+from fdbroker.terms import Device, Subject
 
 
 def test_no_decision_depends_on_the_pid(dev):
@@ -71,4 +71,4 @@ def test_a_subject_in_a_foreign_user_namespace_is_no_administrator():
     at_home = Subject(0, frozenset({0}), 0, 1, "", "", foreign=False)
     assert decide.is_administrator(policy, at_home)
     assert not decide.is_administrator(policy, at_home._replace(foreign=True))
-    assert not decide.decide(decide.view(policy, at_home), Resource("/dev/null", "ro")).rules
+    assert not decide.decide(decide.view(policy, at_home), Device("/dev/null", "ro")).rules

@@ -9,7 +9,7 @@ from harness import ALICE, EVERYONE_NULL, MEM, Raw, as_user, ask, node, running
 
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.decide import decide, view
-from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Resource, Subject
+from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Device, Subject
 
 CALL = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/null"}]}}\0'
 
@@ -42,8 +42,8 @@ def test_an_unset_or_unmapped_identity_matches_nothing(tmp_path, uid):
     path.write_text(EVERYONE_NULL)
     policy = load_policy(str(path), trusted=False).policy
     nobody = Subject(uid, frozenset({uid}), uid, 0, "", "", foreign=True)
-    assert not decide(view(policy, nobody), Resource("/dev/null", "ro")).rules
-    assert decide(view(policy, nobody._replace(uid=1000)), Resource("/dev/null", "ro")).rules
+    assert not decide(view(policy, nobody), Device("/dev/null", "ro")).rules
+    assert decide(view(policy, nobody._replace(uid=1000)), Device("/dev/null", "ro")).rules
 
 
 def test_uid_65534_gets_nothing_not_even_everyones(dev):

@@ -24,7 +24,7 @@ def test_what_carries_a_descriptor_is_never_queued():
     with theirs:
         number = os.open("/dev/null", os.O_RDONLY)
         waiting = link.waiting
-        assert not link.send_with_descriptor(b"with descriptor", number)
+        assert not link.send_with_descriptors(b"with descriptor", [number])
         assert link.waiting == waiting
         os.close(number)
         theirs.setblocking(False)
@@ -45,13 +45,13 @@ def test_it_does_not_overtake_what_waits():
     with theirs:
         theirs.recv(2000)  # room, but not flushed yet
         number = os.open("/dev/null", os.O_RDONLY)
-        assert not link.send_with_descriptor(b"with descriptor", number)
+        assert not link.send_with_descriptors(b"with descriptor", [number])
         while link.waiting:
             theirs.recv(2000)
             link.flush()
         for _ in range(50):
             theirs.recv(2000)
-        assert link.send_with_descriptor(b"with descriptor", number)
+        assert link.send_with_descriptors(b"with descriptor", [number])
         os.close(number)
         link.close()
 

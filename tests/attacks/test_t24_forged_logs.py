@@ -14,7 +14,7 @@ from harness import ALICE, EVERYONE_NULL, as_user, ask, running
 
 from fdbroker import limits
 from fdbroker.opener.audit import FIELDS, Audit, NotRecorded, Record, fields
-from fdbroker.terms import Resource, Subject
+from fdbroker.terms import Device, Subject
 from fdbroker.wire.journal import escaped
 
 NASTY = "/dev/x\nMESSAGE=root granted\nFDBROKER_UID=0\x1b[2J\u202e\\n\0\u2028"
@@ -36,7 +36,7 @@ def _parse(datagram):
 
 def test_a_path_is_one_escaped_value_and_never_a_field():
     subject = Subject(5, frozenset(), 5, 7, "co\nmm=x", "la\nbel=y", foreign=True)
-    record = Record("refused", "authorize", 1, subject, Resource(NASTY, "ro"), f"because {NASTY}")
+    record = Record("refused", "authorize", 1, subject, Device(NASTY, "ro"), f"because {NASTY}")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs:
         Audit(ours).write(record)
@@ -97,11 +97,11 @@ def test_the_counts_are_written_when_their_time_is_over():
     with ours, theirs:
         audit = Audit(ours)
         subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
-        record = Record("refused", "authorize", 1, subject, Resource("/dev/a", "ro"), "why")
+        record = Record("refused", "authorize", 1, subject, Device("/dev/a", "ro"), "why")
         for _ in range(4):
             audit.refuse(record, 100.0)
         for index in range(limits.AUDIT_REFUSALS + 4):
-            audit.refuse(record._replace(resource=Resource(f"/dev/{index}", "ro")), 101.0)
+            audit.refuse(record._replace(resource=Device(f"/dev/{index}", "ro")), 101.0)
         for _ in range(limits.AUDIT_REFUSALS):
             theirs.recv(65536)
         audit.flush(105.0)
@@ -122,7 +122,7 @@ def test_what_was_recorded_and_did_not_happen_is_said_later_if_not_now():
             while True:
                 ours.send(b"x", socket.MSG_DONTWAIT)
         subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
-        audit.undo(Record("undone", "send", 1, subject, Resource("/dev/a", "ro"), "why"))
+        audit.undo(Record("undone", "send", 1, subject, Device("/dev/a", "ro"), "why"))
         assert audit.counting
         while theirs.recv(10) and audit.counting:
             audit.flush(0.0)
@@ -148,7 +148,7 @@ def test_counts_are_written_at_the_end_and_when_the_log_can_be_written_again(dev
                 ours.send(b"x", socket.MSG_DONTWAIT)
         subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
         for _ in range(4):
-            audit.refuse(Record("refused", "authorize", 1, subject, Resource("/dev/a", "ro"), "why"), 100.0)
+            audit.refuse(Record("refused", "authorize", 1, subject, Device("/dev/a", "ro"), "why"), 100.0)
         audit.flush(200.0)
         assert audit.counting
         theirs.setblocking(False)
@@ -164,7 +164,7 @@ def test_nothing_is_granted_while_an_undoing_is_owed():
     audit = Audit(None)
     audit._owed.append(Record("undone", "send", 1, None, None, "why"))
     with pytest.raises(NotRecorded):
-        audit.grant(Record("granted", "send", 1, None, Resource("/dev/a", "ro"), ""))
+        audit.grant(Record("granted", "send", 1, None, Device("/dev/a", "ro"), ""))
 
 
 def test_identical_refusals_are_counted_and_grants_never(dev):

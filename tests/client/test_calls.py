@@ -30,6 +30,9 @@ def _grant(index, path):
     }
 
 
+ASKED = calls.asked(["/dev/a", "/dev/b"], "ro")
+
+
 def _reply(*grants):
     return varlink.Reply({"grants": list(grants)}, "", False)
 
@@ -40,7 +43,7 @@ def _open(count):
 
 def test_grants_become_owned_descriptors_in_the_order_asked_for():
     numbers = _open(2)
-    first, second = calls.opened(_reply(_grant(1, "/dev/a"), _grant(0, "/dev/b")), list(numbers), ["/dev/a", "/dev/b"])
+    first, second = calls.opened(_reply(_grant(1, "/dev/a"), _grant(0, "/dev/b")), list(numbers), ASKED)
     assert (first.fileno(), second.fileno()) == (numbers[1], numbers[0])
     assert (first.resource, first.access, first.rule, first.rdev) == ("/dev/a", "ro", "f:1", "1:3")
     with first, second:
@@ -69,7 +72,7 @@ def test_grants_become_owned_descriptors_in_the_order_asked_for():
 )
 def test_an_answer_that_does_not_fit_the_question_is_refused_and_everything_closed(reply, count):
     with pytest.raises(ProtocolViolation):
-        calls.opened(reply, _open(count), ["/dev/a", "/dev/b"])
+        calls.opened(reply, _open(count), ASKED)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,12 @@ def test_an_answer_that_does_not_fit_the_question_is_refused_and_everything_clos
             Denied,
             "/dev/x: denied: no rule of the policy allows it, or a deny rule forbids it",
         ),
-        ("NoSuchResource", {"resource": {"device": "/dev/x"}}, NoSuchResource, "/dev/x: there is no such node now"),
+        (
+            "NoSuchResource",
+            {"resource": {"device": "/dev/x"}},
+            NoSuchResource,
+            "/dev/x: the policy allows it, and it is not there now",
+        ),
         (
             "NotWhatItWas",
             {"resource": {"device": "/dev/x"}, "reason": "it is a FIFO"},
@@ -92,7 +100,7 @@ def test_an_answer_that_does_not_fit_the_question_is_refused_and_everything_clos
             "OpenFailed",
             {"resource": {"device": "/dev/x"}, "errno": 16},
             OpenFailed,
-            "/dev/x: the device could not be opened: EBUSY",
+            "/dev/x: it could not be opened: EBUSY",
         ),
         ("QuotaExceeded", {"limit": "burst", "maximum": 5}, QuotaExceeded, "limit burst is reached, maximum 5"),
         ("RateLimited", {"retryAfterMilliseconds": 7}, RateLimited, "too many requests, try again in 7 ms"),
@@ -115,11 +123,12 @@ def test_unknown_errors_and_odd_parameters_are_survived():
 
 
 @pytest.mark.parametrize(
-    ("paths", "access"), [([], "ro"), (["/dev/x"] * 65, "ro"), (["/dev/x"], "r"), (["/dev/" + "x" * 65536], "ro")]
+    ("paths", "access"),
+    [([], "ro"), (["/dev/x"] * 65, "ro"), (["/dev/x"], "r"), (["/dev/" + "x" * 65536], "ro"), (["net"], "ro")],
 )
 def test_what_cannot_be_asked_is_a_value_error(paths, access):
     with pytest.raises(ValueError):
-        calls.open_call(paths, access)
+        calls.open_call(calls.asked(paths, access))
 
 
 def test_descriptors_wait_in_order_for_the_replies_that_own_them():

@@ -32,7 +32,7 @@ def test_the_blocking_client(dev):
         first, second = client.open_all(["/dev/pool/b", "/dev/pool/a"])
         with first, second:
             assert (os.fstat(first.fileno()).st_rdev, os.fstat(second.fileno()).st_rdev) == (MEM["null"], MEM["zero"])
-        assert [offer.path for offer in client.offers()] == ["/dev/pool/a", "/dev/pool/b"]
+        assert [offer.resource.path for offer in client.offers()] == ["/dev/pool/a", "/dev/pool/b"]
         assert ping(broker.socket) < 5
 
 
@@ -45,7 +45,7 @@ def test_the_asyncio_client(dev):
                 assert os.read(descriptor.fileno(), 3) == b"\0\0\0"
             with pytest.raises(Denied):
                 await client.open("/dev/null")
-            assert [offer.path for offer in await client.offers()] == ["/dev/pool/a"]
+            assert [offer.resource.path for offer in await client.offers()] == ["/dev/pool/a"]
             # one that gives up does not disturb those behind it
             given_up = asyncio.ensure_future(client.open("/dev/pool/a"))
             await asyncio.sleep(0)
@@ -57,10 +57,10 @@ def test_the_asyncio_client(dev):
             async for offers in client.watch():
                 count += 1
                 if count == 1:
-                    assert [offer.path for offer in offers] == ["/dev/pool/a"]
+                    assert [offer.resource.path for offer in offers] == ["/dev/pool/a"]
                     node("/dev/pool/c", MEM["zero"])
                 else:
-                    assert [offer.path for offer in offers] == ["/dev/pool/a", "/dev/pool/c"]
+                    assert [offer.resource.path for offer in offers] == ["/dev/pool/a", "/dev/pool/c"]
                     break
 
     with running(POLICY) as broker:

@@ -16,7 +16,7 @@ from fdbroker.errors import ClientNotReading, Denied
 from fdbroker.inbox.service import Inbox
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
-from fdbroker.terms import Offer
+from fdbroker.terms import Device, Offer
 from fdbroker.wire import link
 
 OPEN = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/x"}]}}\0'
@@ -136,7 +136,7 @@ def test_a_listing_goes_on_until_the_client_ends_it():
         client.sendall(LIST)
         assert opener.next() == link.List(1, True)
         for count in (0, 9, 20):
-            for part in link.split_offers(1, [Offer("/dev/x", "ro", "f:1")] * count):
+            for part in link.split_offers(1, [Offer(Device("/dev/x", "ro"), "f:1")] * count):
                 opener.send(part)
             (reply,) = replies(client, 1)
             assert reply["continues"]
@@ -149,7 +149,7 @@ def test_who_does_not_read_its_listings_is_closed():
     with inbox() as opener, opener.client() as client:
         client.sendall(LIST)
         opener.next()
-        offers = [Offer("/dev/" + "x" * 200, "ro", "f:1")] * 800
+        offers = [Offer(Device("/dev/" + "x" * 200, "ro"), "f:1")] * 800
         opener.sock.settimeout(None)
         messages = [part for _ in range(8) for part in link.split_offers(1, offers)]
         sender = threading.Thread(target=lambda: [opener.send(part) for part in messages])
@@ -223,7 +223,7 @@ def test_a_listing_that_is_asked_for_while_draining_is_answered_and_closed():
         client.sendall(LIST)
         opener.next()
         opener.inbox._draining = True
-        for part in link.split_offers(1, [Offer("/dev/x", "ro", "f:1")]):
+        for part in link.split_offers(1, [Offer(Device("/dev/x", "ro"), "f:1")]):
             opener.send(part)
         assert len(replies(client, 1)) == 1
         assert client.recv(1) == b""
@@ -235,7 +235,7 @@ def test_a_long_first_listing_reaches_a_client_that_reads():
     with inbox() as opener, opener.client() as client:
         client.sendall(LIST)
         opener.next()
-        offers = [Offer("/dev/" + "x" * 200, "ro", "f:1")] * 3000
+        offers = [Offer(Device("/dev/" + "x" * 200, "ro"), "f:1")] * 3000
         opener.sock.settimeout(None)
         sender = threading.Thread(target=lambda: [opener.send(part) for part in link.split_offers(1, offers)])
         sender.start()

@@ -15,12 +15,13 @@ from fdbroker.errors import LinkViolation
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.link import Link
 from fdbroker.launcher import start
+from fdbroker.opener.ask import Asking
 from fdbroker.opener.audit import Audit
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.service import Opener
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
-from fdbroker.terms import Resource
+from fdbroker.terms import Device
 from fdbroker.wire import link
 
 POLICY = "version: 1\neveryone: {devices: [{path: /dev/null, access: rw}]}\n"
@@ -43,7 +44,9 @@ class World:
         self.file = folder / "policy.yaml"
         policy = self.policy(POLICY)
         self.nodes = Nodes(Bracket(frozenset()))
-        self.opener = Opener(listener, Link(launcher_end), Link(inbox_end), policy, self.nodes, Audit(journal_end))
+        self.opener = Opener(
+            listener, Link(launcher_end), Link(inbox_end), Asking(None), policy, self.nodes, Audit(journal_end)
+        )
         self.ends = [launcher_end, inbox_end, journal_end, listener]
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
@@ -111,7 +114,7 @@ def test_a_grant_goes_to_the_client_and_its_outcome_to_the_inbox(tmp_path):
     with world(tmp_path) as one:
         client, connected = one.connect()
         assert connected.uid == os.getuid()
-        one.inbox.send(link.encode_open(connected.connection, [Resource("/dev/null", "rw")]))
+        one.inbox.send(link.encode_open(connected.connection, [Device("/dev/null", "rw")]))
         data, (number,), _, _ = socket.recv_fds(client, 65536, 2)
         assert json.loads(data[:-1])["parameters"]["grants"][0]["rdev"] == "1:3"
         os.close(number)
@@ -128,7 +131,7 @@ def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tm
                 one.ends[2].send(b"x" * 1000)
         except BlockingIOError:
             pass
-        one.inbox.send(link.encode_open(connected.connection, [Resource("/dev/null", "rw")]))
+        one.inbox.send(link.encode_open(connected.connection, [Device("/dev/null", "rw")]))
         outcome = one.hear()
         assert type(outcome.refusal).__name__ == "RateLimited"
         client.settimeout(0.2)
@@ -144,17 +147,17 @@ def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tm
         ([link.STOP], "must be 9"),
         ([link.PING], "unknown message type"),
         ([link.PONG], "a Pong without a Ping"),
-        ([link.encode_open(99, [Resource("/dev/null", "ro")])], "does not exist"),
+        ([link.encode_open(99, [Device("/dev/null", "ro")])], "does not exist"),
         ([link.encode_list(99, watch=False)], "does not exist"),
         ([link.encode_closed(99, 0)], "does not exist"),
         ([link.encode_closed(1, 0), link.encode_closed(1, 0)], "does not exist"),
-        ([link.encode_closed(1, 0), link.encode_open(1, [Resource("/dev/null", "ro")])], "does not exist"),
+        ([link.encode_closed(1, 0), link.encode_open(1, [Device("/dev/null", "ro")])], "does not exist"),
         ([link.encode_list(1, watch=True), link.encode_list(1, watch=True)], "which is watching"),
-        ([link.encode_list(1, watch=True), link.encode_open(1, [Resource("/dev/null", "ro")])], "which is watching"),
+        ([link.encode_list(1, watch=True), link.encode_open(1, [Device("/dev/null", "ro")])], "which is watching"),
         ([link.DRAINED], "without being told"),
         ([b"x" * 140000], "at most 131072"),
-        ([link.encode_open(1, [Resource("/dev/null", "ro")])[:-1]], "cut at"),
-        ([link.encode_open(1, [Resource("/dev/null", "ro")]) + b"x"], "too many"),
+        ([link.encode_open(1, [Device("/dev/null", "ro")])[:-1]], "cut at"),
+        ([link.encode_open(1, [Device("/dev/null", "ro")]) + b"x"], "too many"),
     ],
     ids=range(16),
 )
@@ -171,9 +174,9 @@ def test_an_inbox_gets_no_descriptor_and_no_other_identity(tmp_path):
     with world(tmp_path) as one:
         _, first = one.connect()
         other, second = one.connect()
-        one.inbox.send(link.encode_open(second.connection, [Resource("/dev/null", "ro"), Resource("/dev/zero", "ro")]))
+        one.inbox.send(link.encode_open(second.connection, [Device("/dev/null", "ro"), Device("/dev/zero", "ro")]))
         assert type(one.hear().refusal).__name__ == "Denied"
-        one.inbox.send(link.encode_open(second.connection, [Resource("/dev/null", "ro")]))
+        one.inbox.send(link.encode_open(second.connection, [Device("/dev/null", "ro")]))
         data, numbers, _, _ = socket.recv_fds(one.inbox, 1000, 5)
         assert not numbers
         assert link.decode(link.OPENER_TO_INBOX, data) == link.Outcome(second.connection, None)
@@ -187,7 +190,7 @@ def test_descriptors_that_the_inbox_sends_are_not_taken(tmp_path):
     with world(tmp_path) as one:
         _, connected = one.connect()
         before = len(os.listdir("/proc/self/fd"))
-        message = link.encode_open(connected.connection, [Resource("/dev/zero", "ro")])
+        message = link.encode_open(connected.connection, [Device("/dev/zero", "ro")])
         for _ in range(20):
             socket.send_fds(one.inbox, [message], [one.journal.fileno()] * 5)
             assert type(one.hear().refusal).__name__ == "Denied"
@@ -202,7 +205,7 @@ def test_a_new_policy_holds_from_the_next_request_on(tmp_path):
         socket.send_fds(one.launcher, [link.encode_policy(2)], [memfd])
         os.close(memfd)
         assert link.decode(link.OPENER_TO_LAUNCHER, one.launcher.recv(100)) == link.Applied(2)
-        one.inbox.send(link.encode_open(connected.connection, [Resource("/dev/null", "ro")]))
+        one.inbox.send(link.encode_open(connected.connection, [Device("/dev/null", "ro")]))
         assert type(one.hear().refusal).__name__ == "Denied"
 
 

@@ -15,7 +15,7 @@ THIRD_PARTY = {"prctl", "_prctl"}
 OURS = {
     "fdbroker",
     *(f"fdbroker.{name}" for name in ("terms", "errors", "limits", "wire", "policy", "kernel", "opener")),
-    *(f"fdbroker.wire.{name}" for name in ("link", "journal")),
+    *(f"fdbroker.wire.{name}" for name in ("journal", "link", "pack", "resources", "worker")),
     *(f"fdbroker.policy.{name}" for name in ("compiled", "decide", "paths")),
     *(
         f"fdbroker.kernel.{name}"
@@ -29,6 +29,7 @@ OURS = {
         for name in (
             "__main__",
             "accept",
+            "ask",
             "audit",
             "authorize",
             "identify",

@@ -10,7 +10,7 @@ import pytest
 
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.explain import explain
-from fdbroker.terms import Resource, Subject
+from fdbroker.terms import Device, Subject
 
 POLICY = """version: 1
 groups:
@@ -37,9 +37,7 @@ def policy(tmp_path):
 
 
 def _explain(policy, uid, gids, path, access="ro"):
-    return explain(
-        policy, Subject(uid, frozenset(gids), 1, 0, "", "", foreign=False), Resource(path, access), f"u{uid}"
-    )
+    return explain(policy, Subject(uid, frozenset(gids), 1, 0, "", "", foreign=False), Device(path, access), f"u{uid}")
 
 
 def test_allowed_names_the_rule_and_its_conditions(policy):

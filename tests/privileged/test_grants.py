@@ -271,7 +271,7 @@ def test_a_folder_that_was_removed_and_made_again_needs_a_restart_and_a_reload_s
         node("/dev/pool/a", MEM["zero"])
         assert ask(broker.socket, "/dev/pool/a") == "OpenFailed"
         broker.reload(policy)
-        assert "access to /dev/pool, which the opener gave up when it started: restart" in broker.text()
+        assert "access to /dev/pool, which was given up when the service started: restart" in broker.text()
     with running(policy) as broker:
         assert ask(broker.socket, "/dev/pool/a") == "granted"
 

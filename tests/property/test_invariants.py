@@ -16,7 +16,7 @@ from fdbroker.policy.compiled import Policy, from_bytes, to_bytes
 from fdbroker.policy.decide import decide, view
 from fdbroker.policy.load import parse
 from fdbroker.policy.paths import dangerous_name, glob_error, is_dangerous, is_device_path, matcher
-from fdbroker.terms import DenyRule, Resource, Rule, Subject
+from fdbroker.terms import NAMESPACE_TYPES, DenyRule, Device, DeviceRule, NamespaceRule, SocketRule, Subject, Uplink
 from fdbroker.wire import link, varlink
 from fdbroker.wire.frame import FrameReader
 from fdbroker.wire.journal import encode_fields, escaped
@@ -87,7 +87,7 @@ def test_whatever_the_parameters_are_the_answer_is_varlink(method, parameters, r
             continue
         if isinstance(action, dispatch.AskOpen):
             for one in action.resources:
-                assert isinstance(one.path, str)
+                assert isinstance(one.text, str)
                 assert one.access in ("ro", "wo", "rw")
             link.decode(link.INBOX_TO_OPENER, link.encode_open(1, action.resources))
         elif isinstance(action, dispatch.Answer):
@@ -145,7 +145,7 @@ def test_matching_takes_linear_time_whatever_is_asked():
 
 
 RULES = st.builds(
-    Rule,
+    DeviceRule,
     st.sampled_from(["/dev/a", "/dev/*", "/dev/*/*", "/dev/a*", "/dev/[ab]"]),
     st.sampled_from(["ro", "wo", "rw"]),
     st.sampled_from(["", "mem"]),
@@ -154,18 +154,42 @@ RULES = st.builds(
     st.just("somebody"),
     st.sampled_from(["f:1", "f:2"]),
 )
+NAMES = st.sampled_from(["a", "b", "a*", "*"])
+OTHER_RULES = st.one_of(
+    st.builds(
+        NamespaceRule,
+        st.lists(st.sampled_from(NAMESPACE_TYPES), min_size=1, max_size=3).map(tuple),
+        st.one_of(st.just(""), NAMES),
+        st.booleans(),
+        st.booleans(),
+        st.one_of(st.none(), st.just(Uplink("br0", "10.0.0.0/24", isolated=True))),
+        st.just("somebody"),
+        st.just("f:4"),
+    ),
+    st.builds(
+        SocketRule,
+        NAMES,
+        st.sampled_from([("inet",), ("inet", "inet6")]),
+        st.sampled_from([("stream",), ("stream", "dgram")]),
+        st.sampled_from([(), (443,)]),
+        st.just("somebody"),
+        st.just("f:5"),
+    ),
+)
+ANY_RULES = st.one_of(RULES, OTHER_RULES)
 POLICIES = st.builds(
     Policy,
     st.frozensets(IDS),
     st.frozensets(IDS),
     st.just({"burst": 5}),
-    st.dictionaries(IDS, st.lists(RULES, max_size=3).map(tuple), max_size=3),
-    st.dictionaries(IDS, st.lists(RULES, max_size=3).map(tuple), max_size=3),
-    st.lists(RULES, max_size=2).map(tuple),
+    st.dictionaries(IDS, st.lists(ANY_RULES, max_size=3).map(tuple), max_size=3),
+    st.dictionaries(IDS, st.lists(ANY_RULES, max_size=3).map(tuple), max_size=3),
+    st.lists(ANY_RULES, max_size=2).map(tuple),
     st.lists(
         st.builds(
             DenyRule,
             st.lists(st.sampled_from(["/dev/a", "/dev/*"]), min_size=1, max_size=2).map(tuple),
+            st.lists(OTHER_RULES, max_size=2).map(tuple),
             st.frozensets(IDS),
             st.frozensets(IDS),
             st.booleans(),
@@ -191,7 +215,7 @@ def test_a_policy_survives_its_way_to_the_opener(policy):
 @settings(max_examples=400)
 @given(POLICIES, SUBJECTS, PATHS, st.sampled_from(["ro", "wo", "rw"]))
 def test_what_is_allowed_is_allowed_by_a_rule_for_that_subject_and_denied_by_none(policy, subject, path, access):
-    decision = decide(view(policy, subject), Resource(path, access))
+    decision = decide(view(policy, subject), Device(path, access))
     if not decision.rules:
         return
     assert is_device_path(path)
@@ -212,8 +236,8 @@ def test_what_is_allowed_is_allowed_by_a_rule_for_that_subject_and_denied_by_non
 @given(POLICIES, SUBJECTS, PATHS)
 def test_fewer_groups_never_allow_more(policy, subject, path):
     without_deny = policy._replace(deny=())
-    if decide(view(without_deny, subject._replace(gids=frozenset())), Resource(path, "ro")).rules:
-        assert decide(view(without_deny, subject), Resource(path, "ro")).rules
+    if decide(view(without_deny, subject._replace(gids=frozenset())), Device(path, "ro")).rules:
+        assert decide(view(without_deny, subject), Device(path, "ro")).rules
 
 
 @given(st.text())

@@ -14,11 +14,11 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
-from fdbroker.terms import Offer, Resource
+from fdbroker.terms import Device, Offer
 from fdbroker.wire import link
 
 BIG = 2**64 - 1
-OFFERS = [Offer(f"/dev/{index}", "rw", f"/etc/policy.yaml:{index}") for index in range(20)]
+OFFERS = [Offer(Device(f"/dev/{index}", "rw"), f"/etc/policy.yaml:{index}") for index in range(20)]
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ OFFERS = [Offer(f"/dev/{index}", "rw", f"/etc/policy.yaml:{index}") for index in
     [
         (
             link.INBOX_TO_OPENER,
-            link.encode_open(BIG, [Resource("/dev/ä", "rw")]),
-            link.Open(BIG, [Resource("/dev/ä", "rw")]),
+            link.encode_open(BIG, [Device("/dev/ä", "rw")]),
+            link.Open(BIG, [Device("/dev/ä", "rw")]),
         ),
         (link.INBOX_TO_OPENER, link.encode_list(1, watch=True), link.List(1, True)),
         (link.INBOX_TO_OPENER, link.encode_closed(1, 2), link.Closed(1, 2)),
@@ -59,7 +59,7 @@ def test_each_message_goes_both_ways_and_one_byte_more_or_less_is_a_violation(ta
     "refusal",
     [
         Denied("no rule allows it", index=3),
-        NoSuchResource("there is no such node now", index=0),
+        NoSuchResource("it is not there now", index=0),
         NotWhatItWas("it is a FIFO", index=63),
         OpenFailed(16, index=None),
         QuotaExceeded("burst", 1_000_000),
@@ -91,11 +91,11 @@ def test_a_listing_of_any_length_comes_whole():
         b"",
         b"\0",
         b"\xff",
-        link.encode_open(1, [Resource("/dev/x", "ro")])[:9] + b"\0",
-        link.encode_open(1, [Resource("/dev/x", "ro")])[:9] + b"\x41" + b"\0" * 200,
-        link.encode_open(1, [Resource("/dev/x", "ro")])[:10] + b"\x03\0\x01x",
-        link.encode_open(1, [Resource("/dev/x", "ro")])[:10] + b"\0\xff\xffx",
-        link.encode_open(1, [Resource("/dev/x", "ro")])[:10] + b"\0\0\x02\xff\xfe",
+        link.encode_open(1, [Device("/dev/x", "ro")])[:9] + b"\0",
+        link.encode_open(1, [Device("/dev/x", "ro")])[:9] + b"\x41" + b"\0" * 200,
+        link.encode_open(1, [Device("/dev/x", "ro")])[:10] + b"\x03\0\x01x",
+        link.encode_open(1, [Device("/dev/x", "ro")])[:10] + b"\0\xff\xffx",
+        link.encode_open(1, [Device("/dev/x", "ro")])[:10] + b"\0\0\x02\xff\xfe",
         link.encode_list(1, watch=True)[:-1] + b"\x02",
         link.encode_closed(1, 0)[:-1] + bytes([len(link.CLOSED_REASONS)]),
     ],

@@ -1,0 +1,77 @@
+"""Where the launcher starts the worker: `python -I -m fdbroker.namespaces ORDERS`.
+
+Runs in: namespaces worker, as root until `obey` returns. Everything is imported before that.
+
+The process that the launcher started only holds what a worker needs, and starts it: by fork, for it has read nothing
+that could have changed it. So a worker that ends is there again in a moment, and the launcher needs no right for that.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+from fdbroker import errors
+from fdbroker.kernel import confine, orders
+from fdbroker.kernel.link import Link
+from fdbroker.namespaces.service import Worker
+from fdbroker.wire import link, worker
+
+_PAUSE_S = 0.1  # between an end and the next start: a worker that cannot live must not keep the machine busy
+
+
+def main() -> int:
+    """Confine, then keep a worker running; the exit code tells the launcher how it ended."""
+    order, descriptors = orders.read(sys.argv[1])
+    orders.obey(order, descriptors["filter"])
+    launcher = Link(socket.socket(fileno=descriptors["launcher"]))
+    opener = Link(socket.socket(fileno=descriptors["opener"]))
+    launcher.send(link.READY)
+    return _keep_running(Worker(opener, frozenset(order.capabilities)), opener, launcher)
+
+
+def _keep_running(service: Worker, opener: Link, launcher: Link) -> int:
+    holder = os.getpid()
+    while True:
+        process = os.fork()
+        if process == 0:
+            code = errors.EX_SOFTWARE
+            try:
+                confine.die_with(holder)
+                service.serve()
+                code = errors.EX_OK
+            except Exception as error:  # noqa: BLE001 -- said here, for nothing above us does
+                sys.excepthook(type(error), error, error.__traceback__)
+            finally:
+                os._exit(code)
+        code = _wait(process, launcher)
+        if code == errors.EX_OK:
+            return code  # the opener has closed its end
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        os.write(2, f"fdbroker: the namespaces worker ended with {how} and is started again\n".encode())
+        opener.send(worker.LOST)
+        time.sleep(_PAUSE_S)
+
+
+def _wait(process: int, launcher: Link) -> int:
+    """Until the worker ends, killed if the launcher says that it is stuck; how it ended."""
+    pidfd = os.pidfd_open(process)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(launcher.fileno(), select.POLLIN)
+    try:
+        while not any(descriptor == pidfd for descriptor, _ in poll.poll()):
+            data = launcher.receive()
+            if data is not None and isinstance(link.decode(link.LAUNCHER_TO_WORKER, data), link.Restart):
+                os.kill(process, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

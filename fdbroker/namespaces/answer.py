@@ -1,0 +1,239 @@
+"""What a child of the worker does: find or make one namespace, or a socket in one, and judge it.
+
+Runs in: a child of the namespaces worker, one for each question. A client controls the name or the pid that is asked
+for, and the processes of its own user; nothing that they say of themselves is believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+
+from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded
+from fdbroker.kernel import confine, namespaces, sockets
+from fdbroker.kernel.capabilities import Bracket
+from fdbroker.kernel.namespaces import CLONE, Caller, NotANamespace
+from fdbroker.kernel.processes import Process, is_alive
+from fdbroker.kernel.rtnetlink import RtNetlink
+from fdbroker.namespaces.connect import connect
+from fdbroker.namespaces.living import living
+from fdbroker.terms import UNMAPPED_ID, Namespace, Socket
+from fdbroker.wire.worker import UNKNOWN, Ask, Made
+
+_OWN = "/proc/self/ns"
+_FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
+_TYPES = {"stream": socket.SOCK_STREAM, "dgram": socket.SOCK_DGRAM}
+# where a new namespace of the process that made it stands: its children are the first in a time namespace
+_NEW_LINKS = {"time": "time_for_children"}
+
+
+def answer(ask: Ask, pidfd: int | None, permitted: frozenset[str]) -> tuple[Made, list[int]]:
+    """The answer and its descriptors; `pidfd`, borrowed, is the process that asks. The process ends after this.
+
+    Raises Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, and OSError for what the kernel refuses.
+    """
+    work = _Work(ask, pidfd, permitted)
+    match ask.resource:
+        case Socket() as asked:
+            return Made(ask.request, 0, UNKNOWN, ()), [work.socket(asked)]
+        case Namespace(kind, name) if name:
+            return work.by_name(kind, name)
+        case Namespace(kind, _, pid) if pid:
+            return work.of_process(kind, pid)
+        case Namespace(kind):
+            return work.new(kind)
+
+
+class _Work:
+    """One question, and the capabilities that may be raised for it. What it opens is closed by the process's end."""
+
+    def __init__(self, ask: Ask, pidfd: int | None, permitted: frozenset[str]) -> None:
+        self.ask = ask
+        self.pidfd = pidfd
+        self.permitted = permitted
+
+    def raised(self, *names: str) -> Bracket:
+        """These, as far as the worker was given them."""
+        return Bracket(self.permitted.intersection(names), self.permitted)
+
+    def caller(self) -> tuple[Process, Caller] | None:
+        """The process that asks, None when the kernel does not say which it is (before Linux 6.5)."""
+        if self.pidfd is None:
+            return None
+        try:
+            with self.raised("CAP_SYS_PTRACE"):
+                process = Process.of(os.dup(self.pidfd))
+                return process, namespaces.caller_of(process)
+        except (ProcessLookupError, FileNotFoundError):
+            raise Denied("the program that asked has ended") from None
+
+    def made(self, descriptor: int, kind: str, caller: Caller | None, living: tuple[bool, ...] = ()) -> Made:
+        """The answer for a namespace's descriptor."""
+        unusable = UNKNOWN if caller is None else namespaces.why_unusable(descriptor, kind, caller)
+        return Made(self.ask.request, os.fstat(descriptor).st_ino, unusable, living)
+
+    # ---- existing ones
+
+    def by_name(self, kind: str, name: str) -> tuple[Made, list[int]]:
+        descriptor = _open_named(name)
+        asking = self.caller()
+        return self.made(descriptor, kind, asking[1] if asking else None), [descriptor]
+
+    def of_process(self, kind: str, pid: int) -> tuple[Made, list[int]]:
+        """Of a process of the caller's; every other one, or none, is the same to the client."""
+        asking = self.caller()
+        try:
+            with self.raised("CAP_SYS_PTRACE"):
+                target = Process(self.pid_here(pid, asking))
+                self.judge(target)
+                descriptor = target.namespace(kind)
+                if namespaces.type_of(descriptor) != kind:
+                    raise NotWhatItWas(f"it is no {kind} namespace")
+                if not self.belongs(descriptor, kind, asking[1].user if asking else None):
+                    raise Denied("its namespace belongs to another user")
+                self.judge(target)  # it may have become somebody else meanwhile
+        except (ProcessLookupError, PermissionError, FileNotFoundError) as error:
+            raise Denied(f"no process of the caller's: {error}") from None
+        if not is_alive(target.pidfd):
+            raise Denied("the process has ended")
+        return self.made(descriptor, kind, asking[1] if asking else None), [descriptor, target.pidfd]
+
+    def pid_here(self, pid: int, asking: tuple[Process, Caller] | None) -> int:
+        """The client's number for a process in our own pid namespace."""
+        if asking is not None:
+            theirs = asking[0].namespace("pid")
+            ours = os.stat(f"{_OWN}/pid")
+            if namespaces.identity(theirs) != (ours.st_dev, ours.st_ino):
+                pid = namespaces.pid_here(theirs, pid)
+        if pid == 1:
+            raise Denied("it is process 1")
+        return pid
+
+    def judge(self, target: Process) -> None:
+        """Whether a process is the user's own in every respect: not one that a setuid program runs in, for one."""
+        status = target.status()
+        uid = self.ask.uid
+        if set(status.uids) != {uid} or uid == UNMAPPED_ID:
+            raise Denied("it does not belong to the caller's uid alone")
+        if len(set(status.gids)) != 1:
+            raise Denied("it runs a setgid program")
+        user = target.namespace("user")
+        ours = os.stat(f"{_OWN}/user")
+        # in a user namespace of its own, capabilities are the user's to have
+        if uid and status.permitted and namespaces.identity(user) == (ours.st_dev, ours.st_ino):
+            raise Denied("it has capabilities")
+        os.close(user)
+
+    def belongs(self, descriptor: int, kind: str, user: int | None) -> bool:
+        """Whether a namespace is the user's own, or one that the caller lives in or below: never somebody else's."""
+        owning = os.dup(descriptor) if kind == "user" else namespaces.owner(descriptor)
+        own = os.open(f"{_OWN}/user", os.O_RDONLY | os.O_CLOEXEC) if user is None else user
+        return namespaces.owner_uid(owning) == self.ask.uid or namespaces.is_at_or_above(owning, own)
+
+    # ---- new ones
+
+    def new(self, kind: str) -> tuple[Made, list[int]]:
+        asking = self.caller()
+        if asking is None:
+            raise OpenFailed(errno.EOPNOTSUPP)
+        process, caller = asking
+        if process.status().uids[0] != self.ask.uid:
+            raise Denied("the program is not who it was when it connected")
+        known = self.count_living()
+        descriptor = self.make(kind, process, caller)
+        if namespaces.type_of(descriptor) != kind:
+            raise NotWhatItWas(f"it is no {kind} namespace")
+        if namespaces.identity(namespaces.owner(descriptor)) != namespaces.identity(caller.user):
+            raise NotWhatItWas("it does not belong to the caller's user namespace")
+        made = self.made(descriptor, kind, caller, known)
+        if kind == "net":
+            self.set_up(descriptor)
+        return made, [descriptor]
+
+    def count_living(self) -> tuple[bool, ...]:
+        """Which of those that were made for this user still are. Raises QuotaExceeded when there is no room."""
+        known, maximum = self.ask.known, self.ask.maximum
+        if len(known) < maximum:
+            return (True,) * len(known)
+        with self.raised("CAP_SYS_PTRACE"):
+            still = living(known, self.ask.uid)
+        if len(still) >= maximum:
+            raise QuotaExceeded("namespaces", maximum)
+        return tuple(inode in still for inode in known)
+
+    def make(self, kind: str, process: Process, caller: Caller) -> int:
+        """A new namespace in the caller's user namespace, by a child that goes there and does not come back."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        child = os.fork()
+        if child == 0:
+            try:
+                confine.die_with(parent)
+                ours.close()
+                sockets.send(theirs, bytes(4), [self.make_there(kind, process, caller, parent)])
+            except OSError as error:
+                sockets.send(theirs, (error.errno or errno.EIO).to_bytes(4, "big"))
+            finally:
+                os._exit(0)
+        theirs.close()
+        answer = bytearray(4)
+        # the caller may have stopped or killed it: then it takes until our own time is over
+        size, descriptors = sockets.receive_into(ours, answer, 1)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if not descriptors:
+            raise OpenFailed(int.from_bytes(answer, "big") if size else errno.EIO)
+        return descriptors[0]
+
+    def make_there(self, kind: str, process: Process, caller: Caller, parent: int) -> int:
+        own = os.open(_OWN, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        status = os.stat("user", dir_fd=own)
+        with self.raised("CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE"):
+            if kind == "mnt":  # a copy of what the caller sees, not of what we do
+                namespaces.setns(process.namespace("mnt"), CLONE["mnt"])
+            if namespaces.identity(caller.user) != (status.st_dev, status.st_ino):
+                # From here on the caller may signal this process. It cannot trace it: its memory is still ours.
+                namespaces.setns(caller.user, CLONE["user"])
+                confine.die_with(parent)
+            namespaces.unshare(CLONE[kind])
+            return os.open(_NEW_LINKS.get(kind, kind), os.O_RDONLY | os.O_CLOEXEC, dir_fd=own)
+
+    def set_up(self, namespace: int) -> None:
+        """Bring `lo` up, and connect it, if the rule says so."""
+        enter, change = self.raised("CAP_SYS_ADMIN"), self.raised("CAP_NET_ADMIN")
+        if self.ask.uplink is not None:
+            connect(namespace, self.ask.uplink, self.ask.uid, self.ask.maximum, enter, change)
+            return
+        with enter:
+            namespaces.setns(namespace, CLONE["net"])
+        with change, RtNetlink() as inside:
+            inside.set_up(inside.link("lo").number)
+
+    # ---- sockets
+
+    def socket(self, asked: Socket) -> int:
+        """An owned socket that lives in the namespace; without a capability raised, but to enter, and to bind."""
+        with self.raised("CAP_SYS_ADMIN"):
+            namespaces.setns(_open_named(asked.namespace), CLONE["net"])
+        sock = socket.socket(_FAMILIES[asked.family], _TYPES[asked.type] | socket.SOCK_NONBLOCK)
+        if asked.port:
+            if asked.type == "stream":  # a server that is started again finds its port free
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if asked.family == "inet6":  # or it would take the IPv4 port too, which nobody asked for
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            with self.raised("CAP_NET_BIND_SERVICE"):
+                sock.bind(("::" if asked.family == "inet6" else "0.0.0.0", asked.port))  # noqa: S104 -- as documented
+        return sock.detach()
+
+
+def _open_named(name: str) -> int:
+    try:
+        return namespaces.open_named(name)
+    except FileNotFoundError:
+        raise NoSuchResource("there is no such namespace now") from None
+    except NotANamespace as error:
+        raise NotWhatItWas(str(error)) from None

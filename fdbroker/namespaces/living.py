@@ -1,0 +1,99 @@
+"""Which namespaces still are: those that a process is in, has open, or has mounted somewhere.
+
+Runs in: a child of the namespaces worker, with CAP_SYS_PTRACE raised. Clients control what their processes hold; one
+that is held by a socket alone, or by a descriptor in flight, is not seen here. The kernel's own maxima
+(/proc/sys/user) hold for those as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from fdbroker.kernel import namespaces
+from fdbroker.kernel.namespaces import CLONE
+
+_LINKS = (*CLONE, "time_for_children")
+_NSFS = re.compile(r"[a-z]+:\[([0-9]+)\]")
+
+
+def living(inodes: Iterable[int], uid: int) -> set[int]:
+    """Those of these namespaces, which were made for `uid`, that still are.
+
+    A number that the kernel has given to somebody else's namespace since then does not count.
+    """
+    wanted = set(inodes)
+    found: set[int] = set()
+    mounts: set[str] = set()
+    nsfs = _nsfs_mount()
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        if wanted <= found:
+            break
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found |= set(_entered(pid, wanted - found, uid))
+            if os.stat(f"/proc/{pid}").st_uid == uid:
+                found |= set(_opened(pid, nsfs)) & wanted
+                mounted = os.readlink(f"/proc/{pid}/ns/mnt")
+                if mounted not in mounts:
+                    mounts.add(mounted)
+                    found |= set(_mounted(pid)) & wanted
+    return found
+
+
+def _number(link: str) -> int:
+    found = _NSFS.fullmatch(link)
+    return int(found[1]) if found else 0
+
+
+def _entered(pid: str, wanted: set[int], uid: int) -> Iterator[int]:
+    for kind in _LINKS:
+        path = f"/proc/{pid}/ns/{kind}"
+        try:
+            number = _number(os.readlink(path))
+        except FileNotFoundError:  # a kernel without that type
+            continue
+        if number in wanted and _is_of(path, uid):
+            yield number
+
+
+def _is_of(path: str, uid: int) -> bool:
+    """Whether a namespace is owned by a user namespace of that user, or by ours."""
+    with contextlib.ExitStack() as owned:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        owned.callback(os.close, descriptor)
+        user = namespaces.owner(descriptor)
+        owned.callback(os.close, user)
+        ours = os.stat("/proc/self/ns/user")
+        return namespaces.owner_uid(user) == uid or namespaces.identity(user) == (ours.st_dev, ours.st_ino)
+
+
+def _nsfs_mount() -> bytes:
+    """How fdinfo names the mount that descriptors of namespaces are on."""
+    descriptor = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _fdinfo("self", str(descriptor))[b"mnt_id"]
+    finally:
+        os.close(descriptor)
+
+
+def _fdinfo(pid: str, name: str) -> dict[bytes, bytes]:
+    with open(f"/proc/{pid}/fdinfo/{name}", "rb") as file:
+        return dict(line.rstrip().partition(b":\t")[::2] for line in file.read(4096).splitlines())
+
+
+def _opened(pid: str, nsfs: bytes) -> Iterator[int]:
+    for name in os.listdir(f"/proc/{pid}/fdinfo"):
+        with contextlib.suppress(FileNotFoundError):
+            values = _fdinfo(pid, name)
+            if values.get(b"mnt_id") == nsfs:
+                yield int(values[b"ino"])
+
+
+def _mounted(pid: str) -> Iterator[int]:
+    with open(f"/proc/{pid}/mountinfo", errors="replace") as file:
+        for line in file:
+            number = _number(line.split(" ", 4)[3])
+            if number:
+                yield number

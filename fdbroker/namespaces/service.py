@@ -1,0 +1,150 @@
+"""The worker's loop: each question is answered by a child of its own, in its own time.
+
+Runs in: namespaces worker. A taken-over opener controls the questions. A client can stop or kill the child that makes
+a namespace in its user namespace; then that child alone is lost, and its question fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import socket
+import time
+from typing import NamedTuple
+
+from fdbroker import limits
+from fdbroker.errors import LinkViolation, OpenFailed, Refused
+from fdbroker.kernel import confine
+from fdbroker.kernel.link import Link
+from fdbroker.namespaces.answer import answer
+from fdbroker.wire import link, worker
+
+_CHILD_S = limits.NAMESPACE_SECONDS
+_CHILDREN = limits.NAMESPACE_REQUESTS
+_REAP_S = 0.05
+
+
+class _Child(NamedTuple):
+    process: int
+    link: Link
+    request: int
+    until_s: float
+
+
+class Worker:
+    """Answers what the opener asks. `permitted` are the capabilities that it may raise."""
+
+    def __init__(self, opener: Link, permitted: frozenset[str]) -> None:
+        self._opener = opener
+        self._permitted = permitted
+        self._children: dict[int, _Child] = {}  # by descriptor; in order of time
+        self._ended: list[int] = []  # processes, killed or not, of which the kernel has not told the end
+
+    def serve(self) -> None:
+        """Serve until the opener closes its end. Raises LinkViolation when it asks what it must not."""
+        poll = select.epoll()
+        poll.register(self._opener.fileno(), select.EPOLLIN)
+        self._poll = poll
+        while True:
+            # what was asked of a worker before this one may still wait, beside what the opener asks of this one
+            poll.modify(self._opener.fileno(), select.EPOLLIN if len(self._children) < _CHILDREN else 0)
+            for descriptor, _ in poll.poll(self._timeout_s()):
+                if descriptor == self._opener.fileno():
+                    if not self._read():
+                        return
+                else:
+                    self._answered(self._children[descriptor])
+            for child in list(self._children.values()):
+                if child.until_s <= time.monotonic():
+                    self._forget(child)
+                    self._fail(child, errno.ETIMEDOUT)
+            self._ended = [process for process in self._ended if os.waitpid(process, os.WNOHANG) == (0, 0)]
+
+    def _timeout_s(self) -> float:
+        if self._ended:
+            return _REAP_S
+        for child in self._children.values():
+            return max(0.0, child.until_s - time.monotonic())
+        return -1
+
+    def _read(self) -> bool:
+        received = self._opener.receive_with_descriptors(1)
+        if received is None:
+            return True
+        data, descriptors = received
+        try:
+            if not data:
+                return False
+            ask = worker.decode_ask(data)
+            self._start(ask, descriptors[0] if descriptors else None)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _start(self, ask: worker.Ask, caller: int | None) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        process = os.fork()
+        if process == 0:
+            self._be_child(ask, caller, ours, Link(theirs), parent)
+        theirs.close()
+        child = _Child(process, Link(ours), ask.request, time.monotonic() + _CHILD_S)
+        self._children[child.link.fileno()] = child
+        self._poll.register(child.link.fileno(), select.EPOLLIN)
+
+    def _be_child(self, ask: worker.Ask, caller: int | None, ours: socket.socket, out: Link, parent: int) -> None:
+        """Answer one question in this forked process; never returns."""
+        code = 1
+        try:
+            confine.die_with(parent)
+            # what it does, it does without a way to the opener or to the other children
+            ours.close()
+            self._opener.close()
+            self._poll.close()
+            for other in self._children.values():
+                other.link.close()
+            try:
+                made, descriptors = answer(ask, caller, self._permitted)
+                message = worker.encode_made(made)
+            except Refused as refusal:
+                message, descriptors = link.encode_outcome(ask.request, refusal, why=True), []
+            except OSError as error:
+                failed = OpenFailed(error.errno or errno.EIO)
+                message, descriptors = link.encode_outcome(ask.request, failed), []
+            out.send_with_descriptors(message, descriptors)
+            code = 0
+        finally:
+            os._exit(code)
+
+    def _answered(self, child: _Child) -> None:
+        """Pass on what a child says, which is its last word."""
+        received = child.link.receive_with_descriptors(2)
+        if received is None:
+            return
+        self._forget(child)
+        data, descriptors = received
+        try:
+            said = worker.decode_answer(data) if data else None
+            if said is None or isinstance(said, worker.Lost):
+                self._fail(child, errno.EIO)
+            elif not self._opener.send_with_descriptors(data, descriptors):
+                raise LinkViolation("the opener does not read")
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _fail(self, child: _Child, number: int) -> None:
+        self._opener.send(link.encode_outcome(child.request, OpenFailed(number)))
+
+    def _forget(self, child: _Child) -> None:
+        """End a child, if it has not ended by itself."""
+        del self._children[child.link.fileno()]
+        self._poll.unregister(child.link.fileno())
+        child.link.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.process, signal.SIGKILL)
+        self._ended.append(child.process)  # waited for without waiting: it may be stuck in the kernel

@@ -1,0 +1,167 @@
+"""A resource as JSON on the wire, and as bytes between our processes. As words: terms.parse.
+
+Runs in: every process. An attacker controls what is read here; a taken-over inbox controls what `take` reads.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from fdbroker.errors import LinkViolation
+from fdbroker.terms import (
+    ACCESS_NAMES,
+    FAMILIES,
+    NAMESPACE_TYPES,
+    PID_MAX,
+    PORT_MAX,
+    SOCKET_TYPES,
+    Device,
+    Namespace,
+    Resource,
+    Socket,
+)
+from fdbroker.wire.pack import Cursor, word
+
+# ---- JSON, as io.fdbroker.Broker says
+
+
+class WrongMember(Exception):
+    """A member of a Resource that does not exist, is missing, or is not of its type; its name is the text."""
+
+
+def to_json(resource: Resource) -> dict[str, Any]:
+    """A Resource of io.fdbroker.Broker."""
+    match resource:
+        case Device(path, access):
+            return {"device": path, "access": access}
+        case Namespace(type_, name, pid):
+            which: tuple[str, Any] = ("name", name) if name else ("pid", pid) if pid else ("create", True)
+            return {"namespace": {"type": type_, which[0]: which[1]}, "access": resource.access}
+        case Socket(namespace, family, type_, port):
+            asked: dict[str, Any] = {"namespace": namespace, "family": family, "type": type_}
+            if port:
+                asked["bind"] = port
+            return {"socket": asked, "access": resource.access}
+
+
+def from_json(value: Any) -> Resource:
+    """The inverse. Raises WrongMember, and nothing else."""
+    given = _members(value, "resources", "device", "namespace", "socket", "access")
+    kinds = [name for name in ("device", "namespace", "socket") if name in given]
+    if len(kinds) != 1:
+        raise WrongMember(kinds[-1] if kinds else "device")
+    access = given.get("access")
+    if access is not None and access not in ACCESS_NAMES:
+        raise WrongMember("access")
+    resource: Resource
+    match kinds[0]:
+        case "device":
+            return Device(_text(given["device"], "device"), access or "ro")
+        case "namespace":
+            resource = _namespace(given["namespace"])
+        case _:
+            resource = _socket(given["socket"])
+    if access not in (None, resource.access):
+        raise WrongMember("access")
+    return resource
+
+
+def _members(value: Any, what: str, *names: str) -> dict[str, Any]:
+    """The members of an object that are not null."""
+    if not isinstance(value, dict):
+        raise WrongMember(what)
+    for name in value:
+        if name not in names:
+            raise WrongMember(name)
+    return {name: member for name, member in value.items() if member is not None}
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise WrongMember(what)
+    return value
+
+
+def _one_of(value: Any, words: tuple[str, ...], what: str) -> str:
+    if value not in words:
+        raise WrongMember(what)
+    return str(value)
+
+
+def _integer(value: Any, most: int, what: str) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise WrongMember(what)
+    return int(value)
+
+
+def _namespace(value: Any) -> Namespace:
+    given = _members(value, "namespace", "type", "name", "pid", "create")
+    type_ = _one_of(given.get("type"), NAMESPACE_TYPES, "type")
+    if len(given) != 2:
+        raise WrongMember("namespace")
+    if "name" in given:
+        # an empty name would mean another thing than a name to us
+        return Namespace(type_, name=_text(given["name"] or None, "name"))
+    if "pid" in given:
+        return Namespace(type_, pid=_integer(given["pid"], PID_MAX, "pid"))
+    if given["create"] is not True:
+        raise WrongMember("create")
+    return Namespace(type_)
+
+
+def _socket(value: Any) -> Socket:
+    given = _members(value, "socket", "namespace", "family", "type", "bind")
+    return Socket(
+        _text(given.get("namespace") or None, "namespace"),
+        _one_of(given.get("family", FAMILIES[0]), FAMILIES, "family"),
+        _one_of(given.get("type", SOCKET_TYPES[0]), SOCKET_TYPES, "type"),
+        _integer(given["bind"], PORT_MAX, "bind") if "bind" in given else 0,
+    )
+
+
+# ---- bytes between our processes: the kind, what it has of numbers, then a text and its length
+
+_DEVICE = struct.Struct("!BBH")  # 0, access, length of path
+_NAMESPACE = struct.Struct("!BBIH")  # 1, type, pid, length of name
+_SOCKET = struct.Struct("!BBBHH")  # 2, family, type, port, length of name
+_KIND = struct.Struct("!B")
+_TEXT_BYTES = 0xFFFF
+
+
+def pack(resource: Resource) -> bytes:
+    """Raises ValueError when a text is over 65535 bytes."""
+    text = (resource.path if isinstance(resource, Device) else _name(resource)).encode()
+    if len(text) > _TEXT_BYTES:
+        raise ValueError("a text that is too long")
+    match resource:
+        case Device(_, access):
+            return _DEVICE.pack(0, ACCESS_NAMES.index(access), len(text)) + text
+        case Namespace(type_, _, pid):
+            return _NAMESPACE.pack(1, NAMESPACE_TYPES.index(type_), pid, len(text)) + text
+        case Socket(_, family, type_, port):
+            return _SOCKET.pack(2, FAMILIES.index(family), SOCKET_TYPES.index(type_), port, len(text)) + text
+
+
+def _name(resource: Namespace | Socket) -> str:
+    return resource.name if isinstance(resource, Namespace) else resource.namespace
+
+
+def take(cursor: Cursor) -> Resource:
+    """The next resource of a message. Raises LinkViolation."""
+    (kind,) = cursor.peek(_KIND)
+    match kind:
+        case 0:
+            _, access, length = cursor.numbers(_DEVICE)
+            return Device(cursor.text(length), word(ACCESS_NAMES, access))
+        case 1:
+            _, type_, pid, length = cursor.numbers(_NAMESPACE)
+            name = cursor.text(length)
+            if pid > PID_MAX or (pid and name):
+                raise LinkViolation("a namespace that cannot be")
+            return Namespace(word(NAMESPACE_TYPES, type_), name, pid)
+        case 2:
+            _, family, type_, port, length = cursor.numbers(_SOCKET)
+            return Socket(cursor.text(length), word(FAMILIES, family), word(SOCKET_TYPES, type_), port)
+        case _:
+            raise LinkViolation(f"a resource of kind {kind}")
