@@ -67,5 +67,12 @@ class Bracket:
             raise CapabilityStuck(ctypes.get_errno(), "capset: the raised capability could not be dropped")
 
 
+def effective() -> frozenset[str]:
+    """Those of NUMBERS that are effective in this thread. Source: proc_pid_status(5)."""
+    with open("/proc/thread-self/status", "rb") as status:
+        bits = next(int(line[7:], 16) for line in status if line.startswith(b"CapEff:"))
+    return frozenset(name for name, number in NUMBERS.items() if bits >> number & 1)
+
+
 class CapabilityStuck(BaseException):
     """The process holds a raised capability and cannot drop it. No handler of ordinary errors may go on after this."""

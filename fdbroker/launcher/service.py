@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
-from fdbroker.kernel import confine, landlock
+from fdbroker.kernel import capabilities, confine, landlock
 from fdbroker.launcher import listen, start
 from fdbroker.launcher.needs import Needs, check_reload, needs
 from fdbroker.launcher.notify import Notify
@@ -46,6 +46,12 @@ class Options(NamedTuple):
 
 class ServiceFailed(FdbrokerError):
     """A child died, or did not come up; the service ends, and its manager starts it again."""
+
+
+class CapabilitiesMissing(FdbrokerError):
+    """The policy needs what the service was not given when it was started: by its unit, or in a container."""
+
+    exit_code = errors.EX_CONFIG
 
 
 def say(text: str, priority: int = 6) -> None:
@@ -89,6 +95,10 @@ class Launcher:
         if descriptors != resource.RLIM_INFINITY and descriptors <= limits.DESCRIPTORS_RESERVED:
             needed = limits.DESCRIPTORS_RESERVED
             raise ServiceFailed(f"at most {descriptors} descriptors (ulimit -Hn) leave none for clients: over {needed}")
+        missing = sorted((self._given.capabilities | (self._given.worker or frozenset())) - capabilities.effective())
+        if missing:
+            hint = ": see units/fdbroker.service.d/namespaces.conf" if self._given.worker is not None else ""
+            raise CapabilitiesMissing(f"the policy needs {', '.join(missing)}, which this service may not have{hint}")
         listener = listen.inherited() or listen.bound(options.address, options.mode, options.group)
         if not listener.asked_credentials:
             say("who connected already is disconnected: add PassCredentials=yes to the socket's unit", priority=4)

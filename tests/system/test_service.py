@@ -26,7 +26,7 @@ def test_install(facts):
     """Users and folders are made by sysusers and tmpfiles, the policy is valid, and installing again does no harm."""
     found = facts["installed"]
     assert found["again"] == 0
-    assert set(found["users"]) == {"fdbroker-opener", "fdbroker-inbox"}
+    assert set(found["users"]) == {"fdbroker-opener", "fdbroker-inbox", "fdbroker-namespaces"}
     assert all(shell.endswith("nologin") for shell in found["users"].values())
     assert all(folder == [0, "0o755"] for folder in found["folders"].values())
     assert found["policy"]["code"] == 0
