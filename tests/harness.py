@@ -24,6 +24,8 @@ import pytest
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS = 0x20000
+CLONE_NEWNET = 0x40000000
+CLONE_NEWUSER = 0x10000000
 MS_REC, MS_PRIVATE, MS_BIND, MNT_DETACH = 0x4000, 0x40000, 0x1000, 2
 
 # uids and gids that no machine has given to anybody: below the dynamic ranges, above the users
@@ -146,11 +148,21 @@ class Broker:
         self.pids = {"launcher": self.process.pid}
         for line in children.splitlines():
             pid, _, command = line.partition(" ")
-            for name in ("opener", "inbox"):
+            for name in ("opener", "inbox", "namespaces"):
                 if f"fdbroker.{name}" in command:
                     self.pids[name] = int(pid)
-        assert set(self.pids) == {"launcher", "opener", "inbox"}, children
+        assert set(self.pids) - {"namespaces"} == {"launcher", "opener", "inbox"}, children
+        if "namespaces" in self.pids:
+            self.pids["worker"] = self.worker()
         self.idle = self.counts()  # before the first client
+
+    def worker(self) -> int:
+        """The pid of the namespaces worker, which its holder starts again when it ends."""
+        end = time.monotonic() + 5
+        while not (found := subprocess.run(["pgrep", "-P", str(self.pids["namespaces"])], capture_output=True).stdout):
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.02)
+        return int(found)
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -253,6 +265,46 @@ def as_user(uid: int, groups: list[int], action: Callable[..., Any], *arguments:
     return json.loads(text)
 
 
+@contextlib.contextmanager
+def own_network() -> Iterator[None]:
+    """This process, and what it starts, in a network namespace of its own, with an empty /run/netns."""
+    before = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    new = not os.path.isdir("/run/netns")
+    if new:
+        os.mkdir("/run/netns", 0o755)
+    try:
+        if LIBC.unshare(CLONE_NEWNET) != 0:
+            cannot(f"no network namespace: {os.strerror(ctypes.get_errno())}")
+        mount("netns", "/run/netns", "tmpfs", 0, "mode=0755")
+        try:
+            ip("link", "set", "lo", "up")
+            yield
+        finally:
+            unmount("/run/netns")
+    finally:
+        if new:
+            os.rmdir("/run/netns")
+        assert LIBC.setns(before, CLONE_NEWNET) == 0
+        os.close(before)
+
+
+def ip(*words: str) -> str:
+    """What an `ip` command prints; it must succeed."""
+    result = subprocess.run(["ip", *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def become_root_of_user_namespace(uid: int | None = None) -> None:
+    """This process, which must be a plain user's, gets a user namespace of its own and all capabilities in it."""
+    uid = os.getuid() if uid is None else uid
+    gid = os.getgid()
+    LIBC.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: else the maps are root's to write
+    assert LIBC.unshare(CLONE_NEWUSER) == 0, os.strerror(ctypes.get_errno())
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        Path(f"/proc/self/{name}").write_text(text)
+
+
 class Raw:
     """A client that speaks bytes, for what the library would never send."""
 
@@ -293,6 +345,10 @@ class Raw:
         return self.call(
             "io.fdbroker.Broker.Open", {"resources": [{"device": path, "access": access} for path in paths]}
         )
+
+    def ask(self, *resources: dict[str, Any]) -> dict[str, Any] | None:
+        """Open whatever these say."""
+        return self.call("io.fdbroker.Broker.Open", {"resources": list(resources)})
 
     def take(self) -> int:
         return self.descriptors.pop(0)

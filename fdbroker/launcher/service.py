@@ -227,11 +227,12 @@ class Launcher:
 
     def _end_of(self, child: start.Child) -> str:
         """How a child ended, whose link is at its end."""
+        name = "namespaces worker's holder" if child.name == "namespaces" else child.name
         try:
             code = child.process.wait(1)
         except subprocess.TimeoutExpired:
-            return f"the {child.name} closed its link and still runs"
-        return f"the {child.name} ended with " + (f"signal {-code}" if code < 0 else f"exit code {code}")
+            return f"the {name} closed its link and still runs"
+        return f"the {name} ended with " + (f"signal {-code}" if code < 0 else f"exit code {code}")
 
     def _reload(self) -> None:
         """Load the policy again; on any error the old one stays in force."""

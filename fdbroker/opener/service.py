@@ -439,4 +439,4 @@ class Opener:
     def report_violation(self, violation: LinkViolation) -> None:
         """Record why the service ends."""
         with contextlib.suppress(NotRecorded):
-            self._audit.write(Record("violation", "decode", 0, None, None, f"the inbox broke its rules: {violation}"))
+            self._audit.write(Record("violation", "decode", 0, None, None, f"between our processes: {violation}"))
