@@ -133,8 +133,10 @@ def denying_rule(seen: View, resource: Resource) -> DenyRule | None:
             continue
         for one in rule.rules:
             asked = resource
-            if isinstance(one, SocketRule) and not one.ports and isinstance(resource, Socket):
-                asked = resource._replace(port=0)  # it is for all sockets, bound or not
+            if isinstance(one, SocketRule) and isinstance(resource, Socket):
+                if one.ports and resource.port not in one.ports:
+                    continue
+                asked = resource._replace(port=0)  # without ports it is for all sockets, bound or not
             if covers(one, asked):
                 return rule
     return None
