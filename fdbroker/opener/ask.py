@@ -60,7 +60,8 @@ class Asking:
     @property
     def timeout_s(self) -> float:
         """Until somebody has waited too long; -1 for ever."""
-        ends = [min(asked.until_s, asked.put_s + _WAIT_S) for asked in self._asked.values()]
+        ends = [asked.until_s for asked in self._asked.values() if asked.opening not in self._gone]
+        ends += [asked.put_s + _WAIT_S for asked in self._asked.values() if not self._stuck]
         ends += [until_s for queue in self._waiting.values() for _, until_s in queue]
         return max(0.0, min(ends) - time.monotonic()) if ends else -1
 

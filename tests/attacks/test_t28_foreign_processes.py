@@ -1,0 +1,104 @@
+"""T28: the namespace of a process that is not the caller's, or is not any more when the descriptor leaves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+from harness import ALICE, GROUP, Raw, as_user, outcome, own_network, running
+
+from fdbroker.errors import Denied
+from fdbroker.opener.authorize import Account, Connection
+from fdbroker.opener.request import Opening, finish_open
+from fdbroker.policy.decide import View
+from fdbroker.terms import Grant, Namespace, NamespaceRule, Subject
+
+POLICY = f"version: 1\ngroups: {{{GROUP}: {{namespaces: [{{type: net, of: caller}}]}}}}\n"
+
+
+def _ask_while_it_changes(address, seconds):
+    """What was granted of a process that runs, again and again, a setuid program with a network of its own."""
+    own = os.stat("/proc/self/ns/net").st_ino
+    counts = {"own": 0, "foreign": 0, "Denied": 0}
+    end = time.monotonic() + seconds
+    with Raw(address) as client:
+        while time.monotonic() < end:
+            # a moment as itself, then setuid and elsewhere, under the same pid
+            script = f"read x < /proc/self/stat; exec {os.path.dirname(address)}/unshare -n sleep 0.02"
+            process = subprocess.Popen(["sh", "-c", script], stdin=subprocess.DEVNULL)
+            while process.poll() is None:
+                word = outcome(client.ask({"namespace": {"type": "net", "pid": process.pid}}))
+                if word == "granted":
+                    number = client.take()
+                    word = "own" if os.fstat(number).st_ino == own else "foreign"
+                    os.close(number)
+                counts[word] += 1
+    return counts
+
+
+def test_a_process_that_becomes_a_setuid_program_is_never_followed_there(root):
+    with own_network(), running(POLICY + "limits: {requests_per_second: 100000, burst: 100000}\n") as broker:
+        program = broker.folder / "unshare"
+        shutil.copy("/usr/bin/unshare", program)
+        program.chmod(0o4755)
+        counts = as_user(ALICE, [GROUP], _ask_while_it_changes, broker.socket, 3)
+        assert counts["foreign"] == 0
+        assert counts["own"] > 0
+        assert counts["Denied"] > 0
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_process_that_ended_meanwhile_is_no_reason_for_a_grant(alive):
+    """The worker has answered; then, before anything leaves, the process ends."""
+    process = subprocess.Popen(["sleep", "60"])
+    pidfd, namespace = os.pidfd_open(process.pid), os.open("/proc/self/ns/net", os.O_RDONLY)
+    if not alive:
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    sent = []
+    resource = Namespace("net", pid=process.pid)
+    rule = NamespaceRule(("net",), "", True, False, None, "everyone", "f:1")
+    opening = Opening(_connection(sent), [resource])
+    opening.allowed = [(rule,)]
+    opening.descriptors[0], opening.owners[0] = namespace, pidfd
+    opening.grants[0] = Grant(resource, rule)
+    try:
+        refusal = finish_open(opening, _Nothing(), _Nothing())
+        assert (type(refusal) if refusal else None) == (None if alive else Denied)
+        assert sent == ([1] if alive else [])
+        for descriptor in (pidfd, namespace):
+            with pytest.raises(OSError):
+                os.fstat(descriptor)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class _Nothing:
+    """An audit and nodes that have nothing to do here."""
+
+    def __getattr__(self, name):
+        return lambda *arguments, **named: None
+
+
+class _Socket:
+    def __init__(self, sent):
+        self.sent = sent
+
+    def sendmsg(self, data, ancillary, flags):
+        self.sent.append(len(ancillary))
+        return len(data[0])
+
+
+class _Connection(Connection):
+    def note_sent(self, size, grants):
+        pass
+
+
+def _connection(sent):
+    subject = Subject(ALICE, frozenset(), ALICE, 1, "", "", foreign=True)
+    connection = _Connection(1, _Socket(sent), subject, View((), (), (), {}, administrator=False), Account(1, 0.0))
+    return connection
