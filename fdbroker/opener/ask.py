@@ -217,8 +217,9 @@ class Asking:
         """Refuse those that waited too long. Returns whether the worker is to be ended, for it answers nothing."""
         now_s = time.monotonic()
         for queue in self._waiting.values():
-            while queue and queue[0][1] <= now_s:
-                self._ready.append(Answered(queue.popleft()[0], OpenFailed(errno.ETIMEDOUT)))
+            for item in [item for item in queue if item[1] <= now_s]:
+                queue.remove(item)
+                self._ready.append(Answered(item[0], OpenFailed(errno.ETIMEDOUT)))
         for asked in self._asked.values():
             if asked.until_s <= now_s and asked.opening not in self._gone:
                 self._gone.add(asked.opening)

@@ -235,6 +235,20 @@ def test_nobody_waits_longer_than_the_limit_and_a_worker_that_says_nothing_is_en
     assert [one.opening for one in machine.asking.ready()] == [late]
 
 
+def test_who_waits_longest_is_refused_in_time_also_behind_one_who_came_later(machine, monkeypatch):
+    monkeypatch.setattr(ask, "_WAIT_S", 0.05)
+    first = machine.put(5, NAMED, NAMED)
+    monkeypatch.setattr(ask, "_WAIT_S", 5.0)
+    machine.put(5, NAMED)
+    (asked,) = machine.asked()
+    machine.answer(asked)  # its second part now waits behind the other
+    machine.asked()
+    time.sleep(0.06)
+    machine.asking.expire()
+    assert [one.opening for one in machine.asking.ready()] == [first]
+    assert machine.asking.timeout_s > 1
+
+
 def test_the_end_of_the_link_is_the_end_of_the_service(machine):
     machine.worker.close()
     with pytest.raises(LinkViolation, match="is gone"):

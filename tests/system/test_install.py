@@ -29,7 +29,10 @@ def test_places(installed):
     outside = {file for file in files if not file.startswith("opt/fdbroker/")}
     examples = {f"usr/share/doc/fdbroker/examples/{file.name}" for file in (CHECKOUT / "policy/examples").iterdir()}
     documents = {f"usr/share/doc/fdbroker/docs/{file.name}" for file in (CHECKOUT / "docs").glob("*.md")}
-    documents |= {f"usr/share/doc/fdbroker/{name}" for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "namespaces.conf")}
+    documents |= {
+        f"usr/share/doc/fdbroker/{name}" for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "namespaces.conf")
+    }
+    documents.add("usr/share/doc/fdbroker/docs/bundle/config.json")
     assert outside == examples | documents | {
         "usr/share/man/man8/fdbroker.8",
         "etc/fdbroker/policy.yaml",

@@ -107,7 +107,9 @@ def installed() -> dict[str, Any]:
     folders = {name: os.stat(name) for name in ("/run/fdbroker", "/etc/fdbroker", "/etc/fdbroker/policy.d")}
     return {
         "again": again.returncode,
-        "users": {name: pwd.getpwnam(name).pw_shell for name in ("fdbroker-opener", "fdbroker-inbox", "fdbroker-namespaces")},
+        "users": {
+            name: pwd.getpwnam(name).pw_shell for name in ("fdbroker-opener", "fdbroker-inbox", "fdbroker-namespaces")
+        },
         "folders": {name: [found.st_uid, oct(stat.S_IMODE(found.st_mode))] for name, found in folders.items()},
         "policy": outcome(run("fdbroker", "policy", "check")),
     }
