@@ -11,10 +11,12 @@ import pytest
 from harness import ALICE, GROUP, Raw, as_user, outcome, own_network, running
 
 from fdbroker.errors import Denied
+from fdbroker.namespaces.answer import _Work
 from fdbroker.opener.authorize import Account, Connection
 from fdbroker.opener.request import Opening, finish_open
 from fdbroker.policy.decide import View
 from fdbroker.terms import Grant, Namespace, NamespaceRule, Subject
+from fdbroker.wire.worker import Ask
 
 POLICY = f"version: 1\ngroups: {{{GROUP}: {{namespaces: [{{type: net, of: caller}}]}}}}\n"
 
@@ -75,6 +77,13 @@ def test_a_process_that_ended_meanwhile_is_no_reason_for_a_grant(alive):
     finally:
         process.kill()
         process.wait()
+
+
+def test_process_1_is_nobodys_to_ask_for_whatever_the_kernel_would_show_of_it():
+    work = _Work(Ask(1, 0, Namespace("net", pid=1)), None, frozenset())
+    with pytest.raises(Denied, match="process 1"):
+        work.pid_here(1, None)
+    assert work.pid_here(2, None) == 2
 
 
 class _Nothing:

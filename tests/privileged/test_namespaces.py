@@ -474,6 +474,7 @@ def _server_inside(address, port):
         probe.connect(("10.88.0.1", 9))
         own = probe.getsockname()[0]
     with socket.create_server((own, 8080)) as server, socket.create_connection(("10.88.0.1", port), timeout=10) as home:
+        server.settimeout(10)
         home.sendall(own.encode() + b"\n")
         connection, _ = server.accept()
         with connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,18 @@ def test_keyboard(facts):
     assert found["reader"]["name"] == "lab keyboard"
     assert found["reader"]["uid"] == MEMBER
     assert found["read"] == found["typed"]
+
+
+def test_namespaces_where_the_kernel_does_not_say_which_process_asks(facts):
+    """Named ones, those of the caller's processes and sockets are served; new ones are refused for what they are."""
+    found = facts["namespaces"]
+    assert found["code"] == 0, found["stderr"]
+    assert found["named"] == [found["inode"], None]
+    assert found["absent"] == ["NoSuchResource", 0]
+    assert found["mine"] == [found["own"], None]
+    assert found["foreign"] == ["Denied", 0]
+    assert found["new"] == ["OpenFailed", errno.EOPNOTSUPP]
+    assert found["through"] == "through"
 
 
 def test_keyboard_read_only(facts):

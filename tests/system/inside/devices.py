@@ -23,6 +23,12 @@ groups:
     devices:
       - {{path: "/dev/snd/pcmC*D*[pc]", access: rw, class: sound, device: "116:*"}}
       - {{path: "/dev/input/event*", access: ro, class: input, device: "13:*"}}
+    namespaces:
+      - {{type: net, name: "vpn-*"}}
+      - {{type: [net, uts], of: caller}}
+      - {{type: net, create: true}}
+    sockets:
+      - {{namespace: "vpn-*", bind: [80]}}
 """
 MAY_CONNECT = 4100  # the group of the socket
 children: list[subprocess.Popen[str]] = []
@@ -91,6 +97,14 @@ def keyboard() -> dict[str, Any]:
         }
 
 
+def namespaces() -> dict[str, Any]:
+    """What goes on a kernel that gives no pidfd of who connected, and what is refused."""
+    run("ip", "netns", "add", "vpn-a", check=True)
+    run("ip", "-n", "vpn-a", "link", "set", "lo", "up", check=True)
+    found = said(member(PYTHON, "-I", str(HERE / "oldkernel.py"), str(os.getpid())))
+    return {**found, "inode": os.stat("/run/netns/vpn-a").st_ino}
+
+
 def stopped() -> dict[str, Any]:
     (broker,) = children
     broker.send_signal(signal.SIGTERM)
@@ -98,4 +112,4 @@ def stopped() -> dict[str, Any]:
     return {"code": code, "socket": os.path.exists(SOCKET), "records": Path("/lab/out/broker").read_text()}
 
 
-report([started, sound, sound_refused, keyboard, stopped])
+report([started, sound, sound_refused, keyboard, namespaces, stopped])
