@@ -125,7 +125,8 @@ def open_(words: tuple[str, ...], access: str, json_: bool, address: str | None)
         except Denied as denial:
             asked = " ".join(map(_quoted, resources))
             show.error(escaped(str(denial)))
-            show.error(f"what would allow it: fdbroker policy explain --access {access} {asked}")
+            how = f"--access {access} " if any(word.startswith("/") for word in resources) else ""
+            show.error(f"what would allow it: fdbroker policy explain {how}{asked}")
             raise click.exceptions.Exit(denial.exit_code) from None
         except (ValueError, UnicodeError) as error:
             raise click.UsageError(str(error)) from None
