@@ -97,7 +97,7 @@ class Launcher:
             raise ServiceFailed(f"at most {descriptors} descriptors (ulimit -Hn) leave none for clients: over {needed}")
         missing = sorted((self._given.capabilities | (self._given.worker or frozenset())) - capabilities.effective())
         if missing:
-            hint = ": see units/fdbroker.service.d/namespaces.conf" if self._given.worker is not None else ""
+            hint = ": see /usr/share/doc/fdbroker/namespaces.conf" if self._given.worker is not None else ""
             raise CapabilitiesMissing(f"the policy needs {', '.join(missing)}, which this service may not have{hint}")
         listener = listen.inherited() or listen.bound(options.address, options.mode, options.group)
         if not listener.asked_credentials:
@@ -203,6 +203,8 @@ class Launcher:
                         raise ServiceFailed(self._end_of(child))
                     with contextlib.suppress(FileNotFoundError):
                         self._epoll.unregister(child.link.fileno())
+                        if child is self._opener:
+                            self._stop_worker()
                     break
                 match link.decode(_SAYS[child.name], data):
                     case link.Pong():
@@ -225,14 +227,26 @@ class Launcher:
             return True
         return False
 
+    def _stop_worker(self) -> None:
+        """The opener has ended, so nobody asks the worker any more, whether it answers or not."""
+        for child in self._children:
+            if child.name == "namespaces":
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    child.link.send(link.STOP)
+
     def _end_of(self, child: start.Child) -> str:
-        """How a child ended, whose link is at its end."""
-        name = "namespaces worker's holder" if child.name == "namespaces" else child.name
+        """How a child ended, whose link is at its end; and others that have, for one may be the other's reason."""
         try:
-            code = child.process.wait(1)
+            child.process.wait(1)
         except subprocess.TimeoutExpired:
-            return f"the {name} closed its link and still runs"
-        return f"the {name} ended with " + (f"signal {-code}" if code < 0 else f"exit code {code}")
+            return f"the {child.name} closed its link and still runs"
+        ends = []
+        for one in self._children:
+            code = one.process.poll()
+            if code is not None:
+                name = "namespaces worker's holder" if one.name == "namespaces" else one.name
+                ends.append(f"the {name} ended with " + (f"signal {-code}" if code < 0 else f"exit code {code}"))
+        return ", ".join(ends)
 
     def _reload(self) -> None:
         """Load the policy again; on any error the old one stays in force."""

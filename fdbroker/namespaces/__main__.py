@@ -65,12 +65,22 @@ def _wait(process: int, launcher: Link) -> int:
     poll.register(launcher.fileno(), select.POLLIN)
     try:
         while not any(descriptor == pidfd for descriptor, _ in poll.poll()):
-            data = launcher.receive()
-            if data is not None and isinstance(link.decode(link.LAUNCHER_TO_WORKER, data), link.Restart):
-                os.kill(process, signal.SIGKILL)
+            match _said(launcher):
+                case link.Restart():
+                    os.kill(process, signal.SIGKILL)
+                case link.Stop():  # a worker that still runs does not answer, and dies with us
+                    return errors.EX_OK
     finally:
         os.close(pidfd)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def _said(launcher: Link) -> link.Message | None:
+    """What the launcher says; its end is the service's."""
+    data = launcher.receive()
+    if data is None:
+        return None
+    return link.decode(link.LAUNCHER_TO_WORKER, data) if data else link.Stop()
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ OPENER_TO_LAUNCHER: Decoders = {
     9: _plain(StopAsked()),
     10: _plain(WorkerStuck()),
 }
-LAUNCHER_TO_WORKER: Decoders = {11: _plain(Restart())}
+LAUNCHER_TO_WORKER: Decoders = {5: _plain(Stop()), 11: _plain(Restart())}
 # They may say that they are there, and nothing else: a taken-over inbox must not speak for the opener.
 INBOX_TO_LAUNCHER: Decoders = {6: _plain(Ready())}
 WORKER_TO_LAUNCHER: Decoders = {6: _plain(Ready())}

@@ -31,4 +31,6 @@ def test_the_interfaces_have_no_such_field():
     for text in varlink.DESCRIPTIONS.values():
         lines = [line for line in text.splitlines() if not line.startswith("#")]
         for word in ("uid", "gid", "pid", "user"):
-            assert not [line for line in lines if f"{word}:" in line.lower()]
+            found = [line for line in lines if f"{word}:" in line.lower()]
+            # whose namespace is asked for; whether that process is the caller's, the kernel says (T28)
+            assert found in ([], ["  pid: ?int,"] if word == "pid" else [])

@@ -153,7 +153,7 @@ def test_created_without_user_namespace(facts, kind):
 def test_created_mnt(facts):
     """A new mount namespace shows what the caller sees, its own mounts too, and nothing of the service's sandbox."""
     found = facts["copied_mounts"]
-    assert found["hidden"] == [False, False]
+    assert found["seen_by_service"] == [False, False]  # its own /tmp, and no /home
     assert found["inside"] == found["outside"]
     assert any(mount[1] == "/mnt" for mount in found["inside"])
     assert found["read"]["code"] == 0, found["read"]

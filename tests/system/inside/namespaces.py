@@ -102,6 +102,13 @@ def processes() -> dict[str, int]:
     return found
 
 
+def has_open(pid: int, what: str) -> bool:
+    """Whether a process has a descriptor of that sort."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(os.readlink(entry.path) == what for entry in os.scandir(f"/proc/{pid}/fd"))
+    return False
+
+
 def counts() -> dict[str, int]:
     """How many descriptors each of them has open."""
     return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in processes().items()}
@@ -303,6 +310,9 @@ def begun() -> dict[str, Any]:
     """From here on the one service, until one of its processes is killed that it cannot do without."""
     code = start_with(RULES)
     first.update(processes())
+    # the worker has begun to listen, and its holder to watch it
+    wait_for("the worker", lambda: has_open(first["worker"], "anon_inode:[eventpoll]"))
+    wait_for("its holder", lambda: has_open(first["holder"], "anon_inode:[pidfd]"))
     idle.update(counts())
     return {"started": code, "folder": os.path.exists("/run/netns"), "exposure": exposure()}
 
@@ -400,9 +410,7 @@ def _create() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with fdbroker.connect() as client:
         for kind, option in NSENTER.items():
-            began_s = time.monotonic()
             with client.open(f"{kind}:new") as got:
-                took_s = time.monotonic() - began_s
                 owning = LIBC.ioctl(got.fileno(), NS_GET_USERNS)
                 look = f"readlink /proc/self/ns/{kind}" + ("; ip -json link" if kind == "net" else "")
                 entered = subprocess.run(
@@ -420,7 +428,6 @@ def _create() -> dict[str, Any]:
                     "own": os.readlink(f"/proc/self/ns/{kind}"),
                     "entered": entered.stdout.splitlines(),
                     "stderr": entered.stderr,
-                    "took_s": took_s,
                 }
                 os.close(owning)
     return found
@@ -442,7 +449,7 @@ def _copy_mounts(folder: str) -> dict[str, Any]:
     subprocess.run(("mount", "--bind", folder, "/mnt"), check=True)
     with fdbroker.connect() as client, client.open("mnt:new") as got:
         enter = ("nsenter", f"--mount=/proc/self/fd/{got.fileno()}", "sh", "-c")
-        script = f"cat {folder}/file /mnt/file; ls -A /home; mount -t tmpfs tmpfs /mnt && touch /mnt/inside"
+        script = f"cat {folder}/file /mnt/file; LC_ALL=C ls -A /home; mount -t tmpfs tmpfs /mnt && touch /mnt/inside"
         changed, mounts = (
             subprocess.run((*enter, words), pass_fds=(got.fileno(),), capture_output=True, text=True, check=False)
             for words in (script, "umount /mnt; cat /proc/self/mountinfo")
@@ -462,9 +469,8 @@ def copied_mounts() -> dict[str, Any]:
     os.makedirs("/home/somebody", exist_ok=True)
     os.mkdir(folder)
     Path(folder, "file").write_text("the caller's\n")
-    # the service's own view has neither
-    hidden = [os.path.exists(f"/proc/{first['worker']}/root{place}") for place in (folder, "/home/somebody")]
-    return {**member(_copy_mounts, folder), "hidden": hidden}
+    service = [os.path.exists(f"/proc/{first['worker']}/root{place}") for place in (folder, "/home/somebody")]
+    return {**member(_copy_mounts, folder), "seen_by_service": service}
 
 
 def linked() -> dict[str, Any]:
