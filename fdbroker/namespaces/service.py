@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from typing import NamedTuple
 
@@ -117,6 +118,8 @@ class Worker:
                 message, descriptors = link.encode_outcome(ask.request, failed), []
             out.send_with_descriptors(message, descriptors)
             code = 0
+        except Exception as error:  # noqa: BLE001 -- said here, for nothing above us does
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             os._exit(code)
 
@@ -128,8 +131,7 @@ class Worker:
         self._forget(child)
         data, descriptors = received
         try:
-            said = worker.decode_answer(data) if data else None
-            if said is None or isinstance(said, worker.Lost):
+            if not data or worker.request_of(worker.decode_answer(data)) != child.request:
                 self._fail(child, errno.EIO)
             elif not self._opener.send_with_descriptors(data, descriptors):
                 raise LinkViolation("the opener does not read")

@@ -158,7 +158,7 @@ class Asking:
             for number in list(self._asked):
                 self._end(number, OpenFailed(errno.ECONNRESET))
             return
-        number = said.connection if isinstance(said, link.Outcome) else said.request
+        number = worker.request_of(said)
         asked = self._asked.get(number)
         if asked is None:
             return  # asked of the worker before this one

@@ -165,3 +165,14 @@ def decode_answer(data: bytes) -> Answer:
         case b"\4":
             return _decode_lost(data)
     raise LinkViolation("an answer of unknown type")
+
+
+def request_of(answer: Answer) -> int:
+    """The number of the question that is answered; 0, which none has, for Lost."""
+    match answer:
+        case Made(request):
+            return request
+        case link.Outcome(request):
+            return request
+        case Lost():
+            return 0
