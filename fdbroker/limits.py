@@ -49,6 +49,11 @@ LIMITS: dict[str, Limit] = {
     "AUDIT_REFUSALS": Limit(32, "refusals", "guess: of one user in AUDIT_REPEAT_SECONDS", "counted, not written"),
     "AUDIT_USERS": Limit(256, "users", "guess: memory below 32 MiB", "all counts are written"),
     "AUDIT_VALUE_CHARACTERS": Limit(512, "characters", "a record stays below PIPE_BUF (4096)", "cut, marked by …"),
+    # --- messages
+    "TOPICS": Limit(256, "topics", "guess; a connection's rights are a bit for each", "load fails"),
+    "TOPIC_BYTES": Limit(64, "bytes", "guess: a name that people read", "load fails"),
+    "SUBSCRIBER_MESSAGES": Limit(1000, "messages", "guess: that wait for one subscriber", "the oldest is lost"),
+    "SUBSCRIBER_BYTES": Limit(1048576, "bytes", "guess: sixteen of the longest", "the oldest is lost"),
     # --- the policy
     "POLICY_FILE_BYTES": Limit(262144, "bytes", "guess: a large policy is 20 KiB; the parser is slow", "load fails"),
     "POLICY_FILES": Limit(256, "files", "guess", "load fails"),
@@ -81,5 +86,6 @@ USER_LIMITS: dict[str, UserLimit] = {
     "burst": UserLimit(1000, 1, 1_000_000, "requests at once, before the average counts"),
     "unread_grants": UserLimit(32, 1, 1024, "descriptors sent and not yet read when a request comes"),
     "namespaces": UserLimit(16, 1, 64, "living namespaces that the broker made"),
+    "subscriptions": UserLimit(16, 1, 1024, "connections that wait for messages"),
     "leases": UserLimit(256, 1, 65_536, "descriptors that the broker still tracks (none in this version)"),
 }

@@ -30,6 +30,10 @@ FAMILIES = ("inet", "inet6")
 SOCKET_TYPES = ("stream", "dgram")
 PID_MAX = 4_194_304  # PID_MAX_LIMIT: linux/threads.h
 PORT_MAX = 65_535
+TOPIC_VERBS = ("send", "subscribe")
+HANDLERS = ("journal", "subscribers")
+# Where the messages of the inbox framing go, which name no topic.
+FRAMED_TOPIC = "inbox"
 
 
 class Device(NamedTuple):
@@ -90,6 +94,14 @@ class Socket(NamedTuple):
 Resource = Device | Namespace | Socket
 
 
+def parse_asked(text: str, access: str) -> Resource | TopicUse:
+    """As `parse`, and send:TOPIC and subscribe:TOPIC beside it: what a policy can be asked about."""
+    verb, colon, topic = text.partition(":")
+    if colon and topic and verb in TOPIC_VERBS:
+        return TopicUse(verb, topic)
+    return parse(text, access)
+
+
 def parse(text: str, access: str) -> Resource:
     """What the command line calls a resource; `access` is for devices. Raises ValueError that says what is wrong."""
     if text.startswith("/"):
@@ -146,7 +158,8 @@ class Subject(NamedTuple):
 
     `gids` holds the primary and all supplementary groups. `pid` is for the audit record only: nothing is decided
     by it. `comm` is the program's own name for itself, hence for the record only as well. `label` is the MAC label
-    or "". `foreign` is true unless the process is shown to live in the broker's own user namespace.
+    or "". `foreign` is true unless the process is shown to live in the broker's own user namespace. `session` is
+    logind's name for the login session that the process is in, or "".
     """
 
     uid: int
@@ -156,6 +169,7 @@ class Subject(NamedTuple):
     comm: str
     label: str
     foreign: bool
+    session: str = ""
 
 
 class DeviceRule(NamedTuple):
@@ -233,7 +247,46 @@ class SocketRule(NamedTuple):
         return f"socket:net:{self.namespace}"
 
 
-Rule = DeviceRule | NamespaceRule | SocketRule
+class TopicRule(NamedTuple):
+    """An allow rule for messages: `verb` is one of TOPIC_VERBS, `pattern` a glob of topic names."""
+
+    verb: str
+    pattern: str
+    source: str
+    where: str
+
+    @property
+    def text(self) -> str:
+        """What it names, in a few words."""
+        return f"{self.verb}:{self.pattern}"
+
+
+Rule = DeviceRule | NamespaceRule | SocketRule | TopicRule
+
+
+class Topic(NamedTuple):
+    """A topic of the policy: `deliver` says by which of HANDLERS, `maximum_bytes` how long a message may be."""
+
+    name: str
+    deliver: tuple[str, ...]
+    maximum_bytes: int
+
+
+class TopicUse(NamedTuple):
+    """What a client wants with a topic, for the record: `verb` is one of TOPIC_VERBS, `topic` what the client wrote."""
+
+    verb: str
+    topic: str
+
+    @property
+    def access(self) -> str:
+        """As for a device: to send is to write."""
+        return "wo" if self.verb == "send" else "ro"
+
+    @property
+    def text(self) -> str:
+        """The verb and the topic."""
+        return f"{self.verb}:{self.topic}"
 
 
 class DenyRule(NamedTuple):

@@ -5,6 +5,7 @@ Runs in: the launcher (`serve`), the programs of users (`open`, `list`, `ping`).
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 
@@ -204,6 +205,47 @@ def list_(more: bool, json_: bool, address: str | None) -> None:
                 show.table(("RESOURCE", "ACCESS", "RULE"), [tuple(row.values()) for row in rows])
                 if more:
                     show.line("")
+
+
+@app.command()
+@click.argument("topic")
+@click.argument("payload", required=False)
+@_socket
+def send(topic: str, payload: str | None, address: str | None) -> None:
+    """Send a message to TOPIC: PAYLOAD, or what standard input has, to its end."""
+    from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
+
+    data = sys.stdin.buffer.read() if payload is None else payload.encode(errors="surrogateescape")
+    with Client.connect(address) as client:
+        try:
+            client.send(topic, data)
+        except (ValueError, UnicodeError) as error:
+            raise click.UsageError(str(error)) from None
+
+
+@app.command()
+@click.argument("topics", nargs=-1, required=True, metavar="TOPIC...")
+@_as_json
+@_socket
+def subscribe(topics: tuple[str, ...], json_: bool, address: str | None) -> None:
+    """Print the messages of these topics as they come, without end."""
+    from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
+
+    with Client.connect(address) as client:
+        for message in client.subscribe(topics):
+            try:
+                payload, encoding = message.payload.decode(), "text"
+            except UnicodeDecodeError:
+                payload, encoding = base64.b64encode(message.payload).decode(), "base64"
+            if json_:
+                said = message._asdict()
+                show.as_json({**said, "time": said.pop("time_us"), "payload": payload, "encoding": encoding})
+                continue
+            if message.lost:
+                show.error(f"{message.lost} messages were lost: this subscriber is too slow")
+            show.table(
+                ("TOPIC", "UID", "PID", "MESSAGE"), [(message.topic, str(message.uid), str(message.pid), payload)]
+            )
 
 
 @app.command()

@@ -19,7 +19,7 @@ from fdbroker.policy import names
 from fdbroker.policy.compile import Loaded, failed_tests, load_policy
 from fdbroker.policy.explain import Explanation, explain
 from fdbroker.policy.schema import json_schema
-from fdbroker.terms import ACCESS_NAMES, Namespace, Resource, Subject, parse
+from fdbroker.terms import ACCESS_NAMES, Namespace, Resource, Subject, TopicUse, parse_asked
 from fdbroker.wire.journal import escaped
 
 DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
@@ -98,7 +98,7 @@ def explain_(
     explained = []
     for word in words:
         try:
-            resource = parse(word, access)
+            resource = parse_asked(word, access)
         except ValueError as error:
             raise click.BadParameter(f"{escaped(word)}: {error}", param_hint="RESOURCE") from None
         explained.append((resource, explain(loaded.policy, subject, resource, name)))
@@ -129,7 +129,7 @@ def _subject(user: str | None, groups: str | None) -> Subject:
     return Subject(uid, gids, gid, 0, "", "", foreign=False)
 
 
-def _plain(resource: Resource, one: Explanation, subject: Subject, why: str | None) -> dict[str, Any]:
+def _plain(resource: Resource | TopicUse, one: Explanation, subject: Subject, why: str | None) -> dict[str, Any]:
     return {
         "resource": resource.text,
         "access": resource.access,
@@ -145,7 +145,7 @@ def _plain(resource: Resource, one: Explanation, subject: Subject, why: str | No
     }
 
 
-def _print(resource: Resource, one: Explanation, name: str, why: str | None) -> None:
+def _print(resource: Resource | TopicUse, one: Explanation, name: str, why: str | None) -> None:
     verdict = "allow" if one.allowed else "deny"
     what = f"{resource.access} {escaped(resource.text)}"
     show.line(f"{verdict}: {what} for {escaped(name)}", "green" if one.allowed else "red")

@@ -11,13 +11,13 @@ import os
 from fdbroker.kernel import namespaces
 from fdbroker.kernel.namespaces import Caller, NotANamespace
 from fdbroker.kernel.processes import Process
-from fdbroker.terms import Namespace, Resource, Subject
+from fdbroker.terms import Namespace, Resource, Subject, TopicUse
 from fdbroker.wire.worker import UNUSABLE
 
 _EVERYTHING = (1 << 64) - 1
 
 
-def usable(resource: Resource, subject: Subject, *, itself: bool) -> str | None:
+def usable(resource: Resource | TopicUse, subject: Subject, *, itself: bool) -> str | None:
     """Why setns(2) would fail for the subject, "" if it would not, None for what is no namespace or cannot be seen.
 
     `itself`: for this very process; else for one of the subject's in our user namespace, which has every capability

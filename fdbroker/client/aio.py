@@ -9,7 +9,7 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -104,6 +104,30 @@ class Client:
         waiting = await self._send(calls.list_call(more=True))
         while True:
             yield await self._next_offers(waiting)
+
+    async def send(self, topic: str, payload: str | bytes) -> None:
+        """Send a message; it returns once every handler of the topic has it. Errors: as in the blocking client."""
+        waiting = await self._send(calls.send_call(topic, payload))
+        _, numbers = await self._next(waiting)
+        calls.close_all(numbers)
+
+    async def subscribe(self, topics: Sequence[str]) -> AsyncIterator[calls.Message]:
+        """The messages of these topics as they come, without end; close the client to stop.
+
+        Nothing else is answered on this client from then on.
+        """
+        waiting = await self._send(calls.subscribe_call(topics))
+        try:
+            while True:
+                reply, numbers = await self._next(waiting)
+                calls.close_all(numbers)
+                try:
+                    yield calls.message(reply)
+                except ProtocolViolation as error:
+                    self._end(error)
+                    raise
+        finally:
+            waiting.discard()  # who stopped listening does not want them kept
 
     def close(self) -> None:
         """Close the connection; who still waits gets BrokerUnavailable."""

@@ -5,15 +5,19 @@ Runs in: any program. What it reads comes from the broker; a broker that breaks 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fdbroker import limits
 from fdbroker.client.descriptor import Descriptor
 from fdbroker.errors import (
+    EX_DATAERR,
+    EX_NOPERM,
+    EX_TEMPFAIL,
     REFUSALS,
     ClientNotReading,
     Denied,
@@ -36,6 +40,7 @@ REPLY_BYTES = 32 * 1024 * 1024
 # SCM_MAX_FD: the most descriptors that one message carries
 DESCRIPTORS_PER_READ = 253
 _BROKER = "io.fdbroker.Broker"
+_INBOX = "io.fdbroker.Inbox"
 _TEXTS: dict[type[Refused], str] = {
     Denied: "denied: no rule of the policy allows it, or a deny rule forbids it",
     NoSuchResource: "the policy allows it, and it is not there now",
@@ -76,9 +81,88 @@ def list_call(*, more: bool) -> bytes:
     return varlink.encode_call(f"{_BROKER}.List", {}, more=more)
 
 
+class MessageRefused(FdbrokerError):
+    """A message or a subscription was refused; `name` is Denied, TooLong, QuotaExceeded or RateLimited."""
+
+    exit_code = EX_TEMPFAIL
+
+    def __init__(self, name: str, parameters: Mapping[str, Any]) -> None:
+        super().__init__(_MESSAGE_TEXTS[name].format_map({"topic": "", "maximum": 0, "limit": "", **parameters}))
+        self.name = name
+        self.parameters = dict(parameters)
+
+
+class MessageDenied(MessageRefused):
+    """No rule of the policy allows it."""
+
+    exit_code = EX_NOPERM
+
+
+class MessageTooLong(MessageRefused):
+    """The message is longer than its topic allows."""
+
+    exit_code = EX_DATAERR
+
+
+_MESSAGE_TEXTS = {
+    "Denied": "topic {topic}: denied: no rule of the policy allows it",
+    "TooLong": "the message is longer than the topic allows: at most {maximum} bytes",
+    "QuotaExceeded": "limit {limit} is reached, maximum {maximum}",
+    "RateLimited": "too many messages, or the journal takes none now; try again",
+}
+
+
+class Message(NamedTuple):
+    """A message as it was received: who sent it, when (microseconds since 1970), and how many were lost before it.
+
+    `payload` is the bytes that were sent; `uid`, `gid`, `pid` and `session` are the kernel's and logind's word.
+    """
+
+    number: int
+    topic: str
+    uid: int
+    gid: int
+    pid: int
+    session: str
+    time_us: int
+    payload: bytes
+    lost: int
+
+
+def send_call(topic: str, payload: str | bytes) -> bytes:
+    """The bytes of Send. Raises ValueError when the message is too long for the wire."""
+    if isinstance(payload, str):
+        return varlink.encode_call(f"{_INBOX}.Send", {"topic": topic, "payload": payload})
+    text = base64.b64encode(payload).decode()
+    return varlink.encode_call(f"{_INBOX}.Send", {"topic": topic, "payload": text, "encoding": "base64"})
+
+
+def subscribe_call(topics: Sequence[str]) -> bytes:
+    """The bytes of Subscribe."""
+    return varlink.encode_call(f"{_INBOX}.Subscribe", {"topics": list(topics)}, more=True)
+
+
+def message(reply: varlink.Reply) -> Message:
+    """One reply to Subscribe. Raises ProtocolViolation."""
+    try:
+        said = reply.parameters["message"]
+        payload = str(said["payload"])
+        return Message(
+            *(int(said["number"]), str(said["topic"]), int(said["uid"]), int(said["gid"]), int(said["pid"])),
+            *(str(said.get("session") or ""), int(said["time"])),
+            base64.b64decode(payload, validate=True) if said["encoding"] == "base64" else payload.encode(),
+            int(said.get("lost") or 0),
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise ProtocolViolation(f"a reply to Subscribe that is none: {error}") from None
+
+
 def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
     """The exception for an error reply."""
     interface, _, name = error.rpartition(".")
+    if interface == _INBOX and name in _MESSAGE_TEXTS:
+        kinds = {"Denied": MessageDenied, "TooLong": MessageTooLong}
+        return kinds.get(name, MessageRefused)(name, parameters)
     kind = REFUSALS.get(name) if interface == _BROKER else None
     if kind is None:
         return CallFailed(error, parameters)

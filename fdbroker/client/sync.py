@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
@@ -74,6 +74,26 @@ class Client:
             calls.close_all(numbers)
             calls.answer(reply)
             yield self._judged(partial(calls.offered, reply))
+
+    def send(self, topic: str, payload: str | bytes) -> None:
+        """Send a message; it returns once every handler of the topic has it.
+
+        Raises MessageRefused (fdbroker.client.calls), ValueError when it is too long for the wire, BrokerUnavailable.
+        """
+        _, numbers = self._call(calls.send_call(topic, payload))
+        calls.close_all(numbers)
+
+    def subscribe(self, topics: Sequence[str]) -> Iterator[calls.Message]:
+        """The messages of these topics as they come, without end; close the client to stop.
+
+        Nothing else can be asked on this client from then on. Raises MessageRefused with the first one.
+        """
+        self._send(calls.subscribe_call(topics))
+        while True:
+            reply, numbers = self._reply(None)
+            calls.close_all(numbers)
+            calls.answer(reply)
+            yield self._judged(partial(calls.message, reply))
 
     def close(self) -> None:
         """Close the connection and whatever arrived on it and was not taken."""

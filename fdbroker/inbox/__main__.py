@@ -10,17 +10,21 @@ import sys
 
 from fdbroker import errors
 from fdbroker.inbox.service import Inbox
+from fdbroker.inbox.topics import Topics
 from fdbroker.kernel import orders
 from fdbroker.kernel.link import Link
+from fdbroker.kernel.records import Records
 
 
 def main() -> int:
     """Confine, then serve; the exit code tells the launcher how it ended."""
     order, descriptors = orders.read(sys.argv[1])
     orders.obey(order, descriptors["filter"])
+    journal = socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None
     inbox = Inbox(
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["opener"])),
+        Topics(Records(journal)),
     )
     inbox.serve()
     return errors.EX_OK

@@ -5,19 +5,30 @@ Runs in: inbox. An attacker controls every value here; none of them says who it 
 
 from __future__ import annotations
 
+import base64
 import errno
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fdbroker import __version__, limits
 from fdbroker.errors import ClientNotReading, Denied, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, Refused
-from fdbroker.terms import Offer, Resource
+from fdbroker.inbox.topics import MessageRefused
+from fdbroker.terms import FRAMED_TOPIC, Offer, Resource
 from fdbroker.wire import frame, varlink
 from fdbroker.wire.resources import WrongMember, from_json, to_json
 from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
 _BROKER = "io.fdbroker.Broker"
+_INBOX = "io.fdbroker.Inbox"
+# the status of a message that was refused, by the error's name below io.fdbroker.Inbox
+MESSAGE_STATUS = {
+    "Denied": errno.EACCES,
+    "TooLong": errno.EMSGSIZE,
+    "QuotaExceeded": errno.EDQUOT,
+    "RateLimited": errno.EAGAIN,
+}
+SENT = (frame.encode_status(0), varlink.encode_reply({}))  # by the framing, by Varlink
 
 
 class Answer(NamedTuple):
@@ -42,17 +53,39 @@ class AskShutdown(NamedTuple):
     """Ask the opener to stop the service, if the client is an administrator; there is no answer then."""
 
 
+class Publish(NamedTuple):
+    """Hand this message to the handlers of its topic; `text` is the payload as it came, in `encoding`.
+
+    `silent`: the client wants no answer.
+    """
+
+    topic: str
+    payload: bytes
+    text: str
+    encoding: str
+    silent: bool
+
+
+class Subscribe(NamedTuple):
+    """From now on the client gets the messages of these topics."""
+
+    topics: list[str]
+
+
 Question = AskOpen | AskList | AskShutdown
-Action = Answer | Question
+Action = Answer | Question | Publish | Subscribe
 
 
 def dispatch_frame(payload: bytes) -> Action:
-    """A frame of the inbox framing. This version has no topics, so a message is allowed to nobody."""
+    """A frame of the inbox framing: what is neither PING nor SHUTDOWN is a message for the topic `inbox`."""
     if payload == frame.PING:
         return Answer(frame.encode_frame(frame.PONG))
     if payload == frame.SHUTDOWN:
         return AskShutdown()
-    return Answer(frame.encode_status(errno.EACCES))
+    try:
+        return Publish(FRAMED_TOPIC, payload, payload.decode(), "text", silent=False)
+    except UnicodeDecodeError:
+        return Publish(FRAMED_TOPIC, payload, base64.b64encode(payload).decode(), "base64", silent=False)
 
 
 def dispatch_varlink(message: bytes) -> Action:
@@ -64,8 +97,10 @@ def dispatch_varlink(message: bytes) -> Action:
         action = _method(call)(call)
     except VarlinkError as error:
         action = Answer(varlink.encode_error(error.name, error.parameters))
-    # who wants no answer gets none; every method of ours is nothing but its answer
-    return Answer(b"") if oneway else action
+    # who wants no answer gets none; every method but Send is nothing but its answer
+    if oneway:
+        return action._replace(silent=True) if isinstance(action, Publish) else Answer(b"")
+    return action
 
 
 def _method(call: Call) -> Callable[[Call], Action]:
@@ -129,11 +164,41 @@ def _list(call: Call) -> Action:
     return AskList(call.more)
 
 
+def _send(call: Call) -> Action:
+    _only(call, "topic", "payload", "encoding")
+    topic, text, encoding = (call.parameters.get(name) for name in ("topic", "payload", "encoding"))
+    if not isinstance(topic, str):
+        raise invalid_parameter("topic")
+    if not isinstance(text, str):
+        raise invalid_parameter("payload")
+    if encoding not in (None, "text", "base64"):
+        raise invalid_parameter("encoding")
+    try:
+        payload = base64.b64decode(text, validate=True) if encoding == "base64" else text.encode()
+    except ValueError:
+        raise invalid_parameter("payload") from None
+    return Publish(topic, payload, text, encoding or "text", silent=False)
+
+
+def _subscribe(call: Call) -> Action:
+    _only(call, "topics")
+    topics = call.parameters.get("topics")
+    if not isinstance(topics, list) or not 1 <= len(topics) <= limits.TOPICS:
+        raise invalid_parameter("topics")
+    if not all(isinstance(topic, str) for topic in topics):
+        raise invalid_parameter("topics")
+    if not call.more:
+        raise VarlinkError(f"{SERVICE}.ExpectedMore")
+    return Subscribe(topics)
+
+
 HANDLERS: dict[tuple[str, str], Callable[[Call], Action]] = {
     (SERVICE, "GetInfo"): _get_info,
     (SERVICE, "GetInterfaceDescription"): _get_interface_description,
     (_BROKER, "Open"): _open,
     (_BROKER, "List"): _list,
+    (_INBOX, "Send"): _send,
+    (_INBOX, "Subscribe"): _subscribe,
 }
 
 
@@ -160,6 +225,13 @@ def refusal_reply(refusal: Refused, resources: Sequence[Resource]) -> bytes:
             elif isinstance(refusal, OpenFailed):
                 parameters["errno"] = refusal.number
     return varlink.encode_error(f"{_BROKER}.{refusal.wire_name}", parameters)
+
+
+def message_refused(refused: MessageRefused, *, framed: bool) -> bytes:
+    """The answer to a message, or a subscription, that was refused."""
+    if framed:
+        return frame.encode_status(MESSAGE_STATUS[refused.name])
+    return varlink.encode_error(f"{_INBOX}.{refused.name}", refused.parameters)
 
 
 def offers_reply(offers: Sequence[Offer], *, continues: bool) -> bytes:

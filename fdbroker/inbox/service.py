@@ -18,11 +18,14 @@ from fdbroker import limits
 from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation, Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.decode import Decoder
+from fdbroker.inbox.topics import Member, MessageRefused, Topics
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
-from fdbroker.terms import Offer, Resource
+from fdbroker.terms import Offer, Resource, TopicUse
 from fdbroker.wire import frame, link
 from fdbroker.wire.frame import TooLong
+from fdbroker.wire.rights import Connected, Rights, RightsChanged, Sender, encode_refused
+from fdbroker.wire.rights import Topics as TopicsChanged
 
 _READ_BYTES = 65536
 _MESSAGE_S = limits.MESSAGE_SECONDS
@@ -34,7 +37,7 @@ _ENDED, _BROKE, _FOREIGN, _SLOW, _DEAF = range(len(link.CLOSED_REASONS))
 
 
 class Client:
-    """One connection: our copy of its socket, the uid that all its messages must come from, what waits."""
+    """One connection: our copy of its socket, who it is (and all its messages must come from), what waits."""
 
     __slots__ = (
         "asked",
@@ -42,6 +45,7 @@ class Client:
         "doomed",
         "ended",
         "events",
+        "member",
         "number",
         "offers",
         "out",
@@ -52,12 +56,13 @@ class Client:
         "uid",
     )
 
-    def __init__(self, number: int, uid: int, sock: socket.socket) -> None:
+    def __init__(self, number: int, sender: Sender, sock: socket.socket) -> None:
         self.number = number
-        self.uid = uid
+        self.uid = sender.uid
+        self.member = Member(sender)
         self.sock = sock
         self.decoder = Decoder()
-        self.state = "idle"  # a state of link.TURNS
+        self.state = "idle"  # a state of link.TURNS, or subscribed
         self.question: dispatch.Question | None = None  # to put once `out` is sent
         self.asked: Sequence[Resource] = ()
         self.offers: list[Offer] = []
@@ -71,9 +76,11 @@ class Client:
 class Inbox:
     """All that the inbox holds. `serve` returns when it has drained, or the opener or the launcher is gone."""
 
-    def __init__(self, launcher: Link, opener: Link) -> None:
+    def __init__(self, launcher: Link, opener: Link, topics: Topics) -> None:
         self._launcher = launcher
         self._opener = opener
+        self._topics = topics
+        self._subscribed: dict[Member, Client] = {}
         self._opener_full = False
         self._by_number: dict[int, Client] = {}
         self._by_descriptor: dict[int, Client] = {}
@@ -109,6 +116,7 @@ class Inbox:
                     self._client_event(client, client_events)
             for client in list(self._more.values()):
                 self._work(client)
+            self._deliver()
             self._worked.clear()
             self._end_slow()
         self._opener.send(link.DRAINED)
@@ -144,19 +152,25 @@ class Inbox:
                 return False
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0]) if descriptors else None
             match link.decode(link.OPENER_TO_INBOX, data):
-                case link.Connected(number, uid) if sock is not None:
-                    self._welcome(Client(number, uid, sock))
+                case Connected(number, sender, rights) if sock is not None:
+                    client = Client(number, sender, sock)
+                    self._topics.allow(client.member, rights)
+                    self._welcome(client)
+                case RightsChanged(number, rights):
+                    if number in self._by_number:
+                        self._allow(self._by_number[number], rights)
+                case TopicsChanged(topics):
+                    self._topics.use(topics)
                 case link.Outcome(number, refusal):
-                    client = self._by_number.get(number)
-                    if client is not None:
+                    if number in self._by_number:
+                        client = self._by_number[number]
                         if refusal is not None:
                             client.out += self._refusal(client, refusal)
                             client.doomed |= isinstance(refusal, ClientNotReading)
                         self._end_turn(client)
                 case link.Offered(number, last, offers):
-                    client = self._by_number.get(number)
-                    if client is not None:
-                        self._offered(client, offers, last=last)
+                    if number in self._by_number:
+                        self._offered(self._by_number[number], offers, last=last)
                 case link.Drain():
                     self._drain()
                 case link.Ping():
@@ -205,7 +219,7 @@ class Inbox:
         """Answer what has been asked, read nothing more."""
         self._draining = True
         for client in list(self._by_number.values()):
-            if client.state in ("watching", "stopping"):  # nothing more is owed to them
+            if client.state in ("watching", "stopping", "subscribed"):  # nothing more is owed to them
                 self._close(client, _ENDED)
             elif client.state == "idle":
                 if not client.out:
@@ -283,11 +297,65 @@ class Inbox:
         self._worked[client.uid] = self._worked.get(client.uid, 0) + 1
         dispatch_message = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
         action = dispatch_message(message)
-        if isinstance(action, dispatch.Answer):
-            client.out += action.data
-        else:
-            client.question = action
+        match action:
+            case dispatch.Answer(data):
+                client.out += data
+            case dispatch.Publish():
+                self._publish(client, action)
+            case dispatch.Subscribe(topics):
+                self._subscribe(client, topics)
+            case _:
+                client.question = action
         return True
+
+    # ---- messages
+
+    def _publish(self, client: Client, message: dispatch.Publish) -> None:
+        framed = client.decoder.framed
+        try:
+            self._topics.publish(
+                client.member, message.topic, message.payload, text=message.text, encoding=message.encoding
+            )
+            answer = dispatch.SENT[not framed]
+        except MessageRefused as refused:
+            self._note(client, refused, "send")
+            answer = dispatch.message_refused(refused, framed=framed)
+        if not message.silent:
+            client.out += answer
+
+    def _subscribe(self, client: Client, topics: list[str]) -> None:
+        others = sum(member.sender.uid == client.uid for member in self._subscribed)
+        try:
+            self._topics.subscribe(client.member, topics, others)
+        except MessageRefused as refused:
+            self._note(client, refused, "subscribe")
+            client.out += dispatch.message_refused(refused, framed=False)
+        else:
+            client.state = "subscribed"
+            self._subscribed[client.member] = client
+
+    def _allow(self, client: Client, rights: Rights) -> None:
+        """Other rights for a client; one that has subscribed to what it may not have any more is told so."""
+        try:
+            self._topics.allow(client.member, rights)
+        except MessageRefused as refused:
+            del self._subscribed[client.member]
+            client.out += client.member.take() + dispatch.message_refused(refused, framed=False)
+            self._end_turn(client)
+
+    def _note(self, client: Client, refused: MessageRefused, verb: str) -> None:
+        """Have a denial recorded, unless the opener has more to read than it can already."""
+        if refused.name == "Denied" and not self._opener.waiting:
+            use = TopicUse(verb, str(refused.parameters["topic"]))
+            self._opener.send(encode_refused(client.number, use))
+
+    def _deliver(self) -> None:
+        """Send on what has come in this turn: of each subscriber all of it at once."""
+        while self._topics.fresh:
+            member, _ = self._topics.fresh.popitem()
+            client = self._subscribed.get(member)
+            if client is not None:
+                self._settle(client)
 
     def _ask(self, client: Client) -> bool:
         """Put the question to the opener once all answers before it are sent; false when they are not."""
@@ -326,6 +394,9 @@ class Inbox:
     def _settle(self, client: Client) -> None:
         """After whatever happened: send, close if that was all, and wait for what can come next."""
         sent = self._send(client)
+        if sent and client.member.queue:
+            client.out += client.member.take()
+            sent = self._send(client)
         idle = client.state == "idle" and client.question is None and client.number not in self._more
         if sent and idle and (client.doomed or client.ended or self._draining):
             self._close(client, client.reason)
@@ -348,6 +419,8 @@ class Inbox:
         del self._by_descriptor[client.sock.fileno()]
         self._more.pop(client.number, None)
         self._partial.pop(client.number, None)
+        if self._subscribed.pop(client.member, None) is not None:
+            self._topics.forget(client.member)
         # taken out by hand: epoll would keep it for as long as the opener's copy is open
         self._epoll.unregister(client.sock.fileno())
         client.sock.close()

@@ -1,4 +1,4 @@
-"""What /proc shows about another process: its name for itself, its ids, its namespaces.
+"""What /proc shows about another process: its name for itself, its ids, its session, its namespaces.
 
 Runs in: opener, namespaces worker, command line. The process's owner controls `comm`, and nothing else here.
 """
@@ -6,6 +6,7 @@ Runs in: opener, namespaces worker, command line. The process's owner controls `
 from __future__ import annotations
 
 import os
+import re
 import select
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -34,6 +35,19 @@ def comm(proc: int, pid: int) -> str:
         return _read(proc, f"{pid}/comm").rstrip(b"\n").decode(errors="backslashreplace")
     except OSError:
         return ""
+
+
+# one line of cgroup(5) for the tree that systemd manages: "0::/…" or "1:name=systemd:/…"
+_SESSION = re.compile(rb"^(?:0:|1:name=systemd):/(?:[^\n]*/)?session-([A-Za-z0-9_]{1,32})\.scope(?:/|$)", re.MULTILINE)
+
+
+def session(proc: int, pid: int) -> str:
+    """The login session of process `pid`, as logind names it by its control group, or "". Root alone puts it there."""
+    try:
+        found = _SESSION.search(_read(proc, f"{pid}/cgroup"))
+    except OSError:
+        return ""
+    return found[1].decode() if found else ""
 
 
 def id_maps(proc: int, pid: int) -> tuple[bytes, bytes] | None:

@@ -14,7 +14,7 @@ from fdbroker.kernel.devices import nodes_matching
 from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.paths import is_literal, literal_folder
-from fdbroker.terms import DeviceRule, NamespaceRule, SocketRule
+from fdbroker.terms import DeviceRule, NamespaceRule, SocketRule, TopicRule
 
 _MODE_BITS = {"ro": 4, "wo": 2, "rw": 6}
 _RIGHTS = {"ro": READ_FILE, "wo": WRITE_FILE, "rw": READ_FILE | WRITE_FILE}
@@ -48,6 +48,8 @@ def needs(policy: Policy) -> Needs:
     reasons = []
     worker: set[str] | None = None
     for rule in policy.all_rules():
+        if isinstance(rule, TopicRule):
+            continue
         if not isinstance(rule, DeviceRule):
             wanted = _of_worker(rule)
             worker = wanted if worker is None else worker | wanted

@@ -130,9 +130,9 @@ def start_children(listener: socket.socket, policy: bytes, need: Needs) -> list[
             "inbox": opener_inbox.fileno(),
             "policy": policy_fd,
         }
-        if journal is not None:
-            opener["journal"] = ours.enter_context(journal).fileno()
         inbox = {"launcher": inbox_end.fileno(), "opener": inbox_opener.fileno()}
+        if journal is not None:
+            opener["journal"] = inbox["journal"] = ours.enter_context(journal).fileno()
         children = []
         if need.worker is not None:
             to_worker, worker_end = pair()

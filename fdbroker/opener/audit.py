@@ -7,19 +7,15 @@ The fields stand in docs/operating.md, which a test compares with FIELDS.
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import os
-import select
 import socket
 from collections import deque
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.terms import Device, Resource, Subject
-from fdbroker.wire.journal import encode_fields, escaped
+from fdbroker.kernel.records import NotRecorded, Records
+from fdbroker.terms import Device, Resource, Subject, TopicUse
+from fdbroker.wire.journal import escaped
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode
 _REPEAT_S = limits.AUDIT_REPEAT_SECONDS
 _REFUSALS = limits.AUDIT_REFUSALS
 _USERS = limits.AUDIT_USERS
@@ -77,16 +73,12 @@ class Record(NamedTuple):
     stage: str
     connection: int
     subject: Subject | None
-    resource: Resource | None
+    resource: Resource | TopicUse | None
     reason: str
     rule: str = ""
     rdev: str = ""
     inode: str = ""
     sort: str = ""  # what makes two refusals alike, where the reason has numbers in it
-
-
-class NotRecorded(Exception):
-    """The record could not be written now; nothing may be granted on it."""
 
 
 def fields(record: Record, repeated: int = 0) -> dict[str, str]:
@@ -143,17 +135,15 @@ class _Window:
 
 
 class Audit:
-    """Writes records to the journal's socket, or to standard error as JSON lines where there is none.
+    """Writes records of what is granted and refused.
 
     Takes `journal`, a connected datagram socket, or None.
     """
 
     def __init__(self, journal: socket.socket | None) -> None:
-        self._journal = journal
+        self._records = Records(journal)
         self._windows: dict[int, _Window] = {}  # by uid, -1 for unknown
         self._owed: deque[Record] = deque(maxlen=_USERS)
-        self._stderr = select.poll()
-        self._stderr.register(2, select.POLLOUT)
 
     @property
     def counting(self) -> bool:
@@ -168,17 +158,7 @@ class Audit:
 
     def write(self, record: Record, repeated: int = 0) -> None:
         """Write one record. Raises NotRecorded when the journal, or standard error, takes nothing now."""
-        values = fields(record, repeated)
-        try:
-            if self._journal is not None:
-                self._journal.send(encode_fields(values), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            else:
-                # never wait for who reads it; it is not ours to make non-blocking, others share it
-                line = _encode(values).encode(errors="backslashreplace") + b"\n"
-                if not self._stderr.poll(0) or os.write(2, line) != len(line):
-                    raise NotRecorded("standard error")
-        except OSError as error:
-            raise NotRecorded(errno.errorcode.get(error.errno or 0, "?")) from None
+        self._records.write(fields(record, repeated))
 
     def undo(self, record: Record) -> None:
         """Say that what was recorded did not happen: now, or as soon as it can be written."""

@@ -15,7 +15,8 @@ from fdbroker.errors import ClientNotReading, Denied, QuotaExceeded, RateLimited
 from fdbroker.kernel import sockets
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import View, decide, view
-from fdbroker.terms import Resource, Rule, Subject
+from fdbroker.terms import TOPIC_VERBS, Resource, Rule, Subject, Topic, TopicUse
+from fdbroker.wire.rights import Rights
 
 _WAIT_LIMIT_MS = limits.WAIT_LIMIT_MS
 # The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.
@@ -135,6 +136,16 @@ class Connection:
             self.account.lingering.discard(self)
             self.account.unread.discard(self)
             self.sock.close()
+
+
+def message_rights(seen: View, topics: Sequence[Topic]) -> Rights:
+    """What a connection may do with messages; the inbox judges by it, for it alone could break it."""
+    send, subscribe = (
+        frozenset(index for index, topic in enumerate(topics) if decide(seen, TopicUse(verb, topic.name)).rules)
+        for verb in TOPIC_VERBS
+    )
+    maxima = seen.limits
+    return Rights(send, subscribe, maxima["requests_per_second"], maxima["burst"], maxima["subscriptions"])
 
 
 def authorize_connection(account: Account, seen: View) -> None:

@@ -42,8 +42,9 @@ class Identifier:
         try:
             comm = processes.comm(self._proc, subject.pid)
             maps = processes.id_maps(self._proc, subject.pid)
+            session = processes.session(self._proc, subject.pid)
             if not processes.is_alive(pidfd):  # what was read may be another process's
                 return subject
         finally:
             os.close(pidfd)
-        return subject._replace(comm=comm, foreign=maps is None or maps != self._own_maps)
+        return subject._replace(comm=comm, foreign=maps is None or maps != self._own_maps, session=session)

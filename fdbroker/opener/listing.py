@@ -11,24 +11,52 @@ from itertools import islice
 
 from fdbroker import limits
 from fdbroker.errors import Refused
+from fdbroker.kernel import inotify
 from fdbroker.kernel.devices import nodes_matching
+from fdbroker.opener.authorize import Connection
 from fdbroker.opener.open import Nodes
 from fdbroker.policy.decide import View, decide
 from fdbroker.policy.paths import matcher
 from fdbroker.terms import (
     ACCESS_NAMES,
+    DenyRule,
     Device,
     DeviceRule,
     Namespace,
     NamespaceRule,
     Offer,
     Resource,
+    Rule,
     Socket,
     SocketRule,
 )
+from fdbroker.wire import link
 
 _OFFERS = limits.OFFERS
 NETNS = "/run/netns"  # ip-netns(8)
+
+# What was found, by what it depends on: rules, deny rules, and a pid, if a rule is for the caller's processes.
+Listed = dict[tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[DenyRule, ...], int], list[Offer]]
+
+
+def listing(connection: Connection, nodes: Nodes, notify: int, listed: Listed | None = None) -> list[bytes]:
+    """The messages of a listing; `listed` keeps what was found for subjects that the policy sees alike.
+
+    The inotify descriptor `notify`, borrowed, reports from now on when it may have changed.
+    """
+    seen, pid = connection.view, connection.subject.pid
+    if not any(isinstance(rule, NamespaceRule) and rule.of_caller for rule in seen.others):
+        pid = 0  # then the list is the same for every process
+    key = (seen.devices, seen.others, seen.deny, pid)
+    found = None if listed is None else listed.get(key)
+    if found is None:
+        folders: set[str] = set()
+        found = offers(seen, pid, nodes, folders)
+        for folder in folders:
+            inotify.watch_directory(notify, folder)
+        if listed is not None:
+            listed[key] = found
+    return link.split_offers(connection.number, found)
 
 
 def offers(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> list[Offer]:

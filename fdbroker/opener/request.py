@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from fdbroker.errors import Denied, OpenFailed, RateLimited, Refused
 from fdbroker.kernel.processes import is_alive
-from fdbroker.opener.audit import Audit, NotRecorded, Record
+from fdbroker.kernel.records import NotRecorded
+from fdbroker.opener.audit import Audit, Record
 from fdbroker.opener.authorize import Connection, authorize_request, authorize_resources
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.send import compose, send_grants

@@ -18,9 +18,10 @@ from fdbroker import limits
 from fdbroker.errors import LinkViolation, QuotaExceeded, RateLimited, Refused
 from fdbroker.kernel import inotify, sockets
 from fdbroker.kernel.link import Link, read_memfd
+from fdbroker.kernel.records import NotRecorded
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
 from fdbroker.opener.ask import Asking
-from fdbroker.opener.audit import Audit, NotRecorded, Record
+from fdbroker.opener.audit import Audit, Record
 from fdbroker.opener.authorize import (
     Account,
     Accounts,
@@ -28,16 +29,18 @@ from fdbroker.opener.authorize import (
     authorize_administrator,
     authorize_connection,
     authorize_request,
+    message_rights,
 )
 from fdbroker.opener.identify import Identifier
-from fdbroker.opener.listing import offers
+from fdbroker.opener.listing import Listed, listing
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.request import Opening, finish_open, refuse_open, start_open
 from fdbroker.opener.send import say_refusal
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.policy.decide import view
-from fdbroker.terms import DenyRule, NamespaceRule, Offer, Rule, Subject
-from fdbroker.wire import link
+from fdbroker.terms import Subject
+from fdbroker.wire import link, rights
+from fdbroker.wire.rights import Sender
 
 _ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
@@ -48,8 +51,6 @@ _SETTLE_S = 0.1
 _LINGER_S = 1.0
 # How soon a client may try again when the journal takes no record now.
 _RETRY_MS = 100
-
-Listed = dict[tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[DenyRule, ...], int], list[Offer]]
 
 
 class Opener:
@@ -98,6 +99,7 @@ class Opener:
         poll.register(self._inotify, select.EPOLLIN)
         if self._asking.fileno() >= 0:
             poll.register(self._asking.fileno(), select.EPOLLIN)
+        self._inbox.send(rights.encode_topics(self._policy.topics))
         self._launcher.send(link.READY)
         while True:
             self._arm()
@@ -212,7 +214,9 @@ class Opener:
 
     def _hand_on(self, sock: socket.socket, subject: Subject, account: Account) -> None:
         """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
-        message = link.encode_connected(self._last_number + 1, subject.uid)
+        seen = view(self._policy, subject)
+        sender = Sender(subject.uid, subject.gid, subject.pid, subject.session)
+        message = rights.encode_connected(self._last_number + 1, sender, message_rights(seen, self._policy.topics))
         try:
             if not self._inbox.send_with_descriptors(message, [sock.fileno()]):
                 self._held = (sock, subject, account)
@@ -224,7 +228,6 @@ class Opener:
             self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
             return
         self._last_number += 1
-        seen = view(self._policy, subject)
         self._connections[self._last_number] = Connection(self._last_number, sock, subject, seen, account)
 
     def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded, subject: Subject | None, why: str = "") -> None:
@@ -270,6 +273,10 @@ class Opener:
                 self._shutdown(self._turn(number, "Shutdown"))
             case link.Closed(number, reason):
                 self._close(self._turn(number, "Closed"), reason)
+            case rights.MessageRefused(number, use):
+                connection = self._turn(number, "MessageRefused")
+                record = Record("refused", "authorize", number, connection.subject, use, "no rule allows it")
+                self._audit.refuse(record, time.monotonic())
             case link.Pong():
                 if not self._pings:
                     raise LinkViolation("a Pong without a Ping")
@@ -354,28 +361,12 @@ class Opener:
         except Refused as refusal:
             self._refuse(connection, refusal)
             return
-        parts = self._listing(connection)
+        parts = listing(connection, self._nodes, self._inotify)
         if connection.state == "watching":
             self._watching[connection.number] = parts
         connection.state = link.TURNS[connection.state, "Offered"]
         for part in parts:
             self._inbox.send(part)
-
-    def _listing(self, connection: Connection, listed: Listed | None = None) -> list[bytes]:
-        """The messages of a listing; `listed` keeps what was found for subjects that the policy sees alike."""
-        seen, pid = connection.view, connection.subject.pid
-        if not any(isinstance(rule, NamespaceRule) and rule.of_caller for rule in seen.others):
-            pid = 0  # then the list is the same for every process
-        key = (seen.devices, seen.others, seen.deny, pid)
-        found = None if listed is None else listed.get(key)
-        if found is None:
-            folders: set[str] = set()
-            found = offers(seen, pid, self._nodes, folders)
-            for folder in folders:
-                inotify.watch_directory(self._inotify, folder)
-            if listed is not None:
-                listed[key] = found
-        return link.split_offers(connection.number, found)
 
     def _list_again(self) -> None:
         """Tell every watching client whose list has changed; the rest later while the inbox's link is full."""
@@ -384,7 +375,7 @@ class Opener:
             if self._inbox.waiting:
                 self._changed_at_s = time.monotonic()
                 return
-            parts = self._listing(self._connections[number], listed)
+            parts = listing(self._connections[number], self._nodes, self._inotify, listed)
             if parts != before:
                 self._watching[number] = parts
                 for part in parts:
@@ -418,8 +409,10 @@ class Opener:
     def _use(self, policy: Policy) -> None:
         """Judge by `policy` from the next request on."""
         self._policy = policy
+        self._inbox.send(rights.encode_topics(policy.topics))
         for connection in self._connections.values():
             connection.see(policy)
+            self._inbox.send(rights.encode_changed(connection.number, message_rights(connection.view, policy.topics)))
         self._list_again()
 
     def _stop(self) -> None:

@@ -6,6 +6,7 @@ Runs in: launcher, command line. Opens nothing but the policy's files, by load; 
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import NOBODY, decide, view
 from fdbroker.policy.load import Node, close, in_order, load
-from fdbroker.policy.paths import dangerous_name, glob_error, name_glob_error
+from fdbroker.policy.paths import dangerous_name, glob_error, is_literal, name_glob_error
 from fdbroker.terms import (
     ACCESS_COVERS,
     FAMILIES,
     INVALID_ID,
     NEW_NAMESPACE_TYPES,
     SOCKET_TYPES,
+    TOPIC_VERBS,
     DenyRule,
     DeviceRule,
     NamespaceRule,
@@ -29,8 +31,11 @@ from fdbroker.terms import (
     Rule,
     SocketRule,
     Subject,
+    Topic,
+    TopicRule,
+    TopicUse,
     Uplink,
-    parse,
+    parse_asked,
 )
 
 # What a class's devices can do at all, where that is less than everything. Source: the drivers' file_operations.
@@ -41,7 +46,7 @@ class PolicyTest(NamedTuple):
     """One entry of `tests:`: what `subject` gets when it asks for `resource`."""
 
     subject: Subject
-    resource: Resource
+    resource: Resource | TopicUse
     allowed: bool
     place: Node
 
@@ -62,6 +67,7 @@ def load_policy(path: str, *, trusted: bool) -> Loaded:
     work = _Compiler(findings)
     for document in load(path, findings, trusted=trusted):
         work.document(document)
+    work.check_topics()
     if findings:
         raise PolicyError(in_order(findings))
     return work.result()
@@ -93,6 +99,8 @@ class _Compiler:
         self.by_gid: dict[int, list[Rule]] = {}
         self.everyone: list[Rule] = []
         self.deny: list[DenyRule] = []
+        self.topics: dict[str, Topic] = {}
+        self.named_topics: list[Node] = []  # by name, in rules: they must exist
         self.uid_limits: dict[int, dict[str, int]] = {}
         self.gid_limits: dict[int, dict[str, int]] = {}
         self.everyone_limits: dict[str, int] = {}
@@ -111,6 +119,7 @@ class _Compiler:
                 self.uid_limits,
                 self.gid_limits,
                 self.everyone_limits,
+                tuple(self.topics.values()),
             ),
             tuple(self.tests),
         )
@@ -138,6 +147,8 @@ class _Compiler:
                 self.entry(entry, source, self.by_uid.setdefault(uid, []), self.uid_limits.setdefault(uid, {}))
         if "everyone" in parts:
             self.entry(parts["everyone"], "everyone", self.everyone, self.everyone_limits)
+        for name, (place, entry) in parts["topics"].value.items() if "topics" in parts else ():
+            self.topic(name, place, entry)
         for node in document.items("deny"):
             self.deny_rule(node)
         for node in document.items("tests"):
@@ -171,6 +182,8 @@ class _Compiler:
         compiled: list[tuple[Node, Rule]] = [(node, self.device(node, source)) for node in entry.items("devices")]
         compiled += [(node, self.namespace(node, source)) for node in entry.items("namespaces")]
         compiled += [(node, self.socket(node, source)) for node in entry.items("sockets")]
+        for verb in TOPIC_VERBS:
+            rules += [self.topic_rule(verb, node, source) for node in entry.items(verb)]
         for node, rule in compiled:
             if node.get("membership") == "nss" and gid is not None:
                 # the database's word: the rule goes to its members of this moment, one by one
@@ -261,6 +274,32 @@ class _Compiler:
         ports = tuple(dict.fromkeys(one.value for one in node.items("bind")))
         return SocketRule(self.name_glob(node, "namespace"), families, types, ports, source, f"{node.file}:{node.line}")
 
+    def topic(self, name: str, place: Node, node: Node) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > limits.TOPIC_BYTES:
+            expected = f"letters, digits, dots, hyphens and underscores, at most {limits.TOPIC_BYTES}"
+            self.findings.append(place.finding(f"topic {name!r}", expected))
+        elif name in self.topics:
+            self.findings.append(place.finding(f"topic {name!r} for the second time", "each in one file"))
+        elif len(self.topics) >= limits.TOPICS:
+            self.findings.append(place.finding(f"over {limits.TOPICS} topics"))
+        deliver = tuple(dict.fromkeys(one.value for one in node.items("deliver"))) or ("subscribers",)
+        self.topics[name] = Topic(name, deliver, node.get("maximum_bytes") or limits.MESSAGE_BYTES)
+
+    def topic_rule(self, verb: str, node: Node, source: str) -> TopicRule:
+        trouble = name_glob_error(node.value)
+        if trouble:
+            self.findings.append(node.finding(f"topic {node.value!r}: {trouble}"))
+        elif is_literal(node.value):
+            self.named_topics.append(node)
+        return TopicRule(verb, "" if trouble else node.value, source, f"{node.file}:{node.line}")
+
+    def check_topics(self) -> None:
+        """Once all files are read: a rule that names a topic which does not exist is a mistake."""
+        for node in self.named_topics:
+            if node.value not in self.topics:
+                hint = close(node.value, self.topics) or "declare it under `topics:`"
+                self.findings.append(node.finding(f"unknown topic {node.value!r}", hint=hint))
+
     def deny_rule(self, node: Node) -> None:
         parts = []
         users, groups = node.items("users"), node.items("groups")
@@ -305,14 +344,16 @@ class _Compiler:
             )
         )
 
-    def asked(self, node: Node) -> Resource | None:
+    def asked(self, node: Node) -> Resource | TopicUse | None:
         """What a test asks for."""
         text = node.get("open")
         try:
-            resource = parse(text, node.get("access") or "ro")
+            resource = parse_asked(text, node.get("access") or "ro")
         except ValueError as error:
             self.findings.append(node.value["open"].finding(f"open {text!r}", str(error)))
             return None
+        if isinstance(resource, TopicUse):
+            self.named_topics.append(node.value["open"]._replace(value=resource.topic))
         return resource
 
 

@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Uplink
+from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Topic, TopicRule, Uplink
 
-_KINDS: dict[str, Any] = {"device": DeviceRule, "namespace": NamespaceRule, "socket": SocketRule}
+_KINDS: dict[str, Any] = {"device": DeviceRule, "namespace": NamespaceRule, "socket": SocketRule, "topic": TopicRule}
 
 
 class Policy(NamedTuple):
@@ -27,6 +27,7 @@ class Policy(NamedTuple):
     uid_limits: dict[int, dict[str, int]]
     gid_limits: dict[int, dict[str, int]]
     everyone_limits: dict[str, int]
+    topics: tuple[Topic, ...] = ()
 
     def all_rules(self) -> Iterable[Rule]:
         """Every allow rule, each once."""
@@ -56,7 +57,9 @@ def to_bytes(policy: Policy) -> bytes:
 
 def from_bytes(data: bytes) -> Policy:
     """The inverse of `to_bytes`. Raises ValueError, TypeError or LookupError for anything else."""
-    uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits = json.loads(data)
+    uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits, topics = (
+        json.loads(data)
+    )
 
     def rules(items: list[list[Any]]) -> tuple[Any, ...]:
         return tuple(_rule(*item) for item in items)
@@ -75,6 +78,7 @@ def from_bytes(data: bytes) -> Policy:
         {int(uid): maxima for uid, maxima in uid_limits.items()},
         {int(gid): maxima for gid, maxima in gid_limits.items()},
         everyone_limits,
+        tuple(Topic(name, tuple(deliver), maximum) for name, deliver, maximum in topics),
     )
 
 

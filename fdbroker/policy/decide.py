@@ -26,6 +26,8 @@ from fdbroker.terms import (
     Socket,
     SocketRule,
     Subject,
+    TopicRule,
+    TopicUse,
 )
 
 # Ids that stand for "not known who": no rule is for them.
@@ -37,6 +39,7 @@ class View(NamedTuple):
 
     devices: tuple[DeviceRule, ...]
     others: tuple[NamespaceRule | SocketRule, ...]
+    topics: tuple[TopicRule, ...]
     deny: tuple[DenyRule, ...]
     limits: dict[str, int]
     administrator: bool
@@ -52,7 +55,7 @@ class Decision(NamedTuple):
     denied_by: DenyRule | None
 
 
-_NOTHING = View((), (), (), {}, administrator=False)
+_NOTHING = View((), (), (), (), {}, administrator=False)
 
 
 def view(policy: Policy, subject: Subject) -> View:
@@ -77,8 +80,9 @@ def view(policy: Policy, subject: Subject) -> View:
     limits |= policy.uid_limits.get(subject.uid, {})
     each = dict.fromkeys(rules)
     devices = tuple(rule for rule in each if isinstance(rule, DeviceRule))
-    others = tuple(rule for rule in each if not isinstance(rule, DeviceRule))
-    return View(devices, others, deny, limits, is_administrator(policy, subject))
+    others = tuple(rule for rule in each if isinstance(rule, NamespaceRule | SocketRule))
+    topics = tuple(rule for rule in each if isinstance(rule, TopicRule))
+    return View(devices, others, topics, deny, limits, is_administrator(policy, subject))
 
 
 def is_administrator(policy: Policy, subject: Subject) -> bool:
@@ -92,7 +96,7 @@ def is_administrator(policy: Policy, subject: Subject) -> bool:
     )
 
 
-def well_formed(resource: Resource) -> bool:
+def well_formed(resource: Resource | TopicUse) -> bool:
     """Whether a rule can name this at all: the plain spelling of a path, or a name that a file can have."""
     match resource:
         case Device(path):
@@ -101,9 +105,11 @@ def well_formed(resource: Resource) -> bool:
             return not name or (type_ == "net" and is_namespace_name(name))
         case Socket(namespace):
             return is_namespace_name(namespace)
+        case TopicUse(_, topic):
+            return is_namespace_name(topic)
 
 
-def covers(rule: Rule, resource: Resource) -> bool:
+def covers(rule: Rule, resource: Resource | TopicUse) -> bool:
     """Whether an allow rule names this, with that access."""
     match rule, resource:
         case DeviceRule(), Device(path, access):
@@ -121,10 +127,12 @@ def covers(rule: Rule, resource: Resource) -> bool:
                 and (not port or port in rule.ports)
                 and matcher(rule.namespace).fullmatch(namespace) is not None
             )
+        case TopicRule(), TopicUse(verb, topic):
+            return verb == rule.verb and matcher(rule.pattern).fullmatch(topic) is not None
     return False
 
 
-def denying_rule(seen: View, resource: Resource) -> DenyRule | None:
+def denying_rule(seen: View, resource: Resource | TopicUse) -> DenyRule | None:
     """The first deny rule that names this, with whatever access."""
     for rule in seen.deny:
         if isinstance(resource, Device):
@@ -142,12 +150,19 @@ def denying_rule(seen: View, resource: Resource) -> DenyRule | None:
     return None
 
 
-def decide(seen: View, resource: Resource) -> Decision:
+def decide(seen: View, resource: Resource | TopicUse) -> Decision:
     """Judge what is asked as text. No system call is made on a path that no rule names."""
     if not well_formed(resource):
         return Decision((), None)
     denied_by = denying_rule(seen, resource)
     if denied_by is not None:
         return Decision((), denied_by)
-    rules: tuple[Rule, ...] = seen.devices if isinstance(resource, Device) else seen.others
+    rules: tuple[Rule, ...]
+    match resource:
+        case Device():
+            rules = seen.devices
+        case TopicUse():
+            rules = seen.topics
+        case _:
+            rules = seen.others
     return Decision(tuple(rule for rule in rules if covers(rule, resource)), None)

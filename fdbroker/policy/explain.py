@@ -23,9 +23,10 @@ from fdbroker.terms import (
     Socket,
     SocketRule,
     Subject,
+    TopicUse,
 )
 
-_KINDS = {Device: "path", Namespace: "namespace", Socket: "socket"}
+_KINDS = {Device: "path", Namespace: "namespace", Socket: "socket", TopicUse: "topic"}
 _NEAR_MOST = 3
 _ALIKE_LEAST = 0.6  # difflib's own idea of close
 
@@ -49,9 +50,11 @@ class Explanation(NamedTuple):
     change: str
 
 
-def explain(policy: Policy, subject: Subject, resource: Resource, user: str) -> Explanation:
+def explain(policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str) -> Explanation:
     """Judge as the opener would, and say why. `user` is the subject's name for the text."""
     decision = decide(view(policy, subject), resource)
+    if isinstance(resource, TopicUse) and resource.topic not in {topic.name for topic in policy.topics}:
+        return _denied(policy, subject, resource, user, Decision((), None))
     if decision.rules:
         first = decision.rules[0]
         reason = f"{first.where} ({first.source}) allows it{_condition(first)}"
@@ -74,7 +77,9 @@ def _condition(rule: Rule) -> str:
     return ""
 
 
-def _denied(policy: Policy, subject: Subject, resource: Resource, user: str, decision: Decision) -> Explanation:
+def _denied(
+    policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str, decision: Decision
+) -> Explanation:
     near = tuple(_near(policy, subject, resource, user)[:_NEAR_MOST])
     if subject.uid in NOBODY:
         reason = f"uid {subject.uid} stands for users that the kernel cannot map: nothing is for it"
@@ -82,6 +87,9 @@ def _denied(policy: Policy, subject: Subject, resource: Resource, user: str, dec
     elif not well_formed(resource) and isinstance(resource, Device):
         reason = "no rule can name this path: it is not the plain spelling of a path below /dev"
         change = "ask for the path without .., ., // or a slash at its end"
+    elif isinstance(resource, TopicUse) and resource.topic not in {topic.name for topic in policy.topics}:
+        reason = "the policy has no such topic"
+        change = "declare it under `topics:`, and allow it"
     elif not well_formed(resource):
         reason = "no rule can name this: it is not the name that a file in /run/netns can have"
         change = "ask for a name that `ip netns list` shows"
@@ -100,28 +108,30 @@ def _denied(policy: Policy, subject: Subject, resource: Resource, user: str, dec
     return Explanation(False, (), decision.denied_by, reason, near, change)
 
 
-def _new_rule(resource: Resource, user: str) -> str:
+def _new_rule(resource: Resource | TopicUse, user: str) -> str:
     key, text = _as_rule(resource)
-    return f"add under users: `{user}: {{{key}: [{{{text}}}]}}`"
+    return f"add under users: `{user}: {{{key}: [{text}]}}`"
 
 
-def _as_rule(resource: Resource) -> tuple[str, str]:
-    """The narrowest rule for it: under which key, and what stands in it."""
+def _as_rule(resource: Resource | TopicUse) -> tuple[str, str]:
+    """The narrowest rule for it: under which key, and what stands in the list."""
     match resource:
         case Device(path, access):
-            return "devices", f"path: {path}" + (f", access: {access}" if access != "ro" else "")
+            return "devices", f"{{path: {path}" + (f", access: {access}}}" if access != "ro" else "}")
         case Namespace(kind, name, pid):
             which = f'name: "{name}"' if name else "of: caller" if pid else "create: true"
-            return "namespaces", f"type: {kind}, {which}"
+            return "namespaces", f"{{type: {kind}, {which}}}"
         case Socket(namespace, family, kind, port):
             bind = f", bind: [{port}]" if port else ""
-            return "sockets", f'namespace: "{namespace}", families: [{family}], types: [{kind}]{bind}'
+            return "sockets", f'{{namespace: "{namespace}", families: [{family}], types: [{kind}]{bind}}}'
+        case TopicUse(verb, topic):
+            return verb, topic
 
 
-def _near(policy: Policy, subject: Subject, resource: Resource, user: str) -> list[Near]:
+def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str) -> list[Near]:
     """The rules that almost allow it, nearest first."""
     seen = view(policy, subject)
-    mine: set[Rule] = {*seen.devices, *seen.others}
+    mine: set[Rule] = {*seen.devices, *seen.others, *seen.topics}
     found: list[tuple[float, Near]] = []
     for rule in policy.all_rules():
         if not isinstance(resource, Device) or not isinstance(rule, DeviceRule):
@@ -149,7 +159,7 @@ def _near(policy: Policy, subject: Subject, resource: Resource, user: str) -> li
     return [near for _, near in sorted(found, key=lambda one: one[0])]
 
 
-def _for_others(rule: Rule, resource: Resource, user: str) -> Near:
+def _for_others(rule: Rule, resource: Resource | TopicUse, user: str) -> Near:
     kind, _, name = rule.source.partition(" ")
     if kind == "group":
         change = f"make {user} a member: `usermod -aG {name} {user}`, and log in again"
@@ -158,7 +168,7 @@ def _for_others(rule: Rule, resource: Resource, user: str) -> Near:
     return Near(rule, f"it is for {rule.source}", change)
 
 
-def _near_other(rule: Rule, resource: Resource, user: str, *, is_mine: bool) -> list[tuple[float, Near]]:
+def _near_other(rule: Rule, resource: Resource | TopicUse, user: str, *, is_mine: bool) -> list[tuple[float, Near]]:
     """Whether a rule for namespaces or sockets almost allows one."""
     if covers(rule, resource):
         return [] if is_mine else [(1, _for_others(rule, resource, user))]

@@ -8,7 +8,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fdbroker import limits
-from fdbroker.terms import ACCESS_NAMES, FAMILIES, NAMESPACE_TYPES, NEW_NAMESPACE_TYPES, PORT_MAX, SOCKET_TYPES
+from fdbroker.terms import (
+    ACCESS_NAMES,
+    FAMILIES,
+    HANDLERS,
+    NAMESPACE_TYPES,
+    NEW_NAMESPACE_TYPES,
+    PORT_MAX,
+    SOCKET_TYPES,
+)
 
 
 class Text(NamedTuple):
@@ -145,6 +153,7 @@ _SOCKET = {
         "namespace's `ip_unprivileged_port_start` lets everybody. Default: none.",
     ),
 }
+_TOPICS = Text("a topic; * ? [..] match any part of its name", "^[^/]+$")
 _MEMBERSHIP = Field(
     Choice(("kernel", "nss")),
     "Whose word counts for who is in the group: the kernel's (the groups of the process), or the group database's "
@@ -177,8 +186,8 @@ def _entry(more: dict[str, Field]) -> Mapping:
                 Sequence(Mapping("a socket rule", {**_SOCKET, **more})), "Sockets inside namespaces that may be had."
             ),
             "secrets": Field(Later(), "Secrets."),
-            "send": Field(Later(), "Topics to send to."),
-            "subscribe": Field(Later(), "Topics to subscribe to."),
+            "send": Field(Sequence(_TOPICS), "Topics that messages may be sent to."),
+            "subscribe": Field(Sequence(_TOPICS), "Topics whose messages may be had."),
         },
     )
 
@@ -247,7 +256,8 @@ POLICY = Mapping(
                         ),
                         "open": Field(
                             Text("a resource, as on the command line"),
-                            "What is asked for: a path, `net:NAME`, `TYPE:pid:PID`, `TYPE:new`, `socket:net:NAME`.",
+                            "What is asked for: a path, `net:NAME`, `TYPE:pid:PID`, `TYPE:new`, `socket:net:NAME`, "
+                            "`send:TOPIC` or `subscribe:TOPIC`.",
                             True,
                         ),
                         "access": Field(_ACCESS, "Default: `ro`."),
@@ -257,7 +267,26 @@ POLICY = Mapping(
             ),
             "Run by `fdbroker policy test`, at the start, and before a reload takes effect.",
         ),
-        "topics": Field(Later(), "Message topics."),
+        "topics": Field(
+            Named(
+                "a topic",
+                Mapping(
+                    "a topic",
+                    {
+                        "deliver": Field(
+                            Sequence(Choice(HANDLERS)),
+                            "What happens to its messages: `journal`, each is a record of the journal; `subscribers`, "
+                            "each goes to who has subscribed. Default: `[subscribers]`.",
+                        ),
+                        "maximum_bytes": Field(
+                            Integer(1, limits.MESSAGE_BYTES), "How long a message may be. Default: the most."
+                        ),
+                        "keep": Field(Later(), "How long messages are kept."),
+                    },
+                ),
+            ),
+            "Message topics. Those of the inbox framing, which names none, go to `inbox`.",
+        ),
     },
 )
 

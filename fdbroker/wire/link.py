@@ -23,7 +23,7 @@ from fdbroker.errors import (
     Refused,
 )
 from fdbroker.terms import Offer, Resource
-from fdbroker.wire import resources
+from fdbroker.wire import resources, rights
 from fdbroker.wire.pack import Cursor, exact, flag
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
@@ -73,13 +73,6 @@ class Drained(NamedTuple):
 
 
 # ---- opener to inbox
-
-
-class Connected(NamedTuple):
-    """A new connection of user `uid`; a duplicate of its socket comes with the message."""
-
-    connection: int
-    uid: int
 
 
 class Outcome(NamedTuple):
@@ -144,8 +137,8 @@ class Pong(NamedTuple):
     """The answer, the same way back: so one answer speaks for both children."""
 
 
-ToOpener = Open | List | Shutdown | Closed | Drained | Policy | Stop
-ToInbox = Connected | Outcome | Offered | Drain
+ToOpener = Open | List | Shutdown | Closed | Drained | rights.MessageRefused | Policy | Stop
+ToInbox = rights.Connected | Outcome | Offered | Drain | rights.RightsChanged | rights.Topics
 Message = ToOpener | ToInbox | Applied | StopAsked | WorkerStuck | Restart | Ready | Ping | Pong
 
 # What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
@@ -161,6 +154,7 @@ TURNS: Mapping[tuple[str, str], str] = {
     ("watching", "Outcome"): "idle",
     ("idle", "Shutdown"): "stopping",
     ("stopping", "Outcome"): "idle",
+    ("idle", "MessageRefused"): "idle",
     ("idle", "Closed"): "gone",
     ("opening", "Closed"): "gone",
     ("listing", "Closed"): "gone",
@@ -172,7 +166,6 @@ TURNS: Mapping[tuple[str, str], str] = {
 _TYPE = struct.Struct("!B")
 _CLOSED = struct.Struct("!BQB")
 _SHUTDOWN = struct.Struct("!BQ")
-_CONNECTED = struct.Struct("!BQI")
 _OPEN = struct.Struct("!BQB")  # then `count` resources
 _LIST = struct.Struct("!BQB")
 _OUTCOME = struct.Struct("!BQBBI")  # code, index of the resource (255: none), number; then text
@@ -240,16 +233,6 @@ def encode_shutdown(connection: int) -> bytes:
 
 def _decode_shutdown(data: bytes) -> Shutdown:
     return Shutdown(exact(_SHUTDOWN, data)[1])
-
-
-def encode_connected(connection: int, uid: int) -> bytes:
-    """The socket goes with it as the only descriptor."""
-    return _CONNECTED.pack(1, connection, uid)
-
-
-def _decode_connected(data: bytes) -> Connected:
-    _, connection, uid = exact(_CONNECTED, data)
-    return Connected(connection, uid)
 
 
 def encode_outcome(connection: int, refusal: Refused | None, *, why: bool = False) -> bytes:
@@ -367,13 +350,16 @@ INBOX_TO_OPENER: Decoders = {
     3: _decode_closed,
     4: _plain(Drained()),
     5: _decode_shutdown,
+    6: rights.decode_refused,
     8: _plain(Pong()),
 }
 OPENER_TO_INBOX: Decoders = {
-    1: _decode_connected,
+    1: rights.decode_connected,
     2: decode_outcome,
     3: _decode_offered,
     4: _plain(Drain()),
+    5: rights.decode_changed,
+    6: rights.decode_topics,
     7: _plain(Ping()),
 }
 LAUNCHER_TO_OPENER: Decoders = {1: _decode_policy, 5: _plain(Stop()), 7: _plain(Ping())}

@@ -6,11 +6,12 @@ Runs in: every process of the broker. A taken-over process controls the bytes.
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from fdbroker.errors import LinkViolation
 
 
-def exact(form: struct.Struct, data: bytes) -> tuple[int, ...]:
+def exact(form: struct.Struct, data: bytes) -> tuple[Any, ...]:
     """A message of one size. Raises LinkViolation."""
     try:
         return form.unpack(data)

@@ -6,7 +6,7 @@ Runs in: opener, namespaces worker. Either of them, taken over, controls what th
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.errors import LinkViolation
@@ -102,7 +102,7 @@ def encode_ask(ask: Ask) -> bytes:
 
 
 def _decode_ask(data: bytes) -> Ask:
-    values: list[Any] = list(exact(_ASK, data))
+    values = list(exact(_ASK, data))
     _, request, uid, kind, type_, pid, family, socket_type, port, name = values[:10]
     count, known, maximum = values[10], values[11 : 11 + KNOWN], values[11 + KNOWN]
     linked, isolated, bridge, address = values[12 + KNOWN :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from harness import ALICE, EVERYONE_NULL, Raw, as_user, outcome, running
 
@@ -29,6 +31,8 @@ def test_no_call_takes_a_field_that_says_who_asks(dev, claim):
 
 def test_the_interfaces_have_no_such_field():
     for text in varlink.DESCRIPTIONS.values():
+        # what the broker says of who sent a message goes to who receives it, and no parameter has it
+        text = re.sub(r"^type Message \(.*?^\)", "", text, flags=re.MULTILINE | re.DOTALL)
         lines = [line for line in text.splitlines() if not line.startswith("#")]
         for word in ("uid", "gid", "pid", "user"):
             found = [line for line in lines if f"{word}:" in line.lower()]

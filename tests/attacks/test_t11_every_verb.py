@@ -14,11 +14,17 @@ STRANGERS = {
     "org.varlink.service.GetInterfaceDescription": "granted",
     "io.fdbroker.Broker.Open": "Denied",
     "io.fdbroker.Broker.List": "granted",
+    "io.fdbroker.Inbox.Send": "Denied",
+    "io.fdbroker.Inbox.Subscribe": "Denied",
 }
 PARAMETERS = {
     "org.varlink.service.GetInterfaceDescription": {"interface": "io.fdbroker.Broker"},
     "io.fdbroker.Broker.Open": {"resources": [{"device": "/dev/x"}]},
+    "io.fdbroker.Inbox.Send": {"topic": "inbox", "payload": "x"},
+    "io.fdbroker.Inbox.Subscribe": {"topics": ["inbox"]},
 }
+
+MEMBERS = {"io.fdbroker.Inbox.Subscribe": {"more": True}}
 
 
 def test_with_an_empty_policy_nobody_gets_anything_by_any_method(dev):
@@ -30,7 +36,7 @@ def test_with_an_empty_policy_nobody_gets_anything_by_any_method(dev):
         with Raw(address) as client:
             got = {}
             for method in methods:
-                reply = client.call(method, PARAMETERS.get(method, {}))
+                reply = client.call(method, PARAMETERS.get(method, {}), **MEMBERS.get(method, {}))
                 got[method] = outcome(reply)
                 assert not client.descriptors
                 if method.endswith("List"):

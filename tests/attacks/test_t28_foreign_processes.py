@@ -109,5 +109,5 @@ class _Connection(Connection):
 
 def _connection(sent):
     subject = Subject(ALICE, frozenset(), ALICE, 1, "", "", foreign=True)
-    connection = _Connection(1, _Socket(sent), subject, View((), (), (), {}, administrator=False), Account(1, 0.0))
+    connection = _Connection(1, _Socket(sent), subject, View((), (), (), (), {}, administrator=False), Account(1, 0.0))
     return connection

@@ -14,10 +14,13 @@ import pytest
 
 from fdbroker.errors import ClientNotReading, Denied
 from fdbroker.inbox.service import Inbox
+from fdbroker.inbox.topics import Topics
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
+from fdbroker.kernel.records import Records
 from fdbroker.terms import Device, Offer
 from fdbroker.wire import link
+from fdbroker.wire.rights import Rights, Sender, encode_connected
 
 OPEN = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/x"}]}}\0'
 INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
@@ -32,7 +35,7 @@ class Opener:
         (self.launcher, launcher_end), (self.sock, opener_end) = pair(), pair()
         self.sock.settimeout(5)
         self.launcher.settimeout(5)
-        self.inbox = Inbox(Link(launcher_end), Link(opener_end))
+        self.inbox = Inbox(Link(launcher_end), Link(opener_end), Topics(Records(None)))
         self.error = None
         self.thread = threading.Thread(target=self._run)
         self.ends = [launcher_end, opener_end]
@@ -49,7 +52,9 @@ class Opener:
         sockets.ask_credentials(theirs)
         ours.settimeout(5)
         self.number += 1
-        socket.send_fds(self.sock, [link.encode_connected(self.number, os.getuid())], [theirs.fileno()])
+        socket.send_fds(
+            self.sock, [encode_connected(self.number, Sender(os.getuid(), 0, 1, ""), Rights())], [theirs.fileno()]
+        )
         theirs.close()
         return ours
 

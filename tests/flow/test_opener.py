@@ -23,6 +23,7 @@ from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
 from fdbroker.terms import Device
 from fdbroker.wire import link
+from fdbroker.wire.rights import Topics
 
 POLICY = "version: 1\neveryone: {devices: [{path: /dev/null, access: rw}]}\n"
 
@@ -86,6 +87,7 @@ def world(tmp_path):
     one = World(tmp_path)
     one.thread.start()
     assert one.launcher.recv(10) == link.READY
+    assert one.hear() == Topics(())
     try:
         yield one
     finally:
@@ -113,7 +115,7 @@ def world(tmp_path):
 def test_a_grant_goes_to_the_client_and_its_outcome_to_the_inbox(tmp_path):
     with world(tmp_path) as one:
         client, connected = one.connect()
-        assert connected.uid == os.getuid()
+        assert connected.sender.uid == os.getuid()
         one.inbox.send(link.encode_open(connected.connection, [Device("/dev/null", "rw")]))
         data, (number,), _, _ = socket.recv_fds(client, 65536, 2)
         assert json.loads(data[:-1])["parameters"]["grants"][0]["rdev"] == "1:3"
@@ -205,6 +207,9 @@ def test_a_new_policy_holds_from_the_next_request_on(tmp_path):
         socket.send_fds(one.launcher, [link.encode_policy(2)], [memfd])
         os.close(memfd)
         assert link.decode(link.OPENER_TO_LAUNCHER, one.launcher.recv(100)) == link.Applied(2)
+        # what the inbox is told comes before the answer to anything that it asks afterwards
+        assert one.hear() == Topics(())
+        assert one.hear().connection == connected.connection
         one.inbox.send(link.encode_open(connected.connection, [Device("/dev/null", "ro")]))
         assert type(one.hear().refusal).__name__ == "Denied"
 

@@ -41,7 +41,7 @@ class Machine:
             self.stack.enter_context(end)
         account = self.accounts.setdefault(uid, Account(10, 0.0))
         subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True)
-        view = View((), (RULE, SOCKETS), (), LIMITS, administrator=False)
+        view = View((), (RULE, SOCKETS), (), (), LIMITS, administrator=False)
         made = Opening(Connection(1, ends[0], subject, view, account), resources)
         made.allowed = [(SOCKETS if isinstance(one, Socket) else RULE,) for one in resources]
         self.stack.callback(made.close)

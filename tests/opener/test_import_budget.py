@@ -15,13 +15,13 @@ THIRD_PARTY = {"prctl", "_prctl"}
 OURS = {
     "fdbroker",
     *(f"fdbroker.{name}" for name in ("terms", "errors", "limits", "wire", "policy", "kernel", "opener")),
-    *(f"fdbroker.wire.{name}" for name in ("journal", "link", "pack", "resources", "worker")),
+    *(f"fdbroker.wire.{name}" for name in ("journal", "link", "pack", "resources", "rights", "worker")),
     *(f"fdbroker.policy.{name}" for name in ("compiled", "decide", "paths")),
     *(
         f"fdbroker.kernel.{name}"
         for name in (
             *("capabilities", "confine", "devices", "inotify", "landlock", "libc", "link", "openat", "orders"),
-            *("processes", "sockets"),
+            *("processes", "records", "sockets"),
         )
     ),
     *(

@@ -21,7 +21,7 @@ def errors(tmp_path, text):
     [
         (
             "version: 1\ngrups: {}\n",
-            "F:2:1: unknown key 'grups' in a policy, expected one of version, administrators, limits, groups, users, everyone, deny, tests; did you mean groups?",
+            "F:2:1: unknown key 'grups' in a policy, expected one of version, administrators, limits, groups, users, everyone, deny, tests, topics; did you mean groups?",
         ),
         (
             "version: 1\nusers: {0: {devices: [{path: /dev/x, access: readwrite}]}}\n",
@@ -48,7 +48,22 @@ def errors(tmp_path, text):
             "version: 1\nusers: {0: {devices: [{path: /dev/x, revoke: on-disconnect}]}}\n",
             "F:2:38: revoke is not in this version; remove it; nothing else would enforce it",
         ),
-        ("version: 1\ntopics: {}\n", "F:2:1: topics is not in this version; remove it; nothing else would enforce it"),
+        (
+            "version: 1\ntopics: {x: {keep: 7d}}\n",
+            "F:2:14: keep is not in this version; remove it; nothing else would enforce it",
+        ),
+        (
+            "version: 1\ntopics: {x: {deliver: [queue]}}\n",
+            "F:2:24: deliver, expected journal or subscribers, found 'queue'",
+        ),
+        (
+            "version: 1\ntopics: {news: {}}\neveryone: {send: [nws]}\n",
+            "F:3:19: unknown topic 'nws'; did you mean news?",
+        ),
+        (
+            "version: 1\ntopics: {a b: {}}\n",
+            "F:2:10: topic 'a b', expected letters, digits, dots, hyphens and underscores, at most 64",
+        ),
         ("version: 1\ndeny: [{devices: [/dev/x]}]\n", "F:2:8: a deny rule without any of groups, users, everyone"),
         (
             "version: 1\ndeny: [{everyone: false, devices: [/dev/x]}]\n",
@@ -70,7 +85,7 @@ def errors(tmp_path, text):
         ),
         ("version: 1\nusers:\n", "F:2:7: a user, expected a mapping, found nothing"),
     ],
-    ids=range(17),
+    ids=range(20),
 )
 def test_an_error_says_where_what_was_expected_and_what_to_do(tmp_path, text, error):
     assert errors(tmp_path, text) == [error]

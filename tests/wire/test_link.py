@@ -14,10 +14,12 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
-from fdbroker.terms import Device, Offer
-from fdbroker.wire import link
+from fdbroker.terms import Device, Offer, Topic, TopicUse
+from fdbroker.wire import link, rights
+from fdbroker.wire.rights import Rights, Sender
 
 BIG = 2**64 - 1
+TOPICS = (Topic("inbox", ("journal", "subscribers"), 65536), Topic("x" * 64, ("subscribers",), 1))
 OFFERS = [Offer(Device(f"/dev/{index}", "rw"), f"/etc/policy.yaml:{index}") for index in range(20)]
 
 
@@ -35,7 +37,19 @@ OFFERS = [Offer(Device(f"/dev/{index}", "rw"), f"/etc/policy.yaml:{index}") for 
         (link.INBOX_TO_OPENER, link.encode_shutdown(BIG), link.Shutdown(BIG)),
         (link.OPENER_TO_LAUNCHER, link.STOP_ASKED, link.StopAsked()),
         (link.INBOX_TO_OPENER, link.PONG, link.Pong()),
-        (link.OPENER_TO_INBOX, link.encode_connected(7, 2**32 - 2), link.Connected(7, 2**32 - 2)),
+        (
+            link.OPENER_TO_INBOX,
+            rights.encode_connected(
+                7, Sender(2**32 - 2, 5, 6, "c1"), Rights(frozenset({0, 255}), frozenset({7}), 1, 2, 3)
+            ),
+            rights.Connected(7, Sender(2**32 - 2, 5, 6, "c1"), Rights(frozenset({0, 255}), frozenset({7}), 1, 2, 3)),
+        ),
+        (
+            link.OPENER_TO_INBOX,
+            rights.encode_changed(BIG, Rights(frozenset({9}))),
+            rights.RightsChanged(BIG, Rights(frozenset({9}))),
+        ),
+        (link.OPENER_TO_INBOX, rights.encode_topics(TOPICS), rights.Topics(TOPICS)),
         (link.OPENER_TO_INBOX, link.encode_offered(7, OFFERS[:2], last=True), link.Offered(7, True, OFFERS[:2])),
         (link.OPENER_TO_INBOX, link.DRAIN, link.Drain()),
         (link.OPENER_TO_INBOX, link.PING, link.Ping()),
@@ -117,3 +131,14 @@ def test_a_message_of_the_other_direction_is_not_understood():
         link.decode(link.INBOX_TO_OPENER, link.STOP)
     with pytest.raises(LinkViolation):
         link.decode(link.LAUNCHER_TO_OPENER, link.encode_list(1, watch=False))
+
+
+def test_a_denied_topic_is_told_as_far_as_a_record_needs_it():
+    for topic in ("nö\n", "x" * 255, ""):
+        data = rights.encode_refused(3, TopicUse("subscribe", topic))
+        assert link.decode(link.INBOX_TO_OPENER, data) == rights.MessageRefused(3, TopicUse("subscribe", topic))
+    data = rights.encode_refused(3, TopicUse("send", "x" * 65536))
+    assert link.decode(link.INBOX_TO_OPENER, data).use.topic == "x" * 255
+    for wrong in (data + b"x", data[:9], data[:9] + b"\x02"):
+        with pytest.raises(LinkViolation):
+            link.decode(link.INBOX_TO_OPENER, wrong)

@@ -1,0 +1,153 @@
+"""What the opener tells the inbox of the policy: the topics, and what each connection may do with them.
+
+Runs in: opener (writes), inbox (reads).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fdbroker import limits
+from fdbroker.errors import LinkViolation
+from fdbroker.terms import HANDLERS, TOPIC_VERBS, Topic, TopicUse
+from fdbroker.wire.pack import Cursor, exact, word
+
+_BITS = limits.TOPICS // 8
+_TEXT_BYTES = limits.NAME_BYTES
+
+
+class Sender(NamedTuple):
+    """Who sends, as each message carries it. All of it is the kernel's word; `session` is logind's, "" if none."""
+
+    uid: int
+    gid: int
+    pid: int
+    session: str
+
+
+class Rights(NamedTuple):
+    """What one connection may do: the positions of topics in the list of all, and its user's maxima."""
+
+    send: frozenset[int] = frozenset()
+    subscribe: frozenset[int] = frozenset()
+    messages_per_second: int = 1
+    burst: int = 1
+    subscriptions: int = 0
+
+
+class Connected(NamedTuple):
+    """A new connection; a duplicate of its socket comes with the message."""
+
+    connection: int
+    sender: Sender
+    rights: Rights
+
+
+class RightsChanged(NamedTuple):
+    """Another policy is in force; the topics come before."""
+
+    connection: int
+    rights: Rights
+
+
+class Topics(NamedTuple):
+    """All topics of the policy."""
+
+    topics: tuple[Topic, ...]
+
+
+class MessageRefused(NamedTuple):
+    """The client of `connection` was not allowed to use a topic: for the record. `use` may be cut."""
+
+    connection: int
+    use: TopicUse
+
+
+_RIGHTS = struct.Struct(f"!{_BITS}s{_BITS}sIII")
+_CONNECTED = struct.Struct(f"!BQIII32s{_RIGHTS.size}s")
+_CHANGED = struct.Struct(f"!BQ{_RIGHTS.size}s")
+_TOPICS = struct.Struct("!BH")  # how many, then for each:
+_TOPIC = struct.Struct("!BIB")  # handlers as bits, maximum, length of name; name
+_REFUSED = struct.Struct("!BQB")  # verb; then the topic
+
+
+def _bits(positions: frozenset[int]) -> bytes:
+    return sum(1 << position for position in positions).to_bytes(_BITS, "big")
+
+
+def _positions(bits: bytes) -> frozenset[int]:
+    number = int.from_bytes(bits, "big")
+    return frozenset(position for position in range(limits.TOPICS) if number >> position & 1)
+
+
+def _pack(rights: Rights) -> bytes:
+    return _RIGHTS.pack(_bits(rights.send), _bits(rights.subscribe), *rights[2:])
+
+
+def _unpack(data: bytes) -> Rights:
+    send, subscribe, *maxima = _RIGHTS.unpack(data)
+    return Rights(_positions(send), _positions(subscribe), *maxima)
+
+
+def encode_connected(connection: int, sender: Sender, rights: Rights) -> bytes:
+    """The socket goes with it as the only descriptor. A session's name is cut at 32 bytes."""
+    session = sender.session.encode()[:32]
+    return _CONNECTED.pack(1, connection, sender.uid, sender.gid, sender.pid, session, _pack(rights))
+
+
+def decode_connected(data: bytes) -> Connected:
+    """Raises LinkViolation."""
+    _, connection, uid, gid, pid, session, rights = exact(_CONNECTED, data)
+    text = session.rstrip(b"\0").decode(errors="replace")
+    return Connected(connection, Sender(uid, gid, pid, text), _unpack(rights))
+
+
+def encode_changed(connection: int, rights: Rights) -> bytes:
+    """Opener to inbox."""
+    return _CHANGED.pack(5, connection, _pack(rights))
+
+
+def decode_changed(data: bytes) -> RightsChanged:
+    """Raises LinkViolation."""
+    _, connection, rights = exact(_CHANGED, data)
+    return RightsChanged(connection, _unpack(rights))
+
+
+def encode_topics(topics: Sequence[Topic]) -> bytes:
+    """Opener to inbox."""
+    parts = [_TOPICS.pack(6, len(topics))]
+    for topic in topics:
+        bits = sum(1 << HANDLERS.index(handler) for handler in topic.deliver)
+        name = topic.name.encode()
+        parts += (_TOPIC.pack(bits, topic.maximum_bytes, len(name)), name)
+    return b"".join(parts)
+
+
+def decode_topics(data: bytes) -> Topics:
+    """Raises LinkViolation."""
+    cursor = Cursor(data)
+    _, count = cursor.numbers(_TOPICS)
+    topics = []
+    for _ in range(count):
+        bits, maximum, length = cursor.numbers(_TOPIC)
+        deliver = tuple(handler for number, handler in enumerate(HANDLERS) if bits >> number & 1)
+        topics.append(Topic(cursor.text(length), deliver, maximum))
+    cursor.end()
+    return Topics(tuple(topics))
+
+
+def encode_refused(connection: int, use: TopicUse) -> bytes:
+    """Inbox to opener; a long topic is cut."""
+    return _REFUSED.pack(6, connection, TOPIC_VERBS.index(use.verb)) + use.topic.encode(errors="replace")[:_TEXT_BYTES]
+
+
+def decode_refused(data: bytes) -> MessageRefused:
+    """Raises LinkViolation."""
+    cursor = Cursor(data)
+    _, connection, verb = cursor.numbers(_REFUSED)
+    if len(data) - _REFUSED.size > _TEXT_BYTES:
+        raise LinkViolation("a topic that is too long")
+    text = data[_REFUSED.size :].decode(errors="replace")
+    return MessageRefused(connection, TopicUse(word(TOPIC_VERBS, verb), text))
