@@ -6,11 +6,13 @@ import asyncio
 import base64
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from harness import ALICE, BOB, CAROL, GROUP, Raw, as_user, outcome, running
@@ -306,3 +308,31 @@ def test_the_command_line_sends_and_subscribes(broker):
     denied = subprocess.run((*command, "send", "none", "x"), text=True, env=environment, capture_output=True)
     assert denied.returncode == 77
     assert "topic none: denied" in denied.stderr
+
+
+def _shown_clients():
+    """The two clients of docs/protocol.md, by language."""
+    text = (Path(__file__).parents[2] / "docs/protocol.md").read_text()
+    found = re.findall(r"```(c|python)\n(.*?)```", text, re.DOTALL)
+    return {language: code for language, code in found if "sun_path" in code or "struct.pack" in code}
+
+
+@pytest.mark.parametrize("language", ["c", "python"])
+def test_the_clients_of_the_documentation_work(broker, tmp_path, language):
+    """They use nothing of ours, and are as short as the protocol is."""
+    code = _shown_clients()[language]
+    assert len(code.splitlines()) <= 32
+    source = tmp_path / f"client.{language}"
+    source.write_text(code)
+    command = [sys.executable, "-I", "-W", "error", str(source)]
+    if language == "c":
+        command = [str(tmp_path / "client")]
+        flags = ("-x", "c", "-Wall", "-Wextra", "-Werror", "-O2", "-o", command[0])
+        subprocess.run(["cc", *flags, str(source)], check=True)
+    with Subscriber(broker.socket, "inbox") as subscriber:
+        done = subprocess.run([*command, "hello", broker.socket], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "delivered\n", "")
+        assert subscriber.message()["payload"] == "hello"
+    broker.reload(POLICY.replace("inbox: {deliver: [journal, subscribers]}", "other: {}").replace("inbox, ", ""))
+    done = subprocess.run([*command, "hello", broker.socket], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (77, "Permission denied\n")
