@@ -12,6 +12,8 @@ import pytest
 
 import fdbroker
 
+INTERFACES = ("io.fdbroker.Broker", "io.fdbroker.Inbox", "org.varlink.service")
+
 
 @pytest.fixture(scope="module")
 def facts(nspawn: Callable[..., Any], trixie: Path) -> Any:
@@ -36,25 +38,27 @@ def test_info(facts):
     assert found["code"] == 0, found["stderr"]
     said = documents(found["stdout"])[0]
     assert said["version"] == fdbroker.__version__
-    assert set(said["interfaces"]) == {"io.fdbroker.Broker", "org.varlink.service"}
+    assert set(said["interfaces"]) == set(INTERFACES)
 
 
 def test_list_interfaces(facts):
-    """`list-interfaces` gets both."""
-    assert set(facts["list_interfaces"]["stdout"].split()) == {"io.fdbroker.Broker", "org.varlink.service"}
+    """`list-interfaces` gets all."""
+    assert set(facts["list_interfaces"]["stdout"].split()) == set(INTERFACES)
 
 
 def test_list_methods(facts):
-    """`list-methods` gets all methods of both."""
+    """`list-methods` gets all methods of all."""
     assert set(facts["list_methods"]["stdout"].split()) == {
         "io.fdbroker.Broker.Open",
         "io.fdbroker.Broker.List",
+        "io.fdbroker.Inbox.Send",
+        "io.fdbroker.Inbox.Subscribe",
         "org.varlink.service.GetInfo",
         "org.varlink.service.GetInterfaceDescription",
     }
 
 
-@pytest.mark.parametrize("name", ["io.fdbroker.Broker", "org.varlink.service"])
+@pytest.mark.parametrize("name", INTERFACES)
 def test_introspect(facts, name):
     """`introspect` parses each interface, and prints the one that is in the package."""
     found = facts["introspect"][name]

@@ -13,6 +13,7 @@ from typing import Any
 from steps import GROUP, MEMBER, make_node, outcome, report, run, wait_for
 
 TREE = sys.argv[1]
+INTERFACES = ("io.fdbroker.Broker", "io.fdbroker.Inbox", "org.varlink.service")
 SOCKET = "/run/fdbroker/socket"
 POLICY = f"""\
 version: 1
@@ -54,7 +55,7 @@ def list_methods() -> dict[str, Any]:
 
 
 def introspect() -> dict[str, Any]:
-    return {name: varlinkctl("introspect", SOCKET, name) for name in ("io.fdbroker.Broker", "org.varlink.service")}
+    return {name: varlinkctl("introspect", SOCKET, name) for name in INTERFACES}
 
 
 def validated() -> dict[str, Any]:
