@@ -85,6 +85,8 @@ def serve(policy_file: str, address: str | None, mode: str, group: str | None, c
         show.line(f"{policy_file} is valid; the opener needs:", "green")
         for reason in need.reasons or ("no capability and no group",):
             show.line(f"  {reason}")
+        for warning in need.warnings:
+            show.error(f"warning: {warning}")
         return
     if os.geteuid() != 0:
         raise click.UsageError("the broker is started as root; its processes then give that up")

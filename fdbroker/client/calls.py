@@ -222,8 +222,9 @@ def opened(reply: varlink.Reply, numbers: list[int], resources: Sequence[Resourc
                 raise ProtocolViolation(f"descriptor {index!r} is not there")
             if said != resource:
                 raise ProtocolViolation(f"{said.text!r} in place of {resource.text!r}")
+            about = _said(grant)
             number, numbers[index] = numbers[index], -1
-            made.append(Descriptor(number, resource.text, *_said(grant)))
+            made.append(Descriptor(number, resource.text, *about))
     except (ProtocolViolation, LookupError, TypeError, WrongMember) as error:
         for descriptor in made:
             descriptor.close()

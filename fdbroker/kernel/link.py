@@ -86,6 +86,13 @@ class Link:
             raise LinkViolation(f"a message of {size} bytes, at most {_LINK_BYTES}")
         return bytes(self._view[:size])
 
+    def receive_whole(self, most: int) -> tuple[bytes, list[int] | None] | None:
+        """Like `receive_with_descriptors`; None in place of the descriptors when none is left for them here."""
+        try:
+            return self.receive_with_descriptors(most)
+        except sockets.NoRoomLeft as lost:
+            return bytes(self._view[: lost.size]), None
+
     def receive_with_descriptors(self, most: int) -> tuple[bytes, list[int]] | None:
         """The next message and its descriptors, which the caller owns; b"" at the end, None when there is none now.
 
@@ -97,6 +104,8 @@ class Link:
             return None
         except ConnectionResetError:
             return b"", []
+        except sockets.NoRoomLeft:
+            raise
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
                 raise LinkViolation(str(error)) from None

@@ -24,7 +24,10 @@ def is_alive(pidfd: int) -> bool:
 def _read(proc: int, name: str) -> bytes:
     descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=proc)
     try:
-        return os.read(descriptor, 4096)
+        data = b""
+        while part := os.read(descriptor, 65536):  # a user in many groups has a long status
+            data += part
+        return data
     finally:
         os.close(descriptor)
 

@@ -19,10 +19,12 @@ from typing import NamedTuple, Self
 # linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/veth.h
 _ERROR, _DONE = 2, 3
 _REQUEST, _ACK, _DUMP, _EXCL, _CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
-_NEWLINK, _GETLINK, _SETLINK, _NEWADDR, _GETADDR, _NEWROUTE = 16, 18, 19, 20, 22, 24
+_NEWLINK, _GETLINK, _SETLINK, _NEWADDR, _GETADDR, _NEWROUTE, _NEWNEIGH = 16, 18, 19, 20, 22, 24, 28
 _IFLA_IFNAME, _IFLA_MASTER, _IFLA_PROTINFO, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 3, 10, 12, 18, 20, 28
+_IFLA_ADDRESS = 1
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
-_BRPORT_GUARD, _BRPORT_ISOLATED = 5, 33
+_BRPORT_GUARD, _BRPORT_LEARNING, _BRPORT_UNICAST_FLOOD, _BRPORT_ISOLATED = 5, 8, 9, 33
+_NDA_LLADDR, _NTF_MASTER, _NUD_STATIC = 2, 0x04, 0x42
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _IFA_F_NODAD = 0x02
 _RTA_OIF, _RTA_GATEWAY = 4, 5
@@ -36,6 +38,7 @@ _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, po
 _ATTRIBUTE = struct.Struct("=HH")  # rtattr: length, type
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
+_NEIGHBOUR = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, prefixes, tos, table, protocol, scope, type, flags
 _BUFFER_BYTES = 65536
 
@@ -133,28 +136,36 @@ class RtNetlink:
         """Bring an interface up."""
         self._change(_NEWLINK, 0, _LINK.pack(socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP))
 
-    def add_veth(self, name: str, peer: str, namespace: int) -> None:
+    def add_veth(self, name: str, address: bytes, peer: str, peer_address: bytes, namespace: int) -> None:
         """Make a pair of interfaces, both down: `name` here, `peer` in the net namespace of a borrowed descriptor."""
         there = (
             _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
             + _attribute(_IFLA_IFNAME, peer.encode() + b"\0")
+            + _attribute(_IFLA_ADDRESS, peer_address)
             + _number(_IFLA_NET_NS_FD, namespace)
         )
         data = _attribute(_INFO_DATA | _NESTED, _attribute(_VETH_PEER | _NESTED, there))
         info = _attribute(_IFLA_LINKINFO | _NESTED, _attribute(_INFO_KIND, b"veth") + data)
         message = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _attribute(_IFLA_IFNAME, name.encode() + b"\0") + info
+        message += _attribute(_IFLA_ADDRESS, address)
         self._change(_NEWLINK, _CREATE | _EXCL, message)
 
     def set_alias(self, index: int, alias: str) -> None:
         """Write a note of at most 255 bytes at an interface."""
         self._change(_SETLINK, 0, _LINK.pack(0, 0, index, 0, 0) + _attribute(_IFLA_IFALIAS, alias.encode()))
 
-    def add_to_bridge(self, index: int, bridge: int, *, isolated: bool) -> None:
-        """Make an interface a port of a bridge, without a say in its spanning tree; see Uplink for `isolated`."""
+    def add_to_bridge(self, index: int, bridge: int, behind: bytes, *, isolated: bool) -> None:
+        """Make an interface a port of a bridge, without a say in its spanning tree; see Uplink for `isolated`.
+
+        Just the address `behind` is behind it: the bridge learns no others there, however many are used.
+        """
         self._change(_SETLINK, 0, _LINK.pack(0, 0, index, 0, 0) + _number(_IFLA_MASTER, bridge))
         port = _attribute(_BRPORT_GUARD, b"\1") + _attribute(_BRPORT_ISOLATED, bytes([isolated]))
+        port += _attribute(_BRPORT_LEARNING, b"\0") + _attribute(_BRPORT_UNICAST_FLOOD, b"\0")
         info = _attribute(_IFLA_PROTINFO | _NESTED, port)
         self._change(_SETLINK, 0, _LINK.pack(_AF_BRIDGE, 0, index, 0, 0) + info)
+        entry = _NEIGHBOUR.pack(_AF_BRIDGE, index, _NUD_STATIC, _NTF_MASTER, 0) + _attribute(_NDA_LLADDR, behind)
+        self._change(_NEWNEIGH, _CREATE | _EXCL, entry)
 
     def add_address(self, index: int, address: Interface) -> None:
         """Give an interface an address, for use at once."""

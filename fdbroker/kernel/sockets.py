@@ -29,6 +29,14 @@ _FD_SIZE = array.array("i").itemsize
 _CREDENTIALS_SPACE = socket.CMSG_LEN(_UCRED.size)  # exactly: nothing else has room, so no descriptor comes in
 
 
+class NoRoomLeft(OSError):
+    """A message came whole, its descriptors did not: this process has none left. `size` bytes are in the buffer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(errno.EMSGSIZE, "recvmsg: no descriptor is left for those that came")
+        self.size = size
+
+
 class Credentials(NamedTuple):
     """struct ucred."""
 
@@ -140,6 +148,8 @@ def receive_into(
     if received_flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         for descriptor in owned:
             os.close(descriptor)
+        if len(owned) < descriptors and not received_flags & socket.MSG_TRUNC:
+            raise NoRoomLeft(size)  # there was room in the buffer: this process has no descriptor left
         raise OSError(errno.EMSGSIZE, "recvmsg: message or descriptors were cut")
     return size, owned.tolist()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from fdbroker.errors import RestartNeeded
@@ -25,7 +26,7 @@ class Needs(NamedTuple):
     """`reasons` says of each capability and group which rule needs it; `files` are Landlock rights by path.
 
     `inodes` says what stood at each of these paths, for Landlock holds on to that and not to the path. `worker` are
-    the capabilities of the namespaces worker, None when the policy needs no worker.
+    the capabilities of the namespaces worker, None when the policy needs no worker. `warnings` are for the admin.
     """
 
     capabilities: frozenset[str]
@@ -34,6 +35,7 @@ class Needs(NamedTuple):
     reasons: tuple[str, ...]
     inodes: dict[str, tuple[int, int]]
     worker: frozenset[str] | None
+    warnings: tuple[str, ...] = ()
 
 
 def needs(policy: Policy) -> Needs:
@@ -77,7 +79,25 @@ def needs(policy: Policy) -> Needs:
         tuple(sorted(set(reasons))),
         inodes,
         None if worker is None else frozenset(worker),
+        tuple(_believing_bridges(policy)),
     )
+
+
+def _believing_bridges(policy: Policy) -> Iterator[str]:
+    """Bridges on which a client could tell the machine a way: by router advertisements, as ip-sysctl.rst has it."""
+    uplinks = [rule.uplink for rule in policy.all_rules() if isinstance(rule, NamespaceRule) and rule.uplink]
+    for bridge in sorted({uplink.bridge for uplink in uplinks}):
+        try:
+            values = [_sysctl(f"/proc/sys/net/ipv6/conf/{bridge}/{name}") for name in ("accept_ra", "forwarding")]
+        except (OSError, ValueError):  # no such bridge yet, no IPv6, or a unit that hides /proc/sys
+            continue
+        if values[0] > (1 if values[1] else 0):
+            yield f"{bridge} takes IPv6 routes from whoever is on it: sysctl net.ipv6.conf.{bridge}.accept_ra=0"
+
+
+def _sysctl(path: str) -> int:
+    with open(path, "rb") as file:
+        return int(file.read())
 
 
 def _of_worker(rule: NamespaceRule | SocketRule) -> set[str]:
@@ -86,7 +106,7 @@ def _of_worker(rule: NamespaceRule | SocketRule) -> set[str]:
         return {"CAP_SYS_ADMIN", *(["CAP_NET_BIND_SERVICE"] if rule.ports else [])}
     if not rule.create:
         return {"CAP_SYS_PTRACE"}  # by name as well: only so can it tell whether the caller could enter
-    wanted = {"CAP_SYS_PTRACE", "CAP_SYS_ADMIN"}
+    wanted = {"CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_DAC_READ_SEARCH"}  # the last one: what has the user open?
     if "net" in rule.types:
         wanted.add("CAP_NET_ADMIN")  # lo up, and the end on the bridge
     if "mnt" in rule.types:

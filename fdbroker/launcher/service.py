@@ -95,6 +95,8 @@ class Launcher:
         if descriptors != resource.RLIM_INFINITY and descriptors <= limits.DESCRIPTORS_RESERVED:
             needed = limits.DESCRIPTORS_RESERVED
             raise ServiceFailed(f"at most {descriptors} descriptors (ulimit -Hn) leave none for clients: over {needed}")
+        for warning in self._given.warnings:
+            say(warning, priority=4)
         missing = sorted((self._given.capabilities | (self._given.worker or frozenset())) - capabilities.effective())
         if missing:
             hint = ": see /usr/share/doc/fdbroker/namespaces.conf" if self._given.worker is not None else ""
@@ -254,6 +256,8 @@ class Launcher:
         try:
             policy, wanted = checked_policy(self._options.policy)
             check_reload(self._given, wanted)
+            for warning in wanted.warnings:
+                say(warning, priority=4)
         except Exception as error:  # noqa: BLE001 -- whatever a policy does to us, the running service goes on
             self._keep_policy(
                 f"{type(error).__name__}: {error}" if not isinstance(error, FdbrokerError) else str(error)

@@ -42,6 +42,7 @@ def _keep_running(service: Worker, opener: Link, launcher: Link) -> int:
             code = errors.EX_SOFTWARE
             try:
                 confine.die_with(holder)
+                launcher.close()
                 service.serve()
                 code = errors.EX_OK
             except Exception as error:  # noqa: BLE001 -- said here, for nothing above us does

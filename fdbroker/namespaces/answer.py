@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import socket
 
+from fdbroker import limits
 from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded
 from fdbroker.kernel import confine, namespaces, sockets
 from fdbroker.kernel.capabilities import Bracket
@@ -23,6 +25,7 @@ from fdbroker.namespaces.living import living
 from fdbroker.terms import UNMAPPED_ID, Namespace, Socket
 from fdbroker.wire.worker import UNKNOWN, Ask, Made
 
+_ABROAD_MS = (limits.NAMESPACE_SECONDS - 1) * 1000
 _OWN = "/proc/self/ns"
 _FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 _TYPES = {"stream": socket.SOCK_STREAM, "dgram": socket.SOCK_DGRAM}
@@ -158,7 +161,7 @@ class _Work:
         known, maximum = self.ask.known, self.ask.maximum
         if len(known) < maximum:
             return (True,) * len(known)
-        with self.raised("CAP_SYS_PTRACE"):
+        with self.raised("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"):
             still = living(known, self.ask.uid)
         if len(still) >= maximum:
             raise QuotaExceeded("namespaces", maximum)
@@ -180,11 +183,18 @@ class _Work:
                 os._exit(0)
         theirs.close()
         answer = bytearray(4)
-        # the caller may have stopped or killed it: then it takes until our own time is over
-        size, descriptors = sockets.receive_into(ours, answer, 1)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        # The caller may have stopped or killed it. It must not outlive us: stopped just behind setns(2), where the
+        # kernel clears the signal of a parent's death, it would.
+        poll = select.poll()
+        poll.register(ours, select.POLLIN)
+        try:
+            if not poll.poll(_ABROAD_MS):
+                raise OpenFailed(errno.ETIMEDOUT)
+            size, descriptors = sockets.receive_into(ours, answer, 1)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         if not descriptors:
             raise OpenFailed(int.from_bytes(answer, "big") if size else errno.EIO)
         return descriptors[0]

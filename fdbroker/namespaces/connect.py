@@ -17,6 +17,8 @@ from fdbroker.kernel.rtnetlink import Interface, Link, RtNetlink
 from fdbroker.terms import Uplink
 
 _INSIDE = "eth0"
+# One for all ends on bridges: a bridge takes the lowest of its ports' addresses, and that must not change with each.
+_OURS = bytes.fromhex("feffffffffff")
 _MARK = "fdbroker uid "  # then the uid, a space, and the address: written at our end of each pair
 _TRIES = 4096
 
@@ -33,11 +35,13 @@ def connect(namespace: int, uplink: Uplink, uid: int, maximum: int, enter: Brack
         addresses = here.addresses(bridge.number)
         if len([link for link in here.links() if link.alias.startswith(f"{_MARK}{uid} ")]) >= maximum:
             raise QuotaExceeded("namespaces", maximum)
-        name = f"fdb{os.fstat(namespace).st_ino:x}"
-        here.add_veth(name, _INSIDE, namespace)
+        # not after the namespace's number: the kernel gives that again while eth0 may live on elsewhere
+        name = f"fdb{os.urandom(6).hex()}"
+        inside_mac = bytes([2, *os.urandom(5)])
+        here.add_veth(name, _OURS, _INSIDE, inside_mac, namespace)
         ours = here.link(name)
         address = _claim(here, ours, uplink.address, uid, addresses)
-        here.add_to_bridge(ours.number, bridge.number, isolated=uplink.isolated)
+        here.add_to_bridge(ours.number, bridge.number, inside_mac, isolated=uplink.isolated)
         here.set_up(ours.number)
     with enter:
         namespaces.setns(namespace, namespaces.CLONE["net"])

@@ -1,8 +1,8 @@
 """Which namespaces still are: those that a process is in, has open, or has mounted somewhere.
 
-Runs in: a child of the namespaces worker, with CAP_SYS_PTRACE raised. Clients control what their processes hold; one
-that is held by a socket alone, or by a descriptor in flight, is not seen here. The kernel's own maxima
-(/proc/sys/user) hold for those as well.
+Runs in: a child of the namespaces worker, with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH raised. Clients control what
+their processes hold; one that is held by a socket alone, or by a descriptor in flight, is not seen here. The kernel's
+own maxima (/proc/sys/user) hold for those as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from fdbroker.kernel import namespaces
 from fdbroker.kernel.namespaces import CLONE
 
 _LINKS = (*CLONE, "time_for_children")
-_NSFS = re.compile(r"[a-z]+:\[([0-9]+)\]")
+# what has no path of a file system, and no other kind of it than namespaces
+_NSFS = re.compile(rf"(?:{'|'.join(CLONE)}):\[([0-9]+)\]")
 
 
 def living(inodes: Iterable[int], uid: int) -> set[int]:
@@ -27,14 +28,13 @@ def living(inodes: Iterable[int], uid: int) -> set[int]:
     wanted = set(inodes)
     found: set[int] = set()
     mounts: set[str] = set()
-    nsfs = _nsfs_mount()
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         if wanted <= found:
             break
         with contextlib.suppress(OSError):  # it ended meanwhile
             found |= set(_entered(pid, wanted - found, uid))
             if os.stat(f"/proc/{pid}").st_uid == uid:
-                found |= set(_opened(pid, nsfs)) & wanted
+                found |= set(_opened(pid)) & wanted
                 mounted = os.readlink(f"/proc/{pid}/ns/mnt")
                 if mounted not in mounts:
                     mounts.add(mounted)
@@ -69,26 +69,11 @@ def _is_of(path: str, uid: int) -> bool:
         return namespaces.owner_uid(user) == uid or namespaces.identity(user) == (ours.st_dev, ours.st_ino)
 
 
-def _nsfs_mount() -> bytes:
-    """How fdinfo names the mount that descriptors of namespaces are on."""
-    descriptor = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return _fdinfo("self", str(descriptor))[b"mnt_id"]
-    finally:
-        os.close(descriptor)
-
-
-def _fdinfo(pid: str, name: str) -> dict[bytes, bytes]:
-    with open(f"/proc/{pid}/fdinfo/{name}", "rb") as file:
-        return dict(line.rstrip().partition(b":\t")[::2] for line in file.read(4096).splitlines())
-
-
-def _opened(pid: str, nsfs: bytes) -> Iterator[int]:
-    for name in os.listdir(f"/proc/{pid}/fdinfo"):
+def _opened(pid: str) -> Iterator[int]:
+    """By the link alone: fdinfo would ask the file's driver, and an epoll's owner can make that wait for ever."""
+    for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
-            values = _fdinfo(pid, name)
-            if values.get(b"mnt_id") == nsfs:
-                yield int(values[b"ino"])
+            yield _number(os.readlink(f"/proc/{pid}/fd/{name}"))
 
 
 def _mounted(pid: str) -> Iterator[int]:

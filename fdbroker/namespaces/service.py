@@ -89,7 +89,13 @@ class Worker:
     def _start(self, ask: worker.Ask, caller: int | None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
-        process = os.fork()
+        try:
+            process = os.fork()
+        except OSError as error:  # no process is left for us: a reason to fail this one question
+            ours.close()
+            theirs.close()
+            self._opener.send(link.encode_outcome(ask.request, OpenFailed(error.errno or errno.EAGAIN)))
+            return
         if process == 0:
             self._be_child(ask, caller, ours, Link(theirs), parent)
         theirs.close()

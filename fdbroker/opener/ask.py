@@ -140,10 +140,15 @@ class Asking:
         """Take what the worker says. Raises LinkViolation for what it must not say, and when it is gone."""
         if self._link is None:
             return
-        while (received := self._link.receive_with_descriptors(2)) is not None:
+        while (received := self._link.receive_whole(2)) is not None:
             data, descriptors = received
             if not data:
                 raise LinkViolation("the namespaces worker is gone")
+            if descriptors is None:
+                number = worker.request_of(worker.decode_answer(data))
+                if number in self._asked:
+                    self._end(number, OpenFailed(errno.EMFILE))
+                continue
             try:
                 self._take(worker.decode_answer(data), descriptors)
             finally:

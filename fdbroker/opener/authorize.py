@@ -159,7 +159,12 @@ def authorize_request(connection: Connection, now_s: float) -> None:
     """One request more, of whatever kind? Raises RateLimited, ClientNotReading or QuotaExceeded."""
     maxima = connection.view.limits
     connection.account.take_token(maxima["requests_per_second"], maxima["burst"], now_s)
-    maximum = maxima["unread_grants"]
+    authorize_grants(connection)
+
+
+def authorize_grants(connection: Connection) -> None:
+    """May more be sent to this client? Raises ClientNotReading or QuotaExceeded."""
+    maximum = connection.view.limits["unread_grants"]
     if connection.unread_grants() >= maximum:
         raise ClientNotReading
     if sum(one.unread_grants() for one in tuple(connection.account.unread)) >= maximum:

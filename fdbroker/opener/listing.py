@@ -66,7 +66,13 @@ def offers(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> list[Offer]
     `folders`: a change in one of them may change the list.
     """
     listed = list(islice(_devices(seen, nodes, folders), _OFFERS))
-    for resource in dict.fromkeys(_others(seen, pid, folders)):
+    judged: set[Resource] = set()
+    for resource in islice(_others(seen, pid, folders), _OFFERS):  # names times ports are many
+        if len(listed) >= _OFFERS:
+            break
+        if resource in judged:
+            continue
+        judged.add(resource)
         rules = decide(seen, resource).rules
         if rules:
             listed.append(Offer(resource, rules[0].where))

@@ -15,7 +15,7 @@ from fdbroker.errors import Denied, OpenFailed, RateLimited, Refused
 from fdbroker.kernel.processes import is_alive
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.opener.audit import Audit, Record
-from fdbroker.opener.authorize import Connection, authorize_request, authorize_resources
+from fdbroker.opener.authorize import Connection, authorize_grants, authorize_request, authorize_resources
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.send import compose, send_grants
 from fdbroker.terms import Device, Grant, Resource, Rule
@@ -74,6 +74,8 @@ def finish_open(opening: Opening, nodes: Nodes, audit: Audit) -> Refused | None:
         if connection.view is not opening.view:  # another policy came while the worker was asked
             opening.stage = "authorize"
             opening.allowed = authorize_resources(connection, opening.resources)
+        if opening.grants:  # much may have been sent to this user while the worker was asked
+            authorize_grants(connection)
         opening.stage = "open"
         nodes.open_all(opening.resources, opening.allowed, connection.view, opening.grants, opening.descriptors)
         grants = [opening.grants[index] for index in range(len(opening.resources))]

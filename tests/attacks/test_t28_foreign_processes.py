@@ -106,8 +106,13 @@ class _Connection(Connection):
     def note_sent(self, size, grants):
         pass
 
+    def unread_grants(self):
+        return 0
+
 
 def _connection(sent):
     subject = Subject(ALICE, frozenset(), ALICE, 1, "", "", foreign=True)
-    connection = _Connection(1, _Socket(sent), subject, View((), (), (), (), {}, administrator=False), Account(1, 0.0))
+    connection = _Connection(
+        1, _Socket(sent), subject, View((), (), (), (), {"unread_grants": 1}, administrator=False), Account(1, 0.0)
+    )
     return connection

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -113,6 +114,11 @@ def test_who_owns_the_user_namespace_learns_nothing_of_the_child_and_stops_only_
         assert served
         refused = [record["FDBROKER_REASON"] for record in broker.records("refused")]
         assert refused == (["it could not be opened: ETIMEDOUT"] if stop_it else [])
+        # stopped for good where its parent's death is no signal any more, it must not stay
+        uid = status_of(broker.pids["worker"])["Uid"].split()[0]
+        end = time.monotonic() + 5
+        while len(left := subprocess.run(["pgrep", "-u", uid], capture_output=True, text=True).stdout.split()) != 2:
+            assert time.monotonic() < end, left
 
 
 def _ask_all(address):

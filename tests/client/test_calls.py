@@ -65,10 +65,11 @@ def test_grants_become_owned_descriptors_in_the_order_asked_for():
         (_reply(_grant(0, "/dev/a"), {}), 2),
         (_reply(_grant(0, "/dev/a"), None), 2),
         (_reply(_grant(0, "/dev/a"), _grant(1, "/dev/b")), 1),
+        (_reply(_grant(0, "/dev/a"), {**_grant(1, "/dev/b"), "usable": "yes"}), 2),
         (varlink.Reply({}, "", False), 0),
         (varlink.Reply({"grants": 5}, "", False), 0),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_an_answer_that_does_not_fit_the_question_is_refused_and_everything_closed(reply, count):
     with pytest.raises(ProtocolViolation):

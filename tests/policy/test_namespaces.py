@@ -188,14 +188,20 @@ deny: [{everyone: true, namespaces: [{type: time, of: caller}], sockets: [{names
         ("devices: [{path: /dev/null}]", None),
         ("namespaces: [{type: net, name: a}]", {"CAP_SYS_PTRACE"}),
         (f"namespaces: [{{type: [{', '.join(NAMESPACE_TYPES)}], of: caller}}]", {"CAP_SYS_PTRACE"}),
-        ("namespaces: [{type: uts, create: true}]", {"CAP_SYS_PTRACE", "CAP_SYS_ADMIN"}),
-        ("namespaces: [{type: net, create: true}]", {"CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_NET_ADMIN"}),
-        ("namespaces: [{type: mnt, create: true}]", {"CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT"}),
+        ("namespaces: [{type: uts, create: true}]", {"CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN"}),
+        (
+            "namespaces: [{type: net, create: true}]",
+            {"CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_NET_ADMIN"},
+        ),
+        (
+            "namespaces: [{type: mnt, create: true}]",
+            {"CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT"},
+        ),
         ("sockets: [{namespace: a}]", {"CAP_SYS_ADMIN"}),
         ("sockets: [{namespace: a, bind: [8080]}]", {"CAP_SYS_ADMIN", "CAP_NET_BIND_SERVICE"}),
         (
             f"namespaces: [{{type: [{', '.join(NEW_NAMESPACE_TYPES)}], create: true}}], sockets: [{{namespace: a}}]",
-            {"CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SYS_CHROOT"},
+            {"CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SYS_CHROOT"},
         ),
     ],
 )

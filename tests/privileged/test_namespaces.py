@@ -266,6 +266,12 @@ def test_a_process_with_capabilities_is_not_the_callers_but_one_in_a_user_namesp
         assert (result, inodes) == ("granted", [os.stat(f"/proc/{pid}/ns/net").st_ino])
 
 
+def test_a_process_in_many_groups_is_read_to_its_end(broker):
+    groups = list(range(100_000, 102_000))
+    with process_of(ALICE, groups=groups) as pid:
+        assert as_user(ALICE, groups, asked, broker.socket, of(pid))[0] == "granted"
+
+
 def _await_program(pid, name):
     end = time.monotonic() + 5
     while status_of(pid)["Name"] != name:
@@ -498,6 +504,8 @@ def test_a_connected_namespace_is_reached_from_the_host_and_leaves_nothing(broke
             assert port["ifalias"] == f"fdbroker uid {ALICE} {own}"
             assert port["linkinfo"]["info_slave_data"]["isolated"] is True
             assert port["linkinfo"]["info_slave_data"]["guard"] is True
+            assert port["linkinfo"]["info_slave_data"]["learning"] is False
+            assert port["linkinfo"]["info_slave_data"]["flood"] is False
             with socket.create_connection((own, 8080), timeout=10) as inside:
                 assert inside.recv(100) == b"hello from inside"
         assert os.waitpid(child, 0)[1] == 0
@@ -516,6 +524,23 @@ def _fill_network(address):
 def test_each_has_an_address_of_its_own_until_the_network_is_full(broker):
     """10.88.0.0/29 has six, of which the bridge has one."""
     assert as_user(ALICE, [GROUP], _fill_network, broker.socket) == ["granted"] * 5 + ["OpenFailed"]
+
+
+def test_a_bridge_that_believes_whoever_is_on_it_is_warned_about(machine):
+    rule = "{type: net, create: true, link: {bridge: br0, address: 10.88.0.0/29}}"
+    text = f"version: 1\neveryone: {{namespaces: [{rule}]}}\n"
+    path = "/proc/sys/net/ipv6/conf/br0/accept_ra"
+    with open(path) as file:
+        before = file.read()
+    try:
+        for value, warned in (("1", True), ("0", False)):
+            with open(path, "w") as file:
+                file.write(value)
+            with running(text) as broker:
+                assert ("accept_ra=0" in broker.text()) is warned
+    finally:
+        with open(path, "w") as file:
+            file.write(before)
 
 
 def test_a_bridge_that_is_none_is_refused(machine):
