@@ -14,8 +14,10 @@ MEMBER, OTHER = 4001, 4002
 TYPES = ("net", "mnt", "pid", "user", "uts", "ipc", "cgroup", "time")
 NEW_TYPES = ("net", "mnt", "uts", "ipc", "cgroup", "time")
 # linux/capability.h
-NET_BIND_SERVICE, NET_ADMIN, SYS_CHROOT, SYS_PTRACE, SYS_ADMIN = (1 << number for number in (10, 12, 18, 19, 21))
-WORKER = NET_BIND_SERVICE | NET_ADMIN | SYS_CHROOT | SYS_PTRACE | SYS_ADMIN
+DAC_READ_SEARCH, NET_BIND_SERVICE, NET_ADMIN, SYS_CHROOT, SYS_PTRACE, SYS_ADMIN = (
+    1 << number for number in (2, 10, 12, 18, 19, 21)
+)
+WORKER = DAC_READ_SEARCH | NET_BIND_SERVICE | NET_ADMIN | SYS_CHROOT | SYS_PTRACE | SYS_ADMIN
 NOT_THE_WORKER = {"launcher", "holder", "opener", "inbox"}
 
 
