@@ -69,7 +69,7 @@ _as_json = click.option("--json", "json_", is_flag=True, help="Print JSON.")
 @click.option("--socket", "address", metavar="PATH", help="Where to listen, unless systemd passes a socket.")
 @click.option("--mode", default="0660", show_default=True, help="The mode of the socket, octal.")
 @click.option("--group", help="The group of the socket, a name or a number. Default: fdbroker, if there is one.")
-@click.option("--check", is_flag=True, help="Check the policy, say what the opener needs for it, and end.")
+@click.option("--check", is_flag=True, help="Check the policy, say what the service needs for it, and end.")
 def serve(policy_file: str, address: str | None, mode: str, group: str | None, check: bool) -> None:
     """Run the broker, as root."""
     from fdbroker.launcher import listen, service  # noqa: PLC0415 -- users' commands need none of it
@@ -82,7 +82,7 @@ def serve(policy_file: str, address: str | None, mode: str, group: str | None, c
         raise click.BadParameter("is an octal number such as 0660", param_hint="--mode")
     if check:
         _, need = service.checked_policy(policy_file)
-        show.line(f"{policy_file} is valid; the opener needs:", "green")
+        show.line(f"{policy_file} is valid; the service needs:", "green")
         for reason in need.reasons or ("no capability and no group",):
             show.line(f"  {reason}")
         for warning in need.warnings:

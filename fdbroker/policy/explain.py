@@ -100,7 +100,8 @@ def _denied(
         if not decide(view(policy._replace(deny=()), subject), resource).rules:
             change += f", and {near[0].change if near else _new_rule(resource, user)}"
     elif near:
-        reason = f"no rule allows {resource.access} of this {_KINDS[type(resource)]} to {user}"
+        access = f"{resource.access} of " if isinstance(resource, Device) else ""
+        reason = f"no rule allows {access}this {_KINDS[type(resource)]} to {user}"
         change = near[0].change
     else:
         reason = f"no rule names this {_KINDS[type(resource)]} for {user}"
