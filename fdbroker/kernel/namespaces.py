@@ -182,6 +182,17 @@ def _rules_over(user: int, who: Caller, *, admin: bool) -> bool:
         return admin
 
 
+def maker(user: int) -> int | None:
+    """Who made the outermost user namespace around the borrowed `user`, as a uid of ours; None for our own."""
+    made_by = None
+    with open("/proc/self/ns/user", "rb") as own, contextlib.ExitStack() as owned:
+        while identity(user) != identity(own.fileno()):
+            made_by = owner_uid(user)
+            user = owner(user)
+            owned.callback(os.close, user)
+    return made_by
+
+
 def is_at_or_above(user: int, below: int) -> bool:
     """Whether user namespace `user` is `below` or one of its ancestors; both are borrowed."""
     wanted = identity(user)

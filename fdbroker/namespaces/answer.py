@@ -153,7 +153,7 @@ class _Work:
             raise NotWhatItWas("it does not belong to the caller's user namespace")
         made = self.made(descriptor, kind, caller, known)
         if kind == "net":
-            self.set_up(descriptor)
+            self.set_up(descriptor, namespaces.maker(caller.user))
         return made, [descriptor]
 
     def count_living(self) -> tuple[bool, ...]:
@@ -212,11 +212,12 @@ class _Work:
             namespaces.unshare(CLONE[kind])
             return os.open(_NEW_LINKS.get(kind, kind), os.O_RDONLY | os.O_CLOEXEC, dir_fd=own)
 
-    def set_up(self, namespace: int) -> None:
+    def set_up(self, namespace: int, maker: int | None) -> None:
         """Bring `lo` up, and connect it, if the rule says so."""
         enter, change = self.raised("CAP_SYS_ADMIN"), self.raised("CAP_NET_ADMIN")
         if self.ask.uplink is not None:
-            connect(namespace, self.ask.uplink, self.ask.uid, self.ask.maximum, enter, change)
+            uid = self.ask.uid if maker is None else maker  # a user's subordinate uids are that user
+            connect(namespace, self.ask.uplink, uid, self.ask.maximum, enter, change)
             return
         with enter:
             namespaces.setns(namespace, CLONE["net"])

@@ -23,8 +23,16 @@ from fdbroker.wire import link, worker
 
 _REQUESTS = limits.NAMESPACE_REQUESTS
 _WAIT_S = limits.NAMESPACE_WAIT_SECONDS
+_FOR_OTHERS = 4  # of these, for what no client can stop
 _BUSY_MS = 1000
 _HURRY_S = 2.0  # when the service stops
+
+
+def _makes(opening: Opening) -> bool:
+    """Whether the next question of it is for a new namespace."""
+    index = opening.missing()
+    resource = None if index is None else opening.resources[index]
+    return isinstance(resource, Namespace) and not resource.name and not resource.pid
 
 
 class Answered(NamedTuple):
@@ -92,6 +100,10 @@ class Asking:
         for uid in [uid for uid in self._waiting if uid not in busy]:
             if len(self._asked) >= _REQUESTS:
                 return
+            # who asks for a new one can stop the child that makes it: so never all places for those
+            making = sum(_makes(asked.opening) for asked in self._asked.values())
+            if making >= _REQUESTS - _FOR_OTHERS and self._waiting[uid] and _makes(self._waiting[uid][0][0]):
+                continue
             queue = self._waiting.pop(uid)
             if queue:
                 self._put(*queue.popleft())

@@ -83,6 +83,7 @@ class Opener:
         self._linger_at_s = 0.0
         self._pings = 0  # sent to the inbox and not answered
         self._inotify = inotify.create()
+        self._spare = os.dup(self._inotify)
         self._changed_at_s: float | None = None
         self._paused_until_s = 0.0
         self._accepting = False
@@ -385,10 +386,14 @@ class Opener:
 
     def _read_launcher(self) -> bool:
         """Do what the launcher says; false when it is gone, which ends the service."""
-        received = self._launcher.receive_with_descriptors(1)
-        if received is None:
-            return True
-        data, descriptors = received
+        os.close(self._spare)  # a place for the policy, however many descriptors clients make us hold
+        try:
+            received = self._launcher.receive_with_descriptors(1)
+            return received is None or self._obey(*received)
+        finally:
+            self._spare = os.dup(self._inotify)
+
+    def _obey(self, data: bytes, descriptors: list[int]) -> bool:
         if not data:
             return False
         try:

@@ -104,6 +104,7 @@ def world(tmp_path):
         opener._epoll.close()
         for number in (
             opener._inotify,
+            opener._spare,
             opener._identifier._proc,
             one.nodes._dev,
             one.nodes._proc_self_fd,

@@ -128,6 +128,15 @@ def test_many_users_at_once_are_at_most_so_many_and_all_get_their_turn(machine):
     assert served == uids
 
 
+def test_those_that_clients_can_stop_never_take_all_places(machine):
+    for uid in range(1, 40):
+        machine.put(uid, NEW)
+    assert len(machine.asked()) == ask._REQUESTS - ask._FOR_OTHERS
+    for uid in range(100, 110):
+        machine.put(uid, NAMED)
+    assert [one.uid for one in machine.asked()] == list(range(100, 100 + ask._FOR_OTHERS))
+
+
 def test_what_was_made_is_known_the_next_time_and_what_died_is_not(machine):
     machine.put(5, NEW)
     (asked,) = machine.asked()
