@@ -32,6 +32,7 @@ _SAYS = {
     "inbox": link.INBOX_TO_LAUNCHER,
     "namespaces": link.WORKER_TO_LAUNCHER,
 }
+_STOP_LOOK_S = 0.05
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
@@ -174,6 +175,8 @@ class Launcher:
                 ping_at_s = now_s + watchdog_s
                 self._opener.link.send(link.PING)
             ends_s = [at_s for at_s in (ping_at_s, self._stop_at_s) if at_s]
+            if self._stop_at_s:
+                ends_s.append(now_s + _STOP_LOOK_S)  # a child's link has ended a moment before it
             self._epoll.poll(max(0.0, min(ends_s) - now_s) if ends_s else -1)
             for number in self._signals():
                 if number == signal.SIGHUP:

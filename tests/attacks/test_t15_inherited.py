@@ -21,8 +21,9 @@ def test_the_children_have_exactly_what_they_need(dev):
             opener, inbox = (descriptors_of(broker.pids[name]) for name in ("opener", "inbox"))
             for what in (opener, inbox):
                 assert not [one for one in what.values() if "passwd" in one]
-            # stdin, stdout, log; two links, listener, its reserve, epoll, inotify, /dev, /proc twice, /sys/dev
-            assert len(opener) == 13, opener
+            # stdin, stdout, log; two links, listener, its reserve, epoll, inotify and one for a
+            # policy's place, /dev, /proc twice, /sys/dev
+            assert len(opener) == 14, opener
             assert _kinds(broker.pids["opener"]).count("socket") == 4
             # stdin, stdout, log; two links, epoll
             assert len(inbox) == 6, inbox

@@ -31,6 +31,7 @@ with fdbroker.connect() as client:
         socket.socket(fileno=client.open(word).detach()) for word in ("socket:net:vpn-a,bind=80", "socket:net:vpn-a")
     )
 with server, sock:
+    server.settimeout(10)
     server.listen()
     sock.settimeout(10)
     sock.connect(("127.0.0.1", 80))
