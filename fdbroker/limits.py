@@ -36,6 +36,7 @@ LIMITS: dict[str, Limit] = {
     # --- the namespaces worker
     "NAMESPACE_SECONDS": Limit(5, "seconds", "guess: a thousand times what it takes", "OpenFailed (ETIMEDOUT)"),
     "NAMESPACE_REQUESTS": Limit(16, "requests", "guess: each is a process for a moment; one of each user", "wait"),
+    "NAMESPACE_HELD": Limit(128, "descriptors", "guess: one user's requests that wait for more", "RateLimited"),
     "NAMESPACE_WAIT_SECONDS": Limit(10, "seconds", "guess: twice what the worker gives a child", "OpenFailed"),
     # --- the service as a whole
     "DESCRIPTORS": Limit(65536, "descriptors", "RLIMIT_NOFILE asked for; the hard limit wins", "accepting pauses"),

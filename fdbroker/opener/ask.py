@@ -24,6 +24,7 @@ from fdbroker.wire import link, worker
 _REQUESTS = limits.NAMESPACE_REQUESTS
 _WAIT_S = limits.NAMESPACE_WAIT_SECONDS
 _FOR_OTHERS = 4  # of these, for what no client can stop
+_HELD = limits.NAMESPACE_HELD
 _BUSY_MS = 1000
 _HURRY_S = 2.0  # when the service stops
 
@@ -105,8 +106,14 @@ class Asking:
             if making >= _REQUESTS - _FOR_OTHERS and self._waiting[uid] and _makes(self._waiting[uid][0][0]):
                 continue
             queue = self._waiting.pop(uid)
-            if queue:
-                self._put(*queue.popleft())
+            while queue:
+                opening, until_s = queue.popleft()
+                held = sum(len(other.descriptors) + len(other.owners) for other, _ in queue)
+                if held < _HELD:
+                    self._put(opening, until_s)
+                    break
+                # what the user's other requests have open already is taken from everybody
+                self._ready.append(Answered(opening, RateLimited(_BUSY_MS)))
             if queue:
                 self._waiting[uid] = queue  # behind the others
 

@@ -137,6 +137,22 @@ def test_those_that_clients_can_stop_never_take_all_places(machine):
     assert [one.uid for one in machine.asked()] == list(range(100, 100 + ask._FOR_OTHERS))
 
 
+def test_what_one_users_requests_hold_while_they_wait_is_bounded(machine):
+    openings = [machine.put(5, *[OF] * 64) for _ in range(64)]
+    most, refused, finished = 0, 0, 0
+    while waiting := machine.asked():
+        for asked in waiting:
+            ready = machine.answer(asked, null(), os.pidfd_open(os.getpid()))
+            for opening, refusal in ready:
+                refused += refusal is not None
+                finished += refusal is None
+                opening.close()
+            most = max(most, sum(len(one.descriptors) + len(one.owners) for one in openings))
+    assert most <= 2 * ask._HELD
+    assert refused + finished == 64
+    assert finished >= 1
+
+
 def test_what_was_made_is_known_the_next_time_and_what_died_is_not(machine):
     machine.put(5, NEW)
     (asked,) = machine.asked()
