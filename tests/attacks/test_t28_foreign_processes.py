@@ -29,7 +29,8 @@ def _ask_while_it_changes(address, seconds):
     with Raw(address) as client:
         while time.monotonic() < end:
             # a moment as itself, then setuid and elsewhere, under the same pid
-            script = f"read x < /proc/self/stat; exec {os.path.dirname(address)}/unshare -n sleep 0.02"
+            wait = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done"  # some milliseconds
+            script = f"{wait}; exec {os.path.dirname(address)}/unshare -n sleep 0.02"
             process = subprocess.Popen(["sh", "-c", script], stdin=subprocess.DEVNULL)
             while process.poll() is None:
                 word = outcome(client.ask({"namespace": {"type": "net", "pid": process.pid}}))
