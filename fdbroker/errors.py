@@ -78,7 +78,7 @@ class PolicyError(FdbrokerError):
 class Refused(FdbrokerError):
     """A request that is answered with an error. The connection stays usable unless the class says otherwise.
 
-    `wire_name` is the Varlink error's name below io.fdbroker.Broker, `errno` what the inbox framing would answer.
+    `wire_name` is the Varlink error's name below its interface, `errno` what the inbox framing would answer.
     `index` is the position of the refused resource in the request; None where the request as a whole is meant.
     """
 
@@ -158,7 +158,31 @@ class ClientNotReading(Refused):
         super().__init__("too many grants wait unread; the connection is closed")
 
 
+class TopicDenied(Refused):
+    """No rule allows to send to, or to subscribe to, that topic. The same answer whether it exists or not."""
+
+    wire_name, errno, exit_code = "Denied", errno.EACCES, EX_NOPERM
+
+    def __init__(self, topic: str) -> None:
+        super().__init__(f"topic {topic}: denied: no rule of the policy allows it")
+        self.topic = topic
+
+
+class MessageTooLong(Refused):
+    """The message is longer than its topic allows; `maximum` is in bytes."""
+
+    wire_name, errno, exit_code = "TooLong", errno.EMSGSIZE, EX_DATAERR
+
+    def __init__(self, maximum: int) -> None:
+        super().__init__(f"the message is longer than the topic allows: at most {maximum} bytes")
+        self.maximum = maximum
+
+
+# by their wire names: those of io.fdbroker.Broker, and those of io.fdbroker.Inbox
 REFUSALS: dict[str, type[Refused]] = {
     kind.wire_name: kind
     for kind in (Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, ClientNotReading)
+}
+MESSAGE_REFUSALS: dict[str, type[Refused]] = {
+    kind.wire_name: kind for kind in (TopicDenied, MessageTooLong, QuotaExceeded, RateLimited)
 }

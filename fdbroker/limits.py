@@ -61,6 +61,8 @@ LIMITS: dict[str, Limit] = {
     "POLICY_DEPTH": Limit(16, "levels", "the deepest valid policy has 6", "load fails"),
     "POLICY_FINDINGS": Limit(200, "errors", "guess: nobody reads more at once", "the rest is counted"),
     "WAIT_LIMIT_MS": Limit(10000, "milliseconds", "guess: what RateLimited promises at most", "capped"),
+    "JOURNAL_RETRY_MS": Limit(100, "milliseconds", "guess: what RateLimited says when the journal is full", "-"),
+    "BUSY_RETRY_MS": Limit(1000, "milliseconds", "guess: … when too many descriptors are on their way", "-"),
 }
 
 

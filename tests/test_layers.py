@@ -17,6 +17,7 @@ RANKS = {
     "terms": 0,
     "errors": 0,
     "limits": 0,
+    "bucket": 1,
     "wire": 1,
     "policy": 1,
     "kernel": 2,

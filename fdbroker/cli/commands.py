@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from fdbroker import __version__, errors
+from fdbroker import __version__, connect, errors
 from fdbroker.cli import policy, show
 from fdbroker.errors import Denied, FdbrokerError
 from fdbroker.terms import ACCESS_NAMES, Device, parse
@@ -120,9 +120,7 @@ def open_(words: tuple[str, ...], access: str, json_: bool, address: str | None)
                 raise ValueError("a device's path begins with /dev/")
         except ValueError as error:
             raise click.BadParameter(f"{escaped(resource)}: {error}", param_hint="RESOURCE") from None
-    from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
-
-    with Client.connect(address) as client:
+    with connect(address) as client:
         try:
             owned = client.open_all(resources, access)
         except Denied as denial:
@@ -193,9 +191,7 @@ def _become(command: list[str], numbers: list[int], names: list[str]) -> None:
 @_socket
 def list_(more: bool, json_: bool, address: str | None) -> None:
     """What you may open now, with the most access."""
-    from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
-
-    with Client.connect(address) as client:
+    with connect(address) as client:
         for offers in client.watch() if more else [client.offers()]:
             rows = [
                 {"resource": offer.resource.text, "access": offer.resource.access, "rule": offer.where}
@@ -215,10 +211,8 @@ def list_(more: bool, json_: bool, address: str | None) -> None:
 @_socket
 def send(topic: str, payload: str | None, address: str | None) -> None:
     """Send a message to TOPIC: PAYLOAD, or what standard input has, to its end."""
-    from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
-
     data = sys.stdin.buffer.read() if payload is None else payload.encode(errors="surrogateescape")
-    with Client.connect(address) as client:
+    with connect(address) as client:
         try:
             client.send(topic, data)
         except (ValueError, UnicodeError) as error:
@@ -231,9 +225,7 @@ def send(topic: str, payload: str | None, address: str | None) -> None:
 @_socket
 def subscribe(topics: tuple[str, ...], json_: bool, address: str | None) -> None:
     """Print the messages of these topics as they come, without end."""
-    from fdbroker.client.sync import Client  # noqa: PLC0415 -- `policy` and `serve` need no client
-
-    with Client.connect(address) as client:
+    with connect(address) as client:
         for message in client.subscribe(topics):
             try:
                 payload, encoding = message.payload.decode(), "text"

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 from fdbroker import limits
 from fdbroker.client.descriptor import Descriptor
 from fdbroker.errors import (
-    EX_DATAERR,
-    EX_NOPERM,
-    EX_TEMPFAIL,
+    MESSAGE_REFUSALS,
     REFUSALS,
     ClientNotReading,
     Denied,
     FdbrokerError,
+    MessageTooLong,
     NoSuchResource,
     NotWhatItWas,
     OpenFailed,
@@ -29,6 +28,7 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
     Refused,
+    TopicDenied,
 )
 from fdbroker.terms import ACCESS_NAMES, Offer, Resource, parse
 from fdbroker.wire import varlink
@@ -41,6 +41,7 @@ REPLY_BYTES = 32 * 1024 * 1024
 DESCRIPTORS_PER_READ = 253
 _BROKER = "io.fdbroker.Broker"
 _INBOX = "io.fdbroker.Inbox"
+_REFUSALS = {_BROKER: REFUSALS, _INBOX: MESSAGE_REFUSALS}
 _TEXTS: dict[type[Refused], str] = {
     Denied: "denied: no rule of the policy allows it, or a deny rule forbids it",
     NoSuchResource: "the policy allows it, and it is not there now",
@@ -79,37 +80,6 @@ def open_call(resources: Iterable[Resource]) -> bytes:
 def list_call(*, more: bool) -> bytes:
     """The bytes of List; with `more` the list comes again after each change."""
     return varlink.encode_call(f"{_BROKER}.List", {}, more=more)
-
-
-class MessageRefused(FdbrokerError):
-    """A message or a subscription was refused; `name` is Denied, TooLong, QuotaExceeded or RateLimited."""
-
-    exit_code = EX_TEMPFAIL
-
-    def __init__(self, name: str, parameters: Mapping[str, Any]) -> None:
-        super().__init__(_MESSAGE_TEXTS[name].format_map({"topic": "", "maximum": 0, "limit": "", **parameters}))
-        self.name = name
-        self.parameters = dict(parameters)
-
-
-class MessageDenied(MessageRefused):
-    """No rule of the policy allows it."""
-
-    exit_code = EX_NOPERM
-
-
-class MessageTooLong(MessageRefused):
-    """The message is longer than its topic allows."""
-
-    exit_code = EX_DATAERR
-
-
-_MESSAGE_TEXTS = {
-    "Denied": "topic {topic}: denied: no rule of the policy allows it",
-    "TooLong": "the message is longer than the topic allows: at most {maximum} bytes",
-    "QuotaExceeded": "limit {limit} is reached, maximum {maximum}",
-    "RateLimited": "too many messages, or the journal takes none now; try again",
-}
 
 
 class Message(NamedTuple):
@@ -160,10 +130,7 @@ def message(reply: varlink.Reply) -> Message:
 def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
     """The exception for an error reply."""
     interface, _, name = error.rpartition(".")
-    if interface == _INBOX and name in _MESSAGE_TEXTS:
-        kinds = {"Denied": MessageDenied, "TooLong": MessageTooLong}
-        return kinds.get(name, MessageRefused)(name, parameters)
-    kind = REFUSALS.get(name) if interface == _BROKER else None
+    kind = _REFUSALS.get(interface, {}).get(name)
     if kind is None:
         return CallFailed(error, parameters)
     made: Refused
@@ -177,6 +144,10 @@ def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
         made = RateLimited(_integer(parameters, "retryAfterMilliseconds"))
     elif kind is ClientNotReading:
         made = ClientNotReading()
+    elif kind is TopicDenied:
+        made = TopicDenied(str(parameters.get("topic", "")))
+    elif kind is MessageTooLong:
+        made = MessageTooLong(_integer(parameters, "maximum"))
     else:
         made = kind(_TEXTS[kind])
     resource = parameters.get("resource")
@@ -222,9 +193,9 @@ def opened(reply: varlink.Reply, numbers: list[int], resources: Sequence[Resourc
                 raise ProtocolViolation(f"descriptor {index!r} is not there")
             if said != resource:
                 raise ProtocolViolation(f"{said.text!r} in place of {resource.text!r}")
-            about = _said(grant)
+            access, rule, rdev, usable, why = _said(grant)
             number, numbers[index] = numbers[index], -1
-            made.append(Descriptor(number, resource.text, *about))
+            made.append(Descriptor(number, resource.text, access, rule, rdev, usable=usable, why=why))
     except (ProtocolViolation, LookupError, TypeError, WrongMember) as error:
         for descriptor in made:
             descriptor.close()

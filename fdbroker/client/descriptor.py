@@ -29,7 +29,8 @@ class Descriptor:
         access: str,
         rule: str,
         rdev: str = "",
-        usable: bool | None = None,  # noqa: FBT001 -- as the wire has it
+        *,
+        usable: bool | None = None,
         why: str = "",
     ) -> None:
         self._number = number

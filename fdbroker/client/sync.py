@@ -78,7 +78,7 @@ class Client:
     def send(self, topic: str, payload: str | bytes) -> None:
         """Send a message; it returns once every handler of the topic has it.
 
-        Raises MessageRefused (fdbroker.client.calls), ValueError when it is too long for the wire, BrokerUnavailable.
+        Raises TopicDenied, MessageTooLong, QuotaExceeded or RateLimited; ValueError when it is too long for the wire.
         """
         _, numbers = self._call(calls.send_call(topic, payload))
         calls.close_all(numbers)
@@ -86,7 +86,7 @@ class Client:
     def subscribe(self, topics: Sequence[str]) -> Iterator[calls.Message]:
         """The messages of these topics as they come, without end; close the client to stop.
 
-        Nothing else can be asked on this client from then on. Raises MessageRefused with the first one.
+        Nothing else can be asked on this client from then on. Raises as `send` does, with the first one.
         """
         self._send(calls.subscribe_call(topics))
         while True:

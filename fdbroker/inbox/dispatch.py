@@ -11,8 +11,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fdbroker import __version__, limits
-from fdbroker.errors import ClientNotReading, Denied, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, Refused
-from fdbroker.inbox.topics import MessageRefused
+from fdbroker.errors import (
+    ClientNotReading,
+    Denied,
+    MessageTooLong,
+    NotWhatItWas,
+    OpenFailed,
+    QuotaExceeded,
+    RateLimited,
+    Refused,
+    TopicDenied,
+)
 from fdbroker.terms import FRAMED_TOPIC, Offer, Resource
 from fdbroker.wire import frame, varlink
 from fdbroker.wire.resources import WrongMember, from_json, to_json
@@ -21,13 +30,6 @@ from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
 _RESOURCES = limits.RESOURCES_PER_OPEN
 _BROKER = "io.fdbroker.Broker"
 _INBOX = "io.fdbroker.Inbox"
-# the status of a message that was refused, by the error's name below io.fdbroker.Inbox
-MESSAGE_STATUS = {
-    "Denied": errno.EACCES,
-    "TooLong": errno.EMSGSIZE,
-    "QuotaExceeded": errno.EDQUOT,
-    "RateLimited": errno.EAGAIN,
-}
 SENT = (frame.encode_status(0), varlink.encode_reply({}))  # by the framing, by Varlink
 
 
@@ -209,29 +211,36 @@ def refusal_status(refusal: Refused) -> bytes:
 
 def refusal_reply(refusal: Refused, resources: Sequence[Resource]) -> bytes:
     """The error reply of Open or List; `resources` are those that were asked for."""
-    parameters: dict[str, Any] = {}
+    return varlink.encode_error(f"{_BROKER}.{refusal.wire_name}", _parameters(refusal, resources))
+
+
+def _parameters(refusal: Refused, resources: Sequence[Resource] = ()) -> dict[str, Any]:
+    """What the interface says of an error."""
     match refusal:
         case QuotaExceeded():
-            parameters = {"limit": refusal.limit, "maximum": refusal.maximum}
+            return {"limit": refusal.limit, "maximum": refusal.maximum}
         case RateLimited():
-            parameters = {"retryAfterMilliseconds": refusal.retry_after_ms}
+            return {"retryAfterMilliseconds": refusal.retry_after_ms}
         case ClientNotReading():
-            pass
-        case _:
-            resource = resources[refusal.index or 0]
-            parameters["resource"] = to_json(resource)
-            if isinstance(refusal, NotWhatItWas):
-                parameters["reason"] = refusal.reason
-            elif isinstance(refusal, OpenFailed):
-                parameters["errno"] = refusal.number
-    return varlink.encode_error(f"{_BROKER}.{refusal.wire_name}", parameters)
+            return {}
+        case TopicDenied():
+            return {"topic": refusal.topic}
+        case MessageTooLong():
+            return {"maximum": refusal.maximum}
+    parameters: dict[str, Any] = {"resource": to_json(resources[refusal.index or 0])}
+    match refusal:
+        case NotWhatItWas():
+            parameters["reason"] = refusal.reason
+        case OpenFailed():
+            parameters["errno"] = refusal.number
+    return parameters
 
 
-def message_refused(refused: MessageRefused, *, framed: bool) -> bytes:
-    """The answer to a message, or a subscription, that was refused."""
+def message_refused(refusal: Refused, *, framed: bool) -> bytes:
+    """The answer to a message, or a subscription, that was refused: one of MESSAGE_REFUSALS."""
     if framed:
-        return frame.encode_status(MESSAGE_STATUS[refused.name])
-    return varlink.encode_error(f"{_INBOX}.{refused.name}", refused.parameters)
+        return frame.encode_status(refusal.errno)
+    return varlink.encode_error(f"{_INBOX}.{refusal.wire_name}", _parameters(refusal))
 
 
 def offers_reply(offers: Sequence[Offer], *, continues: bool) -> bytes:

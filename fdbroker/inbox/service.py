@@ -15,16 +15,16 @@ import time
 from collections.abc import Sequence
 
 from fdbroker import limits
-from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation, Refused
+from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation, Refused, TopicDenied
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.decode import Decoder
-from fdbroker.inbox.topics import Member, MessageRefused, Topics
+from fdbroker.inbox.topics import Member, Topics
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.terms import Offer, Resource, TopicUse
 from fdbroker.wire import frame, link
 from fdbroker.wire.frame import TooLong
-from fdbroker.wire.rights import Connected, Rights, RightsChanged, Sender, encode_refused
+from fdbroker.wire.rights import Connected, Rights, RightsChanged, Sender, encode_denied_use
 from fdbroker.wire.rights import Topics as TopicsChanged
 
 _READ_BYTES = 65536
@@ -317,9 +317,9 @@ class Inbox:
                 client.member, message.topic, message.payload, text=message.text, encoding=message.encoding
             )
             answer = dispatch.SENT[not framed]
-        except MessageRefused as refused:
-            self._note(client, refused, "send")
-            answer = dispatch.message_refused(refused, framed=framed)
+        except Refused as refusal:
+            self._note(client, refusal, "send")
+            answer = dispatch.message_refused(refusal, framed=framed)
         if not message.silent:
             client.out += answer
 
@@ -327,9 +327,9 @@ class Inbox:
         others = sum(member.sender.uid == client.uid for member in self._subscribed)
         try:
             self._topics.subscribe(client.member, topics, others)
-        except MessageRefused as refused:
-            self._note(client, refused, "subscribe")
-            client.out += dispatch.message_refused(refused, framed=False)
+        except Refused as refusal:
+            self._note(client, refusal, "subscribe")
+            client.out += dispatch.message_refused(refusal, framed=False)
         else:
             client.state = "subscribed"
             self._subscribed[client.member] = client
@@ -338,16 +338,15 @@ class Inbox:
         """Other rights for a client; one that has subscribed to what it may not have any more is told so."""
         try:
             self._topics.allow(client.member, rights)
-        except MessageRefused as refused:
+        except TopicDenied as refusal:
             del self._subscribed[client.member]
-            client.out += client.member.take() + dispatch.message_refused(refused, framed=False)
+            client.out += client.member.take() + dispatch.message_refused(refusal, framed=False)
             self._end_turn(client)
 
-    def _note(self, client: Client, refused: MessageRefused, verb: str) -> None:
+    def _note(self, client: Client, refusal: Refused, verb: str) -> None:
         """Have a denial recorded, unless the opener has more to read than it can already."""
-        if refused.name == "Denied" and not self._opener.waiting:
-            use = TopicUse(verb, str(refused.parameters["topic"]))
-            self._opener.send(encode_refused(client.number, use))
+        if isinstance(refusal, TopicDenied) and not self._opener.waiting:
+            self._opener.send(encode_denied_use(client.number, TopicUse(verb, refusal.topic)))
 
     def _deliver(self) -> None:
         """Send on what has come in this turn: of each subscriber all of it at once."""

@@ -5,34 +5,24 @@ Runs in: inbox. An attacker controls payloads and the names of topics; who sends
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable
 
 from fdbroker import limits
-from fdbroker.errors import FdbrokerError
+from fdbroker.bucket import Bucket
+from fdbroker.errors import MessageTooLong, QuotaExceeded, RateLimited, TopicDenied
 from fdbroker.kernel.records import NotRecorded, Records
 from fdbroker.terms import Topic
 from fdbroker.wire import varlink
 from fdbroker.wire.rights import Rights, Sender
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
-_WAIT_LIMIT_MS = limits.WAIT_LIMIT_MS
-_JOURNAL_BUSY_MS = 100
+_JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
 _BUCKETS_KEPT = 4096
 MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a08"
 # how every message begins: where `lost` is put, when there is something to say
 _BEGIN = b'{"parameters":{"message":{'
-
-
-class MessageRefused(FdbrokerError):
-    """A message, or a subscription, that is answered with an error; `name` is that of io.fdbroker.Inbox."""
-
-    def __init__(self, name: str, **parameters: str | int) -> None:
-        super().__init__(f"{name} {parameters}")
-        self.name = name
-        self.parameters = parameters
 
 
 class Member:
@@ -78,7 +68,7 @@ class Topics:
         self._topics: dict[str, Topic] = {}
         self._order: tuple[Topic, ...] = ()
         self._subscribers: dict[str, dict[Member, None]] = {}
-        self._buckets: dict[int, tuple[float, float]] = {}  # uid -> (tokens, when)
+        self._buckets: dict[int, Bucket] = {}  # by uid
         # larger than any before a restart, as long as no more than a million came in a second
         self._number = time.time_ns() // 1000
         self.fresh: dict[Member, None] = {}  # for whom something has come
@@ -91,7 +81,7 @@ class Topics:
     def allow(self, member: Member, rights: Rights) -> None:
         """What a connection may do from now on, by the topics that were told last.
 
-        Raises MessageRefused when it may no longer have what it has subscribed to: then that has ended.
+        Raises TopicDenied when it may no longer have what it has subscribed to: then that has ended.
         """
         member.send, member.subscribe = (
             frozenset(self._order[position].name for position in positions if position < len(self._order))
@@ -100,21 +90,21 @@ class Topics:
         member.maxima = rights
         for topic in member.subscribed - member.subscribe:
             self.forget(member)
-            raise MessageRefused("Denied", topic=topic)
+            raise TopicDenied(topic)
 
     # ---- sending
 
     def publish(self, member: Member, name: str, payload: bytes, *, text: str, encoding: str) -> None:
         """Hand a message to every handler of its topic; `text` is the payload as it travels.
 
-        Raises MessageRefused: then no handler has it.
+        Raises TopicDenied, MessageTooLong or RateLimited: then no handler has it.
         """
         self._take_token(member)  # first: who is denied must not be quicker
         topic = self._topics.get(name) if name in member.send else None
         if topic is None:
-            raise MessageRefused("Denied", topic=name)
+            raise TopicDenied(name)
         if len(payload) > topic.maximum_bytes:
-            raise MessageRefused("TooLong", maximum=topic.maximum_bytes)
+            raise MessageTooLong(topic.maximum_bytes)
         sender = member.sender
         message: dict[str, str | int] = {
             "number": self._number + 1,
@@ -143,7 +133,7 @@ class Topics:
             "MESSAGE": f"message {message['number']} on topic {message['topic']} from uid {message['uid']}",
             "MESSAGE_ID": MESSAGE_ID,
             "PRIORITY": "6",
-            "SYSLOG_IDENTIFIER": "fdbroker",
+            "SYSLOG_IDENTIFIER": "fdbroker-inbox",
             **{f"FDBROKER_{name.upper()}": str(message[name]) for name in ("number", "topic", "uid", "gid", "pid")},
             **({"FDBROKER_SESSION": str(message["session"])} if "session" in message else {}),
             "FDBROKER_PAYLOAD": payload.decode(errors="backslashreplace"),
@@ -151,37 +141,34 @@ class Topics:
         try:
             self._records.write(fields)
         except NotRecorded:
-            raise MessageRefused("RateLimited", retryAfterMilliseconds=_JOURNAL_BUSY_MS) from None
+            raise RateLimited(_JOURNAL_RETRY_MS) from None
 
     def _take_token(self, member: Member) -> None:
         """Count one message against its user's token bucket."""
-        rate, burst, uid = member.maxima.messages_per_second, member.maxima.burst, member.sender.uid
-        now_s = time.monotonic()
-        tokens, at_s = self._buckets.get(uid, (float(burst), now_s))
-        tokens = min(float(burst), tokens + (now_s - at_s) * rate)
-        if tokens < 1.0:
-            self._buckets[uid] = (tokens, now_s)
-            wait_ms = math.ceil((1.0 - tokens) * 1000 / rate)
-            raise MessageRefused("RateLimited", retryAfterMilliseconds=min(wait_ms, _WAIT_LIMIT_MS))
-        self._buckets[uid] = (tokens - 1.0, now_s)
-        if len(self._buckets) > _BUCKETS_KEPT:
-            # a bucket that nobody used for a minute is full again, unless the policy gives a rate that low
-            self._buckets = {one: kept for one, kept in self._buckets.items() if now_s - kept[1] < 60}
+        maxima, uid, now_s = member.maxima, member.sender.uid, time.monotonic()
+        bucket = self._buckets.get(uid)
+        if bucket is None:
+            if len(self._buckets) >= _BUCKETS_KEPT:
+                self._buckets = {one: kept for one, kept in self._buckets.items() if not kept.is_idle(now_s)}
+            bucket = self._buckets[uid] = Bucket(maxima.burst, now_s)
+        wait_ms = bucket.take(maxima.messages_per_second, maxima.burst, now_s)
+        if wait_ms:
+            raise RateLimited(wait_ms)
 
     # ---- subscribing
 
     def subscribe(self, member: Member, names: Iterable[str], others: int) -> None:
         """From now on `member` gets the messages of these topics; `others` of its user's connections do already.
 
-        Raises MessageRefused.
+        Raises TopicDenied, QuotaExceeded or RateLimited.
         """
         self._take_token(member)
         wanted = frozenset(names)
         for name in wanted:
             if name not in member.subscribe or name not in self._topics:
-                raise MessageRefused("Denied", topic=name)
+                raise TopicDenied(name)
         if others >= member.maxima.subscriptions:
-            raise MessageRefused("QuotaExceeded", limit="subscriptions", maximum=member.maxima.subscriptions)
+            raise QuotaExceeded("subscriptions", member.maxima.subscriptions)
         member.subscribed = wanted
         for name in wanted:
             self._subscribers.setdefault(name, {})[member] = None

@@ -25,7 +25,7 @@ _REQUESTS = limits.NAMESPACE_REQUESTS
 _WAIT_S = limits.NAMESPACE_WAIT_SECONDS
 _FOR_OTHERS = 4  # of these, for what no client can stop
 _HELD = limits.NAMESPACE_HELD
-_BUSY_MS = 1000
+_BUSY_MS = limits.BUSY_RETRY_MS
 _HURRY_S = 2.0  # when the service stops
 
 

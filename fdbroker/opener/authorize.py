@@ -5,12 +5,11 @@ Runs in: opener. An attacker controls the asked paths and how often it asks.
 
 from __future__ import annotations
 
-import math
 import socket
 from collections import deque
 from collections.abc import Sequence
 
-from fdbroker import limits
+from fdbroker.bucket import Bucket
 from fdbroker.errors import ClientNotReading, Denied, QuotaExceeded, RateLimited
 from fdbroker.kernel import sockets
 from fdbroker.policy.compiled import Policy
@@ -18,41 +17,28 @@ from fdbroker.policy.decide import View, decide, view
 from fdbroker.terms import TOPIC_VERBS, Resource, Rule, Subject, Topic, TopicUse
 from fdbroker.wire.rights import Rights
 
-_WAIT_LIMIT_MS = limits.WAIT_LIMIT_MS
 # The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.
 _SKB_BYTES = 512
 _ACCOUNTS_KEPT = 1024
-# After this long without a request a bucket is full again, unless the policy gives a rate that low.
-_IDLE_S = 60
 
 
 class Account:
     """What one user has in use, over all of its connections."""
 
-    __slots__ = ("connections", "lingering", "namespaces", "refilled_at_s", "tokens", "unread")
+    __slots__ = ("bucket", "connections", "lingering", "namespaces", "unread")
 
     def __init__(self, burst: int, now_s: float) -> None:
         self.connections: set[Connection] = set()
         self.unread: set[Connection] = set()  # those that may have grants unread
         self.lingering: set[Connection] = set()  # ended by us, with grants that the client has not read
         self.namespaces: tuple[int, ...] = ()  # inode numbers of those made for it that may be living
-        self.tokens = float(burst)
-        self.refilled_at_s = now_s
+        self.bucket = Bucket(burst, now_s)
 
     def count_connections(self) -> int:
         """Connections in use: the open ones, and the ended ones whose unread grants still weigh on us."""
         for connection in tuple(self.lingering):
             connection.linger()
         return len(self.connections) + len(self.lingering)
-
-    def take_token(self, rate: int, burst: int, now_s: float) -> None:
-        """Count one request against the token bucket. Raises RateLimited when it is empty."""
-        self.tokens = min(float(burst), self.tokens + (now_s - self.refilled_at_s) * rate)
-        self.refilled_at_s = now_s
-        if self.tokens < 1.0:
-            wait_ms = math.ceil((1.0 - self.tokens) * 1000 / rate)
-            raise RateLimited(min(wait_ms, _WAIT_LIMIT_MS))
-        self.tokens -= 1.0
 
 
 class Accounts:
@@ -72,7 +58,7 @@ class Accounts:
 
     def _forget_idle(self, now_s: float) -> None:
         for uid, account in list(self._by_uid.items()):
-            if not account.count_connections() and not account.namespaces and now_s - account.refilled_at_s > _IDLE_S:
+            if not account.count_connections() and not account.namespaces and account.bucket.is_idle(now_s):
                 del self._by_uid[uid]
 
 
@@ -158,7 +144,9 @@ def authorize_connection(account: Account, seen: View) -> None:
 def authorize_request(connection: Connection, now_s: float) -> None:
     """One request more, of whatever kind? Raises RateLimited, ClientNotReading or QuotaExceeded."""
     maxima = connection.view.limits
-    connection.account.take_token(maxima["requests_per_second"], maxima["burst"], now_s)
+    wait_ms = connection.account.bucket.take(maxima["requests_per_second"], maxima["burst"], now_s)
+    if wait_ms:
+        raise RateLimited(wait_ms)
     authorize_grants(connection)
 
 

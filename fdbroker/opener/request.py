@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 
+from fdbroker import limits
 from fdbroker.errors import Denied, OpenFailed, RateLimited, Refused
 from fdbroker.kernel.processes import is_alive
 from fdbroker.kernel.records import NotRecorded
@@ -20,8 +21,7 @@ from fdbroker.opener.open import Nodes
 from fdbroker.opener.send import compose, send_grants
 from fdbroker.terms import Device, Grant, Resource, Rule
 
-# How soon a client may try again when the journal takes no record now.
-_JOURNAL_BUSY_MS = 100
+_JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
 
 
 class Opening:
@@ -89,7 +89,7 @@ def finish_open(opening: Opening, nodes: Nodes, audit: Audit) -> Refused | None:
     except Refused as refusal:
         return refuse_open(opening, refusal, audit)
     except NotRecorded:
-        return refuse_open(opening, RateLimited(_JOURNAL_BUSY_MS), audit)
+        return refuse_open(opening, RateLimited(_JOURNAL_RETRY_MS), audit)
     except OSError as error:
         # the client is gone, or a fault of ours: it gets nothing either way
         return refuse_open(opening, OpenFailed(error.errno or errno.EIO), audit)

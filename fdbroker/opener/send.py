@@ -18,7 +18,7 @@ from fdbroker.terms import Grant
 from fdbroker.wire.resources import to_json
 
 _REPLY_BYTES = limits.REPLY_WITH_DESCRIPTORS_BYTES
-_BUSY_MS = 1000
+_BUSY_MS = limits.BUSY_RETRY_MS
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 

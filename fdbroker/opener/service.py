@@ -49,8 +49,7 @@ _MESSAGES_PER_TURN = 8
 _SETTLE_S = 0.1
 # How often we look whether what an ended connection left unread is gone.
 _LINGER_S = 1.0
-# How soon a client may try again when the journal takes no record now.
-_RETRY_MS = 100
+_RETRY_MS = limits.JOURNAL_RETRY_MS
 
 
 class Opener:
@@ -274,8 +273,8 @@ class Opener:
                 self._shutdown(self._turn(number, "Shutdown"))
             case link.Closed(number, reason):
                 self._close(self._turn(number, "Closed"), reason)
-            case rights.MessageRefused(number, use):
-                connection = self._turn(number, "MessageRefused")
+            case rights.DeniedUse(number, use):
+                connection = self._turn(number, "DeniedUse")
                 record = Record("refused", "authorize", number, connection.subject, use, "no rule allows it")
                 self._audit.refuse(record, time.monotonic())
             case link.Pong():

@@ -137,7 +137,7 @@ class Pong(NamedTuple):
     """The answer, the same way back: so one answer speaks for both children."""
 
 
-ToOpener = Open | List | Shutdown | Closed | Drained | rights.MessageRefused | Policy | Stop
+ToOpener = Open | List | Shutdown | Closed | Drained | rights.DeniedUse | Policy | Stop
 ToInbox = rights.Connected | Outcome | Offered | Drain | rights.RightsChanged | rights.Topics
 Message = ToOpener | ToInbox | Applied | StopAsked | WorkerStuck | Restart | Ready | Ping | Pong
 
@@ -154,7 +154,7 @@ TURNS: Mapping[tuple[str, str], str] = {
     ("watching", "Outcome"): "idle",
     ("idle", "Shutdown"): "stopping",
     ("stopping", "Outcome"): "idle",
-    ("idle", "MessageRefused"): "idle",
+    ("idle", "DeniedUse"): "idle",
     ("idle", "Closed"): "gone",
     ("opening", "Closed"): "gone",
     ("listing", "Closed"): "gone",
@@ -350,7 +350,7 @@ INBOX_TO_OPENER: Decoders = {
     3: _decode_closed,
     4: _plain(Drained()),
     5: _decode_shutdown,
-    6: rights.decode_refused,
+    6: rights.decode_denied_use,
     8: _plain(Pong()),
 }
 OPENER_TO_INBOX: Decoders = {

@@ -58,7 +58,7 @@ class Topics(NamedTuple):
     topics: tuple[Topic, ...]
 
 
-class MessageRefused(NamedTuple):
+class DeniedUse(NamedTuple):
     """The client of `connection` was not allowed to use a topic: for the record. `use` may be cut."""
 
     connection: int
@@ -70,7 +70,7 @@ _CONNECTED = struct.Struct(f"!BQIII32s{_RIGHTS.size}s")
 _CHANGED = struct.Struct(f"!BQ{_RIGHTS.size}s")
 _TOPICS = struct.Struct("!BH")  # how many, then for each:
 _TOPIC = struct.Struct("!BIB")  # handlers as bits, maximum, length of name; name
-_REFUSED = struct.Struct("!BQB")  # verb; then the topic
+_DENIED_USE = struct.Struct("!BQB")  # verb; then the topic
 
 
 def _bits(positions: frozenset[int]) -> bytes:
@@ -138,16 +138,17 @@ def decode_topics(data: bytes) -> Topics:
     return Topics(tuple(topics))
 
 
-def encode_refused(connection: int, use: TopicUse) -> bytes:
+def encode_denied_use(connection: int, use: TopicUse) -> bytes:
     """Inbox to opener; a long topic is cut."""
-    return _REFUSED.pack(6, connection, TOPIC_VERBS.index(use.verb)) + use.topic.encode(errors="replace")[:_TEXT_BYTES]
+    head = _DENIED_USE.pack(6, connection, TOPIC_VERBS.index(use.verb))
+    return head + use.topic.encode(errors="replace")[:_TEXT_BYTES]
 
 
-def decode_refused(data: bytes) -> MessageRefused:
+def decode_denied_use(data: bytes) -> DeniedUse:
     """Raises LinkViolation."""
     cursor = Cursor(data)
-    _, connection, verb = cursor.numbers(_REFUSED)
-    if len(data) - _REFUSED.size > _TEXT_BYTES:
+    _, connection, verb = cursor.numbers(_DENIED_USE)
+    if len(data) - _DENIED_USE.size > _TEXT_BYTES:
         raise LinkViolation("a topic that is too long")
-    text = data[_REFUSED.size :].decode(errors="replace")
-    return MessageRefused(connection, TopicUse(word(TOPIC_VERBS, verb), text))
+    text = data[_DENIED_USE.size :].decode(errors="replace")
+    return DeniedUse(connection, TopicUse(word(TOPIC_VERBS, verb), text))

@@ -14,7 +14,7 @@ FORBIDDEN = {
 THIRD_PARTY = {"prctl", "_prctl"}
 OURS = {
     "fdbroker",
-    *(f"fdbroker.{name}" for name in ("terms", "errors", "limits", "wire", "policy", "kernel", "opener")),
+    *(f"fdbroker.{name}" for name in ("terms", "errors", "limits", "bucket", "wire", "policy", "kernel", "opener")),
     *(f"fdbroker.wire.{name}" for name in ("journal", "link", "pack", "resources", "rights", "worker")),
     *(f"fdbroker.policy.{name}" for name in ("compiled", "decide", "paths")),
     *(

@@ -19,7 +19,7 @@ from harness import ALICE, BOB, CAROL, GROUP, Raw, as_user, outcome, running
 
 import fdbroker
 import fdbroker.aio
-from fdbroker.client.calls import MessageDenied, MessageTooLong
+from fdbroker.errors import MessageTooLong, TopicDenied
 
 POLICY = f"""
 version: 1
@@ -242,7 +242,7 @@ def test_both_clients_send_and_subscribe(broker):
         messages = subscriber.subscribe(["news"])
         received = _until_it_comes(sender, messages)
         assert (received.uid, received.topic, received.payload) == (os.getuid(), "news", b"\xff")
-        with pytest.raises(MessageDenied, match="topic none: denied"):
+        with pytest.raises(TopicDenied, match="topic none: denied"):
             sender.send("none", "x")
         with pytest.raises(MessageTooLong, match="at most 1000 bytes"):
             sender.send("news", "x" * 1001)
@@ -264,7 +264,7 @@ def test_both_clients_send_and_subscribe(broker):
                     await sender.send("news", "over asyncio")
                     await asyncio.sleep(0.01)
                 assert got == [b"over asyncio"]
-                with pytest.raises(MessageDenied):
+                with pytest.raises(TopicDenied):
                     await sender.send("none", b"x")
 
     asyncio.run(talk())

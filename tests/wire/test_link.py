@@ -135,9 +135,9 @@ def test_a_message_of_the_other_direction_is_not_understood():
 
 def test_a_denied_topic_is_told_as_far_as_a_record_needs_it():
     for topic in ("nö\n", "x" * 255, ""):
-        data = rights.encode_refused(3, TopicUse("subscribe", topic))
-        assert link.decode(link.INBOX_TO_OPENER, data) == rights.MessageRefused(3, TopicUse("subscribe", topic))
-    data = rights.encode_refused(3, TopicUse("send", "x" * 65536))
+        data = rights.encode_denied_use(3, TopicUse("subscribe", topic))
+        assert link.decode(link.INBOX_TO_OPENER, data) == rights.DeniedUse(3, TopicUse("subscribe", topic))
+    data = rights.encode_denied_use(3, TopicUse("send", "x" * 65536))
     assert link.decode(link.INBOX_TO_OPENER, data).use.topic == "x" * 255
     for wrong in (data + b"x", data[:9], data[:9] + b"\x02"):
         with pytest.raises(LinkViolation):

@@ -1,0 +1,37 @@
+"""The token bucket that bounds how often a user asks, or sends.
+
+Runs in: opener, inbox, each with buckets of its own. An attacker controls when it is asked; the clock is the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fdbroker import limits
+
+_WAIT_LIMIT_MS = limits.WAIT_LIMIT_MS
+# After this long without a request a bucket is full again, unless the policy gives a rate that low.
+_IDLE_S = 60
+
+
+class Bucket:
+    """Holds at most `burst` tokens, and gets so many a second; both may change from one request to the next."""
+
+    __slots__ = ("refilled_at_s", "tokens")
+
+    def __init__(self, burst: int, now_s: float) -> None:
+        self.tokens = float(burst)
+        self.refilled_at_s = now_s
+
+    def take(self, rate: int, burst: int, now_s: float) -> int:
+        """Take one token: 0, or in how many milliseconds there is one, at most WAIT_LIMIT_MS."""
+        self.tokens = min(float(burst), self.tokens + (now_s - self.refilled_at_s) * rate)
+        self.refilled_at_s = now_s
+        if self.tokens < 1.0:
+            return min(math.ceil((1.0 - self.tokens) * 1000 / rate), _WAIT_LIMIT_MS)
+        self.tokens -= 1.0
+        return 0
+
+    def is_idle(self, now_s: float) -> bool:
+        """Whether nothing would be lost if another bucket took its place."""
+        return now_s - self.refilled_at_s > _IDLE_S
