@@ -158,6 +158,12 @@ class ClientNotReading(Refused):
         super().__init__("too many grants wait unread; the connection is closed")
 
 
+class QueueFull(QuotaExceeded):
+    """What the user has sent and others have not yet acknowledged is at its maximum, or no more can be stored."""
+
+    errno = errno.ENOSPC
+
+
 class TopicDenied(Refused):
     """No rule allows to send to, or to subscribe to, that topic. The same answer whether it exists or not."""
 
@@ -178,11 +184,32 @@ class MessageTooLong(Refused):
         self.maximum = maximum
 
 
+class DescriptorsRefused(Refused):
+    """The descriptors that came with a message cannot go with it; `reason` says why."""
+
+    wire_name, errno, exit_code = "DescriptorsRefused", errno.EOPNOTSUPP, EX_DATAERR
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the descriptors cannot go with the message: {reason}")
+        self.reason = reason
+
+
+class NoSuchRecipient(Refused):
+    """`to` names nobody who may subscribe to the topic."""
+
+    wire_name, errno, exit_code = "NoSuchRecipient", errno.ENXIO, EX_DATAERR
+
+    def __init__(self, to: str) -> None:
+        super().__init__(f"{to}: no user of that name or number may subscribe to the topic")
+        self.to = to
+
+
 # by their wire names: those of io.fdbroker.Broker, and those of io.fdbroker.Inbox
 REFUSALS: dict[str, type[Refused]] = {
     kind.wire_name: kind
     for kind in (Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, ClientNotReading)
 }
 MESSAGE_REFUSALS: dict[str, type[Refused]] = {
-    kind.wire_name: kind for kind in (TopicDenied, MessageTooLong, QuotaExceeded, RateLimited)
+    kind.wire_name: kind
+    for kind in (TopicDenied, MessageTooLong, DescriptorsRefused, NoSuchRecipient, QuotaExceeded, RateLimited)
 }

@@ -55,6 +55,19 @@ LIMITS: dict[str, Limit] = {
     "TOPIC_BYTES": Limit(64, "bytes", "guess: a name that people read", "load fails"),
     "SUBSCRIBER_MESSAGES": Limit(1000, "messages", "guess: that wait for one subscriber", "the oldest is lost"),
     "SUBSCRIBER_BYTES": Limit(1048576, "bytes", "guess: sixteen of the longest", "the oldest is lost"),
+    "DESCRIPTORS_PER_MESSAGE": Limit(16, "descriptors", "design", "disconnect"),
+    "HELD_DESCRIPTORS": Limit(64, "descriptors", "guess: that one user's messages hold", "QuotaExceeded"),
+    "HELD_BYTES": Limit(268435456, "bytes", "guess: of memfds that one user's messages hold", "QuotaExceeded"),
+    "UNREAD_DESCRIPTORS": Limit(32, "descriptors", "guess: sent to a subscriber, not received", "the message is lost"),
+    "UNREAD_OF_USER": Limit(512, "descriptors", "guess: sixteen subscribers, or ended ones", "the message is lost"),
+    "ATTACHED_BYTES": Limit(67108864, "bytes", "design: a payload in a memfd, where a topic says nothing", "EMSGSIZE"),
+    "ATTACHED_BYTES_MAX": Limit(268435456, "bytes", "as HELD_BYTES", "load fails"),
+    "USERS": Limit(4096, "users", "guess: each broadcast that is stored has a row for each", "load fails"),
+    "KEEP_SECONDS": Limit(604800, "seconds", "design: 7d, where a topic says nothing", "the message is removed"),
+    "STORE_BYTES": Limit(1073741824, "bytes", "guess: a thousand users with 1 MiB each", "ENOSPC"),
+    "RECEIVED_MESSAGES": Limit(1000, "messages", "guess: in one reply to Receive", "the next Receive has them"),
+    "RECEIVED_BYTES": Limit(262144, "bytes", "guess: four of the longest; one always fits", "likewise"),
+    "ACKNOWLEDGED": Limit(1000, "messages", "as many as one reply has", "InvalidParameter"),
     # --- the policy
     "POLICY_FILE_BYTES": Limit(262144, "bytes", "guess: a large policy is 20 KiB; the parser is slow", "load fails"),
     "POLICY_FILES": Limit(256, "files", "guess", "load fails"),
@@ -64,6 +77,11 @@ LIMITS: dict[str, Limit] = {
     "JOURNAL_RETRY_MS": Limit(100, "milliseconds", "guess: what RateLimited says when the journal is full", "-"),
     "BUSY_RETRY_MS": Limit(1000, "milliseconds", "guess: … when too many descriptors are on their way", "-"),
 }
+
+
+def held_in_all(descriptors: int) -> int:
+    """Of a process that may have so many descriptors open, how many the messages of all users may hold."""
+    return max(LIMITS["DESCRIPTORS_RESERVED"].value, descriptors // 16) - 64
 
 
 def __getattr__(name: str) -> int:
@@ -90,5 +108,7 @@ USER_LIMITS: dict[str, UserLimit] = {
     "unread_grants": UserLimit(32, 1, 1024, "descriptors sent and not yet read when a request comes"),
     "namespaces": UserLimit(16, 1, 64, "living namespaces that the broker made"),
     "subscriptions": UserLimit(16, 1, 1024, "connections that wait for messages"),
+    "stored_messages": UserLimit(1000, 1, 1_000_000, "messages sent and stored until all who should have got them"),
+    "stored_bytes": UserLimit(16_777_216, 1, 1_073_741_824, "bytes of these messages"),
     "leases": UserLimit(256, 1, 65_536, "descriptors that the broker still tracks (none in this version)"),
 }

@@ -31,7 +31,7 @@ SOCKET_TYPES = ("stream", "dgram")
 PID_MAX = 4_194_304  # PID_MAX_LIMIT: linux/threads.h
 PORT_MAX = 65_535
 TOPIC_VERBS = ("send", "subscribe")
-HANDLERS = ("journal", "subscribers")
+HANDLERS = ("journal", "subscribers", "queue")
 # Where the messages of the inbox framing go, which name no topic.
 FRAMED_TOPIC = "inbox"
 
@@ -265,11 +265,24 @@ Rule = DeviceRule | NamespaceRule | SocketRule | TopicRule
 
 
 class Topic(NamedTuple):
-    """A topic of the policy: `deliver` says by which of HANDLERS, `maximum_bytes` how long a message may be."""
+    """A topic of the policy: `deliver` says by which of HANDLERS, `maximum_bytes` how long a message may be.
+
+    `keep_s`: for how many seconds the queue keeps a message. `everyone`: a rule lets all users subscribe.
+    """
 
     name: str
     deliver: tuple[str, ...]
     maximum_bytes: int
+    keep_s: int = 0
+    everyone: bool = False
+
+
+class User(NamedTuple):
+    """A user that the policy, or the machine's databases, name: the positions of the topics it may subscribe to."""
+
+    uid: int
+    name: str
+    topics: frozenset[int]
 
 
 class TopicUse(NamedTuple):

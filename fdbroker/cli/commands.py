@@ -8,14 +8,19 @@ from __future__ import annotations
 import base64
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from fdbroker import __version__, connect, errors
+from fdbroker import __version__, connect, errors, limits
 from fdbroker.cli import policy, show
 from fdbroker.errors import Denied, FdbrokerError
 from fdbroker.terms import ACCESS_NAMES, Device, parse
 from fdbroker.wire.journal import escaped
+
+DEFAULT_STATE = "/var/lib/fdbroker"
+if TYPE_CHECKING:
+    from fdbroker.client.calls import Message
 
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
 
@@ -69,8 +74,11 @@ _as_json = click.option("--json", "json_", is_flag=True, help="Print JSON.")
 @click.option("--socket", "address", metavar="PATH", help="Where to listen, unless systemd passes a socket.")
 @click.option("--mode", default="0660", show_default=True, help="The mode of the socket, octal.")
 @click.option("--group", help="The group of the socket, a name or a number. Default: fdbroker, if there is one.")
+@click.option(
+    "--state", metavar="DIR", help="Where messages are stored. Default: $STATE_DIRECTORY, else /var/lib/fdbroker."
+)
 @click.option("--check", is_flag=True, help="Check the policy, say what the service needs for it, and end.")
-def serve(policy_file: str, address: str | None, mode: str, group: str | None, check: bool) -> None:
+def serve(policy_file: str, address: str | None, mode: str, group: str | None, state: str | None, check: bool) -> None:
     """Run the broker, as root."""
     from fdbroker.launcher import listen, service  # noqa: PLC0415 -- users' commands need none of it
 
@@ -95,7 +103,8 @@ def serve(policy_file: str, address: str | None, mode: str, group: str | None, c
     elif group is None and "LISTEN_FDS" not in os.environ:
         service.say(f"there is no group {listen.DEFAULT_GROUP}: the socket is root's; see --group", priority=4)
     path = address or os.environ.get("FDBROKER_SOCKET") or listen.DEFAULT_ADDRESS
-    raise click.exceptions.Exit(service.serve(service.Options(policy_file, path, bits, group)))
+    folder = os.path.abspath(state or os.environ.get("STATE_DIRECTORY") or DEFAULT_STATE)
+    raise click.exceptions.Exit(service.serve(service.Options(policy_file, path, bits, group, folder)))
 
 
 @app.command("open")
@@ -208,38 +217,65 @@ def list_(more: bool, json_: bool, address: str | None) -> None:
 @app.command()
 @click.argument("topic")
 @click.argument("payload", required=False)
+@click.option("--to", metavar="USER", help="The one user whom it is for, a name or a number. Default: all.")
 @_socket
-def send(topic: str, payload: str | None, address: str | None) -> None:
+def send(topic: str, payload: str | None, to: str | None, address: str | None) -> None:
     """Send a message to TOPIC: PAYLOAD, or what standard input has, to its end."""
     data = sys.stdin.buffer.read() if payload is None else payload.encode(errors="surrogateescape")
     with connect(address) as client:
         try:
-            client.send(topic, data)
+            client.send(topic, data, to=to)
         except (ValueError, UnicodeError) as error:
             raise click.UsageError(str(error)) from None
 
 
 @app.command()
 @click.argument("topics", nargs=-1, required=True, metavar="TOPIC...")
+@click.option("--after", type=click.IntRange(0), help="First those above this number that are stored for you.")
 @_as_json
 @_socket
-def subscribe(topics: tuple[str, ...], json_: bool, address: str | None) -> None:
-    """Print the messages of these topics as they come, without end."""
+def subscribe(topics: tuple[str, ...], after: int | None, json_: bool, address: str | None) -> None:
+    """Print the messages of these topics as they come, without end; a broker that is restarted is found again."""
     with connect(address) as client:
-        for message in client.subscribe(topics):
-            try:
-                payload, encoding = message.payload.decode(), "text"
-            except UnicodeDecodeError:
-                payload, encoding = base64.b64encode(message.payload).decode(), "base64"
-            if json_:
-                said = message._asdict()
-                show.as_json({**said, "time": said.pop("time_us"), "payload": payload, "encoding": encoding})
-                continue
+        for message in client.subscribe(topics, after=after):
             if message.lost:
                 show.error(f"{message.lost} messages were lost: this subscriber is too slow")
-            show.table(
-                ("TOPIC", "UID", "PID", "MESSAGE"), [(message.topic, str(message.uid), str(message.pid), payload)]
-            )
+            with message:
+                _show_messages([message], json_=json_)
+
+
+@app.command()
+@click.option("--keep", is_flag=True, help="Leave them: they come again the next time.")
+@_as_json
+@_socket
+def receive(keep: bool, json_: bool, address: str | None) -> None:
+    """Print the messages that are stored for you, and, once they are printed, have them removed."""
+    with connect(address) as client:
+        if keep:
+            _show_messages(client.receive(limits.RECEIVED_MESSAGES), json_=json_)
+            return
+        messages = client.receive()
+        while messages:
+            _show_messages(messages, json_=json_)
+            messages = client.receive(acknowledge=[message.number for message in messages])
+
+
+def _show_messages(messages: list[Message], *, json_: bool) -> None:
+    rows = []
+    for message in messages:
+        data = message.read()
+        try:
+            payload, encoding = data.decode(), "text"
+        except UnicodeDecodeError:
+            payload, encoding = base64.b64encode(data).decode(), "base64"
+        rows.append((message.topic, str(message.uid), str(message.pid), payload))
+        if json_:
+            said = message._asdict()
+            del said["file"]
+            changed = {"time": said.pop("time_us"), "payload": payload, "encoding": encoding}
+            show.as_json({**said, **changed, "descriptors": len(message.descriptors)})
+    if rows and not json_:
+        show.table(("TOPIC", "UID", "PID", "MESSAGE"), rows)
 
 
 @app.command()

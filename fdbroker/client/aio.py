@@ -6,15 +6,17 @@ Runs in: any program. Several tasks may call at once; answers come in the order 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 from fdbroker.client import calls
 from fdbroker.client.descriptor import Descriptor
+from fdbroker.client.sync import HasFileno, outgoing
 from fdbroker.errors import BrokerUnavailable, FdbrokerError, ProtocolViolation
 from fdbroker.kernel import sockets
 from fdbroker.terms import Offer
@@ -45,36 +47,26 @@ class Client:
     After BrokerUnavailable or ProtocolViolation it is closed; after a refusal it goes on.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, address: str | None = None) -> None:
+        self._address = address
+        self._closed = False
         self._loop = asyncio.get_running_loop()
-        self._replies = calls.Replies()
         self._buffer = bytearray(_READ_BYTES)
         self._waiting: deque[_Waiting] = deque()
         self._writing = asyncio.Lock()
         self._sending: asyncio.Task[None] | None = None
+        self._use(sock)
+
+    def _use(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._replies = calls.Replies()
         self._ended: FdbrokerError | None = None
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @classmethod
     async def connect(cls, address: str | None = None) -> Self:
         """See `fdbroker.aio.connect`."""
-        path = calls.address(address, os.environ)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            while True:
-                try:
-                    sock.connect(path)
-                    break
-                except BlockingIOError:  # the backlog is full; the loop's sock_connect takes that for success
-                    await asyncio.sleep(0.01)
-        except asyncio.CancelledError:
-            sock.close()
-            raise
-        except OSError as error:
-            sock.close()
-            raise BrokerUnavailable(f"nobody answers at {path}: {error.strerror or error}") from None
-        return cls(sock)
+        return cls(await _connected(address), address)
 
     async def open(self, resource: str, access: str = "ro") -> Descriptor:
         """Ask for one resource; returns its descriptor, owned by the caller. All as in the blocking client."""
@@ -105,24 +97,67 @@ class Client:
         while True:
             yield await self._next_offers(waiting)
 
-    async def send(self, topic: str, payload: str | bytes) -> None:
-        """Send a message; it returns once every handler of the topic has it. Errors: as in the blocking client."""
-        waiting = await self._send(calls.send_call(topic, payload))
-        _, numbers = await self._next(waiting)
-        calls.close_all(numbers)
+    async def send(
+        self,
+        topic: str,
+        payload: str | bytes,
+        *,
+        to: str | int | None = None,
+        descriptors: Sequence[int | HasFileno] = (),
+    ) -> None:
+        """Send a message; it returns once every handler of the topic has it. All as in the blocking client."""
+        with outgoing(topic, payload, to, descriptors) as (call, numbers):
+            waiting = await self._send(call, numbers)
+        _, received = await self._next(waiting)
+        calls.close_all(received)
 
-    async def subscribe(self, topics: Sequence[str]) -> AsyncIterator[calls.Message]:
+    async def receive(self, maximum: int = 100, acknowledge: Iterable[int] = ()) -> list[calls.Message]:
+        """What is stored for the caller's user; it stays until acknowledged. All as in the blocking client."""
+        waiting = await self._send(calls.receive_call(maximum, acknowledge))
+        reply, numbers = await self._next(waiting)
+        calls.close_all(numbers)
+        try:
+            return calls.messages(reply)
+        except ProtocolViolation as error:
+            self._end(error)
+            raise
+
+    async def subscribe(self, topics: Sequence[str], *, after: int | None = None) -> AsyncIterator[calls.Message]:
         """The messages of these topics as they come, without end; close the client to stop.
 
-        Nothing else is answered on this client from then on.
+        When the broker goes away it connects again and goes on, all as in the blocking client. Nothing else is
+        answered on this client from then on.
         """
-        waiting = await self._send(calls.subscribe_call(topics))
+        begun = calls.Continued(after)
+        while True:
+            messages = self._messages(calls.subscribe_call(topics, begun.after))
+            try:
+                async for message in messages:
+                    if begun.is_new(message):
+                        yield message
+            except BrokerUnavailable:
+                if self._closed:
+                    raise
+                await asyncio.sleep(begun.lost())
+                with contextlib.suppress(BrokerUnavailable):  # the next call finds that as well
+                    await self._connect_again()
+            finally:
+                await messages.aclose()
+
+    async def _connect_again(self) -> None:
+        sock = await _connected(self._address)
+        if self._closed:  # meanwhile
+            sock.close()
+        else:
+            self._use(sock)
+
+    async def _messages(self, call: bytes) -> AsyncGenerator[calls.Message, None]:
+        waiting = await self._send(call)
         try:
             while True:
                 reply, numbers = await self._next(waiting)
-                calls.close_all(numbers)
                 try:
-                    yield calls.message(reply)
+                    yield calls.message(reply.parameters.get("message"), numbers)
                 except ProtocolViolation as error:
                     self._end(error)
                     raise
@@ -131,6 +166,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; who still waits gets BrokerUnavailable."""
+        self._closed = True
         self._end(BrokerUnavailable("the client was closed"))
 
     async def __aenter__(self) -> Self:
@@ -141,13 +177,21 @@ class Client:
     ) -> None:
         self.close()
 
-    async def _send(self, call: bytes) -> _Waiting:
+    async def _write(self, call: bytes, with_it: Sequence[int]) -> None:
+        while with_it:
+            try:
+                call, with_it = call[sockets.send(self._sock, call, with_it) :], ()
+            except BlockingIOError:  # calls before it are not read yet
+                await asyncio.sleep(0.01)
+        await self._loop.sock_sendall(self._sock, call)
+
+    async def _send(self, call: bytes, with_it: Sequence[int] = ()) -> _Waiting:
         async with self._writing:
             if self._sock.fileno() < 0:
                 raise self._ended or BrokerUnavailable("the client is closed")
             waiting = _Waiting()
             self._waiting.append(waiting)
-            self._sending = self._loop.create_task(self._loop.sock_sendall(self._sock, call))
+            self._sending = self._loop.create_task(self._write(call, with_it))
             try:
                 # an OSError in it: it hung up, and may have said why: the reader finds that, or the end
                 await asyncio.gather(self._sending, return_exceptions=True)
@@ -206,7 +250,7 @@ class Client:
             error = calls.refusal(reply.error, reply.parameters) if reply.error else None
             self._end(error or ProtocolViolation("a reply that nobody asked for"))
             return
-        numbers = self._replies.take(calls.count_grants(reply))  # first: if it fails, this call hears of it too
+        numbers = self._replies.take(calls.count_descriptors(reply))  # first: if it fails, this call hears of it too
         waiting = self._waiting[0] if reply.continues else self._waiting.popleft()
         if waiting.abandoned:
             calls.close_all(numbers)
@@ -226,3 +270,23 @@ class Client:
         self._replies.close()
         while self._waiting:
             self._waiting.popleft().replies.put_nowait(error)
+
+
+async def _connected(address: str | None) -> socket.socket:
+    """A connected socket, owned by the caller. Raises BrokerUnavailable."""
+    path = calls.address(address, os.environ)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        while True:
+            try:
+                sock.connect(path)
+                break
+            except BlockingIOError:  # the backlog is full; the loop's sock_connect takes that for success
+                await asyncio.sleep(0.01)
+    except asyncio.CancelledError:
+        sock.close()
+        raise
+    except OSError as error:
+        sock.close()
+        raise BrokerUnavailable(f"nobody answers at {path}: {error.strerror or error}") from None
+    return sock

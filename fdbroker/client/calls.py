@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 from fdbroker import limits
 from fdbroker.client.descriptor import Descriptor
@@ -19,8 +21,10 @@ from fdbroker.errors import (
     REFUSALS,
     ClientNotReading,
     Denied,
+    DescriptorsRefused,
     FdbrokerError,
     MessageTooLong,
+    NoSuchRecipient,
     NoSuchResource,
     NotWhatItWas,
     OpenFailed,
@@ -37,6 +41,8 @@ from fdbroker.wire.resources import WrongMember, from_json, to_json
 DEFAULT_ADDRESS = "/run/fdbroker/socket"
 # A listing is at most OFFERS names of 4 KiB; everything else is far smaller.
 REPLY_BYTES = 32 * 1024 * 1024
+# How long a subscriber waits before it tries again to reach a broker that is gone: at first, and at most.
+RETRY_S, RETRY_MAX_S = 0.05, 5.0
 # SCM_MAX_FD: the most descriptors that one message carries
 DESCRIPTORS_PER_READ = 253
 _BROKER = "io.fdbroker.Broker"
@@ -85,7 +91,9 @@ def list_call(*, more: bool) -> bytes:
 class Message(NamedTuple):
     """A message as it was received: who sent it, when (microseconds since 1970), and how many were lost before it.
 
-    `payload` is the bytes that were sent; `uid`, `gid`, `pid` and `session` are the kernel's and logind's word.
+    `payload` is the bytes that were sent; `uid`, `gid`, `pid` and `session` are the kernel's and logind's word. A large
+    payload is not there but in `file`, a memfd that nobody can change; `read` gives it either way. `descriptors` were
+    sent along. The receiver owns these and `file`: `close` the message, or leave its `with` block.
     """
 
     number: int
@@ -97,34 +105,89 @@ class Message(NamedTuple):
     time_us: int
     payload: bytes
     lost: int
+    file: Descriptor | None = None
+    descriptors: tuple[Descriptor, ...] = ()
+
+    def read(self) -> bytes:
+        """The payload, wherever it is."""
+        if self.file is None:
+            return self.payload
+        number = self.file.fileno()
+        return os.pread(number, os.fstat(number).st_size, 0)
+
+    def close(self) -> None:
+        """Close what came with it; what was detached is not."""
+        for descriptor in (*self.descriptors, *([self.file] if self.file is not None else [])):
+            descriptor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
 
-def send_call(topic: str, payload: str | bytes) -> bytes:
-    """The bytes of Send. Raises ValueError when the message is too long for the wire."""
-    if isinstance(payload, str):
-        return varlink.encode_call(f"{_INBOX}.Send", {"topic": topic, "payload": payload})
-    text = base64.b64encode(payload).decode()
-    return varlink.encode_call(f"{_INBOX}.Send", {"topic": topic, "payload": text, "encoding": "base64"})
+def send_call(topic: str, payload: str | bytes | None, to: str | int | None, others: int) -> bytes:
+    """The bytes of Send, with which `others` descriptors go; without `payload` a memfd that has it is before them.
+
+    Raises ValueError when the message is too long for the wire: then it must be without.
+    """
+    parameters: dict[str, Any] = {"topic": topic}
+    if to is not None:
+        parameters["to"] = str(to)
+    if payload is None:
+        parameters["fileDescriptor"] = 0
+    elif isinstance(payload, bytes):
+        parameters |= {"payload": base64.b64encode(payload).decode(), "encoding": "base64"}
+    else:
+        parameters["payload"] = payload
+    if others:
+        first = 1 if payload is None else 0
+        parameters["fileDescriptors"] = list(range(first, first + others))
+    return varlink.encode_call(f"{_INBOX}.Send", parameters)
 
 
-def subscribe_call(topics: Sequence[str]) -> bytes:
+def subscribe_call(topics: Sequence[str], after: int | None) -> bytes:
     """The bytes of Subscribe."""
-    return varlink.encode_call(f"{_INBOX}.Subscribe", {"topics": list(topics)}, more=True)
+    parameters: dict[str, Any] = {"topics": list(topics)}
+    if after is not None:
+        parameters["after"] = after
+    return varlink.encode_call(f"{_INBOX}.Subscribe", parameters, more=True)
 
 
-def message(reply: varlink.Reply) -> Message:
-    """One reply to Subscribe. Raises ProtocolViolation."""
+def receive_call(maximum: int, acknowledge: Iterable[int]) -> bytes:
+    """The bytes of Receive. Raises ValueError when there are too many numbers for one call."""
+    return varlink.encode_call(f"{_INBOX}.Receive", {"maximum": maximum, "acknowledge": list(acknowledge)})
+
+
+def messages(reply: varlink.Reply) -> list[Message]:
+    """The reply to Receive. Raises ProtocolViolation."""
+    found = reply.parameters.get("messages")
+    if not isinstance(found, list):
+        raise ProtocolViolation("a reply to Receive that is none")
+    return [message(one, []) for one in found]
+
+
+def message(said: Any, numbers: list[int]) -> Message:
+    """A message of a reply; takes `numbers`, its descriptors. Raises ProtocolViolation, and they are closed."""
+    owned = [Descriptor(number, "message", "", "") for number in numbers]
     try:
-        said = reply.parameters["message"]
+        indexes, file = list(said.get("fileDescriptors") or ()), said.get("fileDescriptor")
+        if sorted(indexes if file is None else [file, *indexes]) != list(range(len(owned))):
+            raise ValueError(f"{len(owned)} descriptors, not those that it names")
         payload = str(said["payload"])
         return Message(
             *(int(said["number"]), str(said["topic"]), int(said["uid"]), int(said["gid"]), int(said["pid"])),
             *(str(said.get("session") or ""), int(said["time"])),
             base64.b64decode(payload, validate=True) if said["encoding"] == "base64" else payload.encode(),
             int(said.get("lost") or 0),
+            None if file is None else owned[file],
+            tuple(owned[index] for index in indexes),
         )
-    except (LookupError, TypeError, ValueError) as error:
-        raise ProtocolViolation(f"a reply to Subscribe that is none: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        for descriptor in owned:
+            descriptor.close()
+        raise ProtocolViolation(f"a message that is none: {error}") from None
 
 
 def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
@@ -148,6 +211,10 @@ def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
         made = TopicDenied(str(parameters.get("topic", "")))
     elif kind is MessageTooLong:
         made = MessageTooLong(_integer(parameters, "maximum"))
+    elif kind is DescriptorsRefused:
+        made = DescriptorsRefused(str(parameters.get("reason", "")))
+    elif kind is NoSuchRecipient:
+        made = NoSuchRecipient(str(parameters.get("to", "")))
     else:
         made = kind(_TEXTS[kind])
     resource = parameters.get("resource")
@@ -169,10 +236,14 @@ def answer(reply: varlink.Reply) -> varlink.Reply:
     return reply
 
 
-def count_grants(reply: varlink.Reply) -> int:
-    """How many descriptors a reply owns."""
-    grants = reply.parameters.get("grants", [])
-    return len(grants) if isinstance(grants, list) and not reply.error else 0
+def count_descriptors(reply: varlink.Reply) -> int:
+    """How many descriptors a reply owns: one for each grant of Open, and what a message says."""
+    if reply.error:
+        return 0
+    grants, message = reply.parameters.get("grants", []), reply.parameters.get("message", {})
+    others = message.get("fileDescriptors", []) if isinstance(message, dict) else []
+    count = sum(len(one) for one in (grants, others) if isinstance(one, list))
+    return count + (1 if isinstance(message, dict) and message.get("fileDescriptor") is not None else 0)
 
 
 def opened(reply: varlink.Reply, numbers: list[int], resources: Sequence[Resource]) -> list[Descriptor]:
@@ -224,6 +295,31 @@ def close_all(numbers: Iterable[int]) -> None:
     for number in numbers:
         if number >= 0:
             os.close(number)
+
+
+class Continued:
+    """Where a subscription goes on when it is made again, because the broker was gone."""
+
+    def __init__(self, after: int | None) -> None:
+        self.after = after
+        self._began_us = time.time_ns() // 1000
+        self._earlier = False  # what is stored may be older than the subscription
+        self._wait_s = RETRY_S
+
+    def lost(self) -> float:
+        """The connection is gone: how many seconds to wait before the next try."""
+        if self.after is None:
+            self.after, self._earlier = 0, True
+        wait_s, self._wait_s = self._wait_s, min(self._wait_s * 2, RETRY_MAX_S)
+        return wait_s
+
+    def is_new(self, message: Message) -> bool:
+        """Whether the caller wants it and has not had it; it has from now on."""
+        self._wait_s = RETRY_S
+        if self._earlier and message.time_us < self._began_us:
+            return False
+        self.after, self._earlier = message.number, False
+        return True
 
 
 class Replies:

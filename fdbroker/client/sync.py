@@ -5,19 +5,20 @@ Runs in: any program. Not for several threads at once: one client each.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, Self, TypeVar
+from typing import NoReturn, Protocol, Self, TypeVar
 
 from fdbroker.client import calls
 from fdbroker.client.descriptor import Descriptor
 from fdbroker.errors import BrokerUnavailable, FdbrokerError, ProtocolViolation
-from fdbroker.kernel import sockets
+from fdbroker.kernel import memfd, sockets
 from fdbroker.terms import Offer
 from fdbroker.wire import frame, varlink
 
@@ -31,16 +32,18 @@ class Client:
     After BrokerUnavailable or ProtocolViolation it is closed; after a refusal it goes on.
     """
 
-    def __init__(self, sock: socket.socket, timeout_s: float | None) -> None:
+    def __init__(self, sock: socket.socket, timeout_s: float | None, address: str | None = None) -> None:
         self._sock = sock
         self._timeout_s = timeout_s
+        self._address = address
+        self._closed = False
         self._replies = calls.Replies()
         self._buffer = bytearray(_READ_BYTES)
 
     @classmethod
     def connect(cls, address: str | None = None, *, timeout_s: float | None = 30.0) -> Self:
         """See `fdbroker.connect`."""
-        return cls(connected(address, timeout_s), timeout_s)
+        return cls(connected(address, timeout_s), timeout_s, address)
 
     def open(self, resource: str, access: str = "ro") -> Descriptor:
         """Ask for one resource; returns its descriptor, owned by the caller.
@@ -75,28 +78,67 @@ class Client:
             calls.answer(reply)
             yield self._judged(partial(calls.offered, reply))
 
-    def send(self, topic: str, payload: str | bytes) -> None:
-        """Send a message; it returns once every handler of the topic has it.
+    def send(
+        self,
+        topic: str,
+        payload: str | bytes,
+        *,
+        to: str | int | None = None,
+        descriptors: Sequence[int | HasFileno] = (),
+    ) -> None:
+        """Send a message; it returns once every handler of the topic has it: a stored one is on the disk then.
 
-        Raises TopicDenied, MessageTooLong, QuotaExceeded or RateLimited; ValueError when it is too long for the wire.
+        `to` is the name or number of the one user whom it is for, None for all. A payload that is too long for the wire
+        goes in a memfd. `descriptors`, at most 16 with that one, are borrowed: each receiver gets copies. Raises
+        TopicDenied, NoSuchRecipient, MessageTooLong, DescriptorsRefused, QuotaExceeded or RateLimited.
         """
-        _, numbers = self._call(calls.send_call(topic, payload))
-        calls.close_all(numbers)
+        with outgoing(topic, payload, to, descriptors) as (call, numbers):
+            _, received = self._call(call, numbers)
+        calls.close_all(received)
 
-    def subscribe(self, topics: Sequence[str]) -> Iterator[calls.Message]:
+    def receive(self, maximum: int = 100, acknowledge: Iterable[int] = ()) -> list[calls.Message]:
+        """What is stored for the caller's user, the oldest first; [] when nothing is. It stays until acknowledged.
+
+        `acknowledge` are numbers of messages that are done with: once this returns they do not come again. Raises
+        RateLimited, QuotaExceeded.
+        """
+        reply, numbers = self._call(calls.receive_call(maximum, acknowledge))
+        calls.close_all(numbers)
+        return self._judged(lambda: calls.messages(reply))
+
+    def subscribe(self, topics: Sequence[str], *, after: int | None = None) -> Iterator[calls.Message]:
         """The messages of these topics as they come, without end; close the client to stop.
 
-        Nothing else can be asked on this client from then on. Raises as `send` does, with the first one.
+        With `after`, first those above that number that are stored for the caller's user and not acknowledged. When
+        the broker goes away, it connects again, for as long as it takes, and goes on after the last number that it
+        had: what is stored comes, what is not is lost. Nothing else can be asked on this client from then on. Raises
+        TopicDenied, QuotaExceeded or RateLimited, then or later, when a new policy does not allow it any more.
         """
-        self._send(calls.subscribe_call(topics))
+        begun = calls.Continued(after)
+        while True:
+            try:
+                for message in self._messages(calls.subscribe_call(topics, begun.after)):
+                    if begun.is_new(message):
+                        yield message
+            except BrokerUnavailable:
+                if self._closed:
+                    raise
+                time.sleep(begun.lost())
+                with contextlib.suppress(BrokerUnavailable):  # the next call finds that as well
+                    self._sock, self._replies = connected(self._address, self._timeout_s), calls.Replies()
+
+    def _messages(self, call: bytes) -> Iterator[calls.Message]:
+        self._send(call)
         while True:
             reply, numbers = self._reply(None)
-            calls.close_all(numbers)
-            calls.answer(reply)
-            yield self._judged(partial(calls.message, reply))
+            yield self._judged(partial(calls.message, calls.answer(reply).parameters.get("message"), numbers))
 
     def close(self) -> None:
         """Close the connection and whatever arrived on it and was not taken."""
+        self._closed = True
+        self._drop()
+
+    def _drop(self) -> None:
         self._replies.close()
         self._sock.close()
 
@@ -106,16 +148,16 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _call(self, call: bytes) -> tuple[varlink.Reply, list[int]]:
+    def _call(self, call: bytes, with_it: Sequence[int] = ()) -> tuple[varlink.Reply, list[int]]:
         """One call and its reply, with the descriptors that it owns, now the caller's. Raises an error reply."""
         try:
-            self._send(call)
+            self._send(call, with_it)
             reply, numbers = self._reply(None if self._timeout_s is None else time.monotonic() + self._timeout_s)
             if not self._replies.spent:
                 calls.close_all(numbers)
                 raise ProtocolViolation("more than the answer came")
         except BaseException:
-            self.close()  # whatever interrupted it: the next call must not get this one's answer
+            self._drop()  # whatever interrupted it: the next call must not get this one's answer
             raise
         calls.answer(reply)
         return reply, numbers
@@ -124,14 +166,16 @@ class Client:
         try:
             return judge()
         except ProtocolViolation:
-            self.close()
+            self._drop()
             raise
 
-    def _send(self, call: bytes) -> None:
+    def _send(self, call: bytes, with_it: Sequence[int] = ()) -> None:
         if self._sock.fileno() < 0:
             raise BrokerUnavailable("the client is closed")
         self._sock.settimeout(self._timeout_s)
         try:
+            if with_it:
+                call = call[socket.send_fds(self._sock, [call], with_it) :]
             self._sock.sendall(call)
         except TimeoutError:
             self._lost("the broker does not read")
@@ -146,9 +190,9 @@ class Client:
                 if not size:
                     self._lost("the broker closed the connection")
                 self._replies.feed(bytes(self._buffer[:size]), numbers)
-            return reply, self._replies.take(calls.count_grants(reply))
+            return reply, self._replies.take(calls.count_descriptors(reply))
         except ProtocolViolation:
-            self.close()
+            self._drop()
             raise
         except TimeoutError:
             self._lost("the broker did not answer in time")
@@ -156,8 +200,33 @@ class Client:
             self._lost(f"the connection to the broker is lost: {error.strerror}")
 
     def _lost(self, why: str) -> NoReturn:
-        self.close()
+        self._drop()
         raise BrokerUnavailable(why)
+
+
+class HasFileno(Protocol):
+    """What has a descriptor: a file, a socket, a Descriptor."""
+
+    def fileno(self) -> int:
+        """The number, which stays its own."""
+
+
+@contextlib.contextmanager
+def outgoing(
+    topic: str, payload: str | bytes, to: str | int | None, descriptors: Sequence[int | HasFileno]
+) -> Iterator[tuple[bytes, list[int]]]:
+    """The call that sends a message, and what goes with it: before the others a memfd, if the payload is too long."""
+    numbers = [one if isinstance(one, int) else one.fileno() for one in descriptors]
+    try:
+        call = calls.send_call(topic, payload, to, len(numbers))
+    except ValueError:
+        file = memfd.sealed("message", payload.encode() if isinstance(payload, str) else payload)
+        try:
+            yield calls.send_call(topic, None, to, len(numbers)), [file, *numbers]
+        finally:
+            os.close(file)
+    else:
+        yield call, numbers
 
 
 def connected(address: str | None, timeout_s: float | None) -> socket.socket:

@@ -10,6 +10,7 @@ import sys
 
 from fdbroker import errors
 from fdbroker.inbox.service import Inbox
+from fdbroker.inbox.store import opened
 from fdbroker.inbox.topics import Topics
 from fdbroker.kernel import orders
 from fdbroker.kernel.link import Link
@@ -20,13 +21,21 @@ def main() -> int:
     """Confine, then serve; the exit code tells the launcher how it ended."""
     order, descriptors = orders.read(sys.argv[1])
     orders.obey(order, descriptors["filter"])
-    journal = socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None
+    records = Records(socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None)
+    store, damage = None, ""
+    for folder, _ in order.files or ():  # the one where messages are stored, if they are
+        store, damage = opened(folder)
+    topics = Topics(records, store)
+    if damage:
+        topics.say(damage)
     inbox = Inbox(
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["opener"])),
-        Topics(Records(journal)),
+        topics,
     )
     inbox.serve()
+    if store is not None:
+        store.close()
     return errors.EX_OK
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import base64
 import errno
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, TypeGuard
 
 from fdbroker import __version__, limits
 from fdbroker.errors import (
     ClientNotReading,
     Denied,
+    DescriptorsRefused,
     MessageTooLong,
+    NoSuchRecipient,
     NotWhatItWas,
     OpenFailed,
     QuotaExceeded,
@@ -22,6 +24,7 @@ from fdbroker.errors import (
     Refused,
     TopicDenied,
 )
+from fdbroker.inbox.attached import Attached
 from fdbroker.terms import FRAMED_TOPIC, Offer, Resource
 from fdbroker.wire import frame, varlink
 from fdbroker.wire.resources import WrongMember, from_json, to_json
@@ -58,45 +61,72 @@ class AskShutdown(NamedTuple):
 class Publish(NamedTuple):
     """Hand this message to the handlers of its topic; `text` is the payload as it came, in `encoding`.
 
-    `silent`: the client wants no answer.
+    `to` is a user's name or number, "" for all. `silent`: the client wants no answer. Of the descriptors that came with
+    it, `file` is the one that has the payload, None when the message has it itself; `others` are sent along.
     """
 
     topic: str
     payload: bytes
     text: str
     encoding: str
-    silent: bool
+    to: str = ""
+    silent: bool = False
+    file: int | None = None
+    others: tuple[int, ...] = ()
+
+
+class _Text(TypedDict):
+    text: str
+    encoding: str
 
 
 class Subscribe(NamedTuple):
-    """From now on the client gets the messages of these topics."""
+    """From now on the client gets the messages of these topics, and before them what is stored after that number."""
 
     topics: list[str]
+    after: int | None
 
 
-Question = AskOpen | AskList | AskShutdown
-Action = Answer | Question | Publish | Subscribe
+class Receive(NamedTuple):
+    """The client's user has the messages of these numbers; give it at most `maximum` of the others."""
+
+    maximum: int
+    acknowledge: list[int]
 
 
-def dispatch_frame(payload: bytes) -> Action:
-    """A frame of the inbox framing: what is neither PING nor SHUTDOWN is a message for the topic `inbox`."""
+Question = AskOpen | AskList | AskShutdown | Subscribe | Receive
+Action = Answer | Question | Publish
+
+
+def dispatch_frame(payload: bytes, attached: Attached | None = None) -> Action:
+    """A frame of the inbox framing: what is neither PING nor SHUTDOWN is a message for the topic `inbox`.
+
+    What is no message needs none of the descriptors that came with it: they are closed.
+    """
     if payload == frame.PING:
         return Answer(frame.encode_frame(frame.PONG))
     if payload == frame.SHUTDOWN:
         return AskShutdown()
+    return Publish(FRAMED_TOPIC, payload, **text_of(payload), others=tuple(range(_count(attached))))
+
+
+def text_of(payload: bytes) -> _Text:
+    """A payload as it travels: as it is, or in base64 because it is no text."""
     try:
-        return Publish(FRAMED_TOPIC, payload, payload.decode(), "text", silent=False)
+        return {"text": payload.decode(), "encoding": "text"}
     except UnicodeDecodeError:
-        return Publish(FRAMED_TOPIC, payload, base64.b64encode(payload).decode(), "base64", silent=False)
+        return {"text": base64.b64encode(payload).decode(), "encoding": "base64"}
 
 
-def dispatch_varlink(message: bytes) -> Action:
-    """A Varlink message. Raises ProtocolViolation when no call can be told from it."""
+def dispatch_varlink(message: bytes, attached: Attached | None = None) -> Action:
+    """A Varlink message, and what came with it. Raises ProtocolViolation when no call can be told from it."""
     oneway = False
     try:
         call = varlink.decode_call(message)
         oneway = call.oneway
         action = _method(call)(call)
+        if isinstance(action, Publish) and not (attached is not None and attached.over):
+            _check_indexes(action, _count(attached))
     except VarlinkError as error:
         action = Answer(varlink.encode_error(error.name, error.parameters))
     # who wants no answer gets none; every method but Send is nothing but its answer
@@ -166,32 +196,78 @@ def _list(call: Call) -> Action:
     return AskList(call.more)
 
 
+def _count(attached: Attached | None) -> int:
+    return 0 if attached is None else len(attached.numbers)
+
+
+def _check_indexes(message: Publish, descriptors: int) -> None:
+    """Each descriptor that came is named once, and no other."""
+    if message.file is not None and message.file >= descriptors:
+        raise invalid_parameter("fileDescriptor")
+    named = message.others if message.file is None else (message.file, *message.others)
+    if sorted(named) != list(range(descriptors)):
+        raise invalid_parameter("fileDescriptors")
+
+
+_SEND = ("topic", "payload", "encoding", "to", "fileDescriptor", "fileDescriptors")
+
+
 def _send(call: Call) -> Action:
-    _only(call, "topic", "payload", "encoding")
-    topic, text, encoding = (call.parameters.get(name) for name in ("topic", "payload", "encoding"))
+    _only(call, *_SEND)
+    topic, text, encoding, to, file, others = (call.parameters.get(name) for name in _SEND)
     if not isinstance(topic, str):
         raise invalid_parameter("topic")
-    if not isinstance(text, str):
+    if file is not None and not _is_number(file):
+        raise invalid_parameter("fileDescriptor")
+    if others is not None and not (isinstance(others, list) and all(map(_is_number, others))):
+        raise invalid_parameter("fileDescriptors")
+    if file is not None and text is None:
+        text = ""
+    elif file is not None or not isinstance(text, str):
         raise invalid_parameter("payload")
     if encoding not in (None, "text", "base64"):
         raise invalid_parameter("encoding")
+    if to is not None and not (isinstance(to, str) and to):
+        raise invalid_parameter("to")
     try:
         payload = base64.b64decode(text, validate=True) if encoding == "base64" else text.encode()
     except ValueError:
         raise invalid_parameter("payload") from None
-    return Publish(topic, payload, text, encoding or "text", silent=False)
+    return Publish(topic, payload, text, encoding or "text", to or "", file=file, others=tuple(others or ()))
 
 
 def _subscribe(call: Call) -> Action:
-    _only(call, "topics")
+    _only(call, "topics", "after")
     topics = call.parameters.get("topics")
     if not isinstance(topics, list) or not 1 <= len(topics) <= limits.TOPICS:
         raise invalid_parameter("topics")
     if not all(isinstance(topic, str) for topic in topics):
         raise invalid_parameter("topics")
+    after = call.parameters.get("after")
+    if after is not None and not _is_number(after):
+        raise invalid_parameter("after")
     if not call.more:
         raise VarlinkError(f"{SERVICE}.ExpectedMore")
-    return Subscribe(topics)
+    return Subscribe(topics, after)
+
+
+def _receive(call: Call) -> Action:
+    _only(call, "maximum", "acknowledge")
+    maximum, acknowledge = call.parameters.get("maximum"), call.parameters.get("acknowledge")
+    if not _is_number(maximum):
+        raise invalid_parameter("maximum")
+    if acknowledge is None:
+        acknowledge = []
+    if not isinstance(acknowledge, list) or len(acknowledge) > limits.ACKNOWLEDGED:
+        raise invalid_parameter("acknowledge")
+    if not all(map(_is_number, acknowledge)):
+        raise invalid_parameter("acknowledge")
+    return Receive(maximum, acknowledge)
+
+
+def _is_number(value: Any) -> TypeGuard[int]:
+    """Whether it is what SQLite and every JSON reader take for a number of ours; true is none."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 HANDLERS: dict[tuple[str, str], Callable[[Call], Action]] = {
@@ -201,6 +277,7 @@ HANDLERS: dict[tuple[str, str], Callable[[Call], Action]] = {
     (_BROKER, "List"): _list,
     (_INBOX, "Send"): _send,
     (_INBOX, "Subscribe"): _subscribe,
+    (_INBOX, "Receive"): _receive,
 }
 
 
@@ -227,6 +304,10 @@ def _parameters(refusal: Refused, resources: Sequence[Resource] = ()) -> dict[st
             return {"topic": refusal.topic}
         case MessageTooLong():
             return {"maximum": refusal.maximum}
+        case NoSuchRecipient():
+            return {"to": refusal.to}
+        case DescriptorsRefused():
+            return {"reason": refusal.reason}
     parameters: dict[str, Any] = {"resource": to_json(resources[refusal.index or 0])}
     match refusal:
         case NotWhatItWas():
@@ -241,6 +322,11 @@ def message_refused(refusal: Refused, *, framed: bool) -> bytes:
     if framed:
         return frame.encode_status(refusal.errno)
     return varlink.encode_error(f"{_INBOX}.{refusal.wire_name}", _parameters(refusal))
+
+
+def messages_reply(messages: Sequence[bytes]) -> bytes:
+    """The reply of Receive: messages that are JSON already."""
+    return b'{"parameters":{"messages":[%s]}}\0' % b",".join(messages)
 
 
 def offers_reply(offers: Sequence[Offer], *, continues: bool) -> bytes:

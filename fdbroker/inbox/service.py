@@ -12,65 +12,27 @@ import errno
 import select
 import socket
 import time
-from collections.abc import Sequence
 
 from fdbroker import limits
 from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation, Refused, TopicDenied
 from fdbroker.inbox import dispatch
-from fdbroker.inbox.decode import Decoder
+from fdbroker.inbox.attached import Attached, Ledger, Unread
+from fdbroker.inbox.client import BROKE, DEAF, ENDED, FOREIGN, SLOW, Client
 from fdbroker.inbox.topics import Member, Topics
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
-from fdbroker.terms import Offer, Resource, TopicUse
-from fdbroker.wire import frame, link
+from fdbroker.terms import Offer, TopicUse
+from fdbroker.wire import frame, link, rights
 from fdbroker.wire.frame import TooLong
-from fdbroker.wire.rights import Connected, Rights, RightsChanged, Sender, encode_denied_use
-from fdbroker.wire.rights import Topics as TopicsChanged
 
 _READ_BYTES = 65536
 _MESSAGE_S = limits.MESSAGE_SECONDS
 _UNSENT_BYTES = limits.UNSENT_BYTES
 _MESSAGES_PER_TURN = 64
+# How often we look whether what an ended connection left unread is gone.
+_LINGER_S = 1.0
 # Of one user, over all its connections: so a flood of one delays others by that many messages and no more.
 _MESSAGES_PER_USER = 16
-_ENDED, _BROKE, _FOREIGN, _SLOW, _DEAF = range(len(link.CLOSED_REASONS))
-
-
-class Client:
-    """One connection: our copy of its socket, who it is (and all its messages must come from), what waits."""
-
-    __slots__ = (
-        "asked",
-        "decoder",
-        "doomed",
-        "ended",
-        "events",
-        "member",
-        "number",
-        "offers",
-        "out",
-        "question",
-        "reason",
-        "sock",
-        "state",
-        "uid",
-    )
-
-    def __init__(self, number: int, sender: Sender, sock: socket.socket) -> None:
-        self.number = number
-        self.uid = sender.uid
-        self.member = Member(sender)
-        self.sock = sock
-        self.decoder = Decoder()
-        self.state = "idle"  # a state of link.TURNS, or subscribed
-        self.question: dispatch.Question | None = None  # to put once `out` is sent
-        self.asked: Sequence[Resource] = ()
-        self.offers: list[Offer] = []
-        self.out = bytearray()
-        self.events = select.EPOLLIN
-        self.ended = False  # it sends no more
-        self.doomed = False  # close once all is sent
-        self.reason = _ENDED  # why it will be closed
 
 
 class Inbox:
@@ -80,7 +42,11 @@ class Inbox:
         self._launcher = launcher
         self._opener = opener
         self._topics = topics
+        self._ledger = Ledger()
+        self._unread = Unread()
         self._subscribed: dict[Member, Client] = {}
+        self._uncommitted: dict[int, Client] = {}  # whose answers wait for the commit
+        self._replaying: dict[int, Client] = {}  # subscribers that still get what is stored
         self._opener_full = False
         self._by_number: dict[int, Client] = {}
         self._by_descriptor: dict[int, Client] = {}
@@ -116,18 +82,21 @@ class Inbox:
                     self._client_event(client, client_events)
             for client in list(self._more.values()):
                 self._work(client)
+            self._commit()
             self._deliver()
             self._worked.clear()
             self._end_slow()
+            if self._unread.lingering:
+                self._unread.sweep()
         self._opener.send(link.DRAINED)
 
     def _timeout_s(self) -> float:
-        if self._more:
+        if self._more or self._uncommitted or any(not client.out for client in self._replaying.values()):
             return 0
         if self._partial:
             began_s = next(iter(self._partial.values()))
             return max(0.0, began_s + _MESSAGE_S - time.monotonic())
-        return -1
+        return _LINGER_S if self._unread.lingering else -1
 
     def _end_slow(self) -> None:
         """Disconnect whose message is not complete in time, and who does not take its last answer."""
@@ -137,7 +106,7 @@ class Inbox:
         for number, began_s in list(self._partial.items()):
             if began_s > limit_s:
                 return
-            self._close(self._by_number[number], _SLOW)
+            self._close(self._by_number[number], SLOW)
 
     # ---- the opener's link
 
@@ -152,15 +121,17 @@ class Inbox:
                 return False
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0]) if descriptors else None
             match link.decode(link.OPENER_TO_INBOX, data):
-                case Connected(number, sender, rights) if sock is not None:
+                case rights.Connected(number, sender, allowed) if sock is not None:
                     client = Client(number, sender, sock)
-                    self._topics.allow(client.member, rights)
+                    self._topics.allow(client.member, allowed)
                     self._welcome(client)
-                case RightsChanged(number, rights):
+                case rights.RightsChanged(number, allowed):
                     if number in self._by_number:
-                        self._allow(self._by_number[number], rights)
-                case TopicsChanged(topics):
+                        self._allow(self._by_number[number], allowed)
+                case rights.Topics(topics):
                     self._topics.use(topics)
+                case rights.Users(users):
+                    self._topics.add_users(users)
                 case link.Outcome(number, refusal):
                     if number in self._by_number:
                         client = self._by_number[number]
@@ -190,7 +161,7 @@ class Inbox:
         self._by_descriptor[client.sock.fileno()] = client
         self._epoll.register(client.sock.fileno(), client.events)
         if self._draining:
-            self._close(client, _ENDED)
+            self._close(client, ENDED)
 
     def _offered(self, client: Client, offers: list[Offer], *, last: bool) -> None:
         client.offers += offers
@@ -204,9 +175,9 @@ class Inbox:
             self._end_turn(client)
         elif self._draining:
             self._send(client)
-            self._close(client, _ENDED)  # nothing more is owed to it
+            self._close(client, ENDED)  # nothing more is owed to it
         elif deaf:
-            self._close(client, _DEAF)
+            self._close(client, DEAF)
         else:
             self._settle(client)
 
@@ -220,7 +191,7 @@ class Inbox:
         self._draining = True
         for client in list(self._by_number.values()):
             if client.state in ("watching", "stopping", "subscribed"):  # nothing more is owed to them
-                self._close(client, _ENDED)
+                self._close(client, ENDED)
             elif client.state == "idle":
                 if not client.out:
                     self._read(client)
@@ -235,32 +206,35 @@ class Inbox:
         if client.number not in self._by_number:
             return
         if client.state != "idle" and events & (select.EPOLLHUP | select.EPOLLERR):
-            self._close(client, _ENDED)  # nobody is there to hear the answer
+            self._close(client, ENDED)  # nobody is there to hear the answer
         elif events & ~select.EPOLLOUT:
             if client.state == "idle" and not client.out and not client.ended and client.number not in self._more:
                 self._read(client)
             elif events & (select.EPOLLHUP | select.EPOLLERR):
-                self._close(client, _ENDED)
+                self._close(client, ENDED)
             else:
                 self._interest(client, readable=False)  # what waits now comes first
 
     def _read(self, client: Client) -> None:
+        room = limits.DESCRIPTORS_PER_MESSAGE if client.member.send and self._ledger.has_room(client.uid) else 0
         try:
-            data, uid, cut = sockets.receive_with_sender(client.sock, _READ_BYTES)
+            data, uid, numbers, cut = sockets.receive_with_sender(client.sock, _READ_BYTES, room)
         except BlockingIOError:
             return
         except OSError:
-            self._close(client, _ENDED)
+            self._close(client, ENDED)
             return
+        # whatever comes of it, they have an owner; without room, or where we have none left, none came
+        attached = self._ledger.take(client.uid, numbers) if numbers or cut else None
         if not data:
             client.ended = True
             self._settle(client)
         elif uid != client.uid:
-            self._close(client, _FOREIGN)
-        elif cut:
-            self._close(client, _BROKE)  # it sent descriptors, which nobody asked for
+            self._close(client, FOREIGN)
+        elif cut and len(numbers) == limits.DESCRIPTORS_PER_MESSAGE:
+            self._close(client, BROKE)  # it sent more than a message may have
         else:
-            client.decoder.feed(data)
+            client.decoder.feed(data, attached if not cut else self._ledger.take(client.uid, ()))
             self._work(client)
 
     def _work(self, client: Client) -> None:
@@ -272,7 +246,7 @@ class Inbox:
                     break
                 if client.question is None and not self._take(client):
                     break
-                if client.question is not None and not self._ask(client):
+                if client.question is not None and not self._put(client):
                     break
                 if len(client.out) > _READ_BYTES and not self._send(client):
                     break
@@ -280,85 +254,121 @@ class Inbox:
                 self._more[client.number] = client
         except TooLong:
             if client.decoder.framed:
-                client.out += frame.encode_status(errno.EMSGSIZE)
+                client.answer(frame.encode_status(errno.EMSGSIZE))
             client.doomed = True
-            client.reason = _BROKE
+            client.reason = BROKE
         except ProtocolViolation:
             client.doomed = True  # what was answered before is still sent
-            client.reason = _BROKE
+            client.reason = BROKE
         self._settle(client)
 
     def _take(self, client: Client) -> bool:
         """Decode and dispatch one message; false when no whole one is there."""
-        message = client.decoder.next_message()
-        if message is None:
+        received = client.decoder.next_message()
+        if received is None:
             return False
+        message, attached = received
         self._partial.pop(client.number, None)
         self._worked[client.uid] = self._worked.get(client.uid, 0) + 1
         dispatch_message = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
-        action = dispatch_message(message)
+        action = dispatch_message(message, attached)
         match action:
             case dispatch.Answer(data):
-                client.out += data
+                client.answer(data)
             case dispatch.Publish():
-                self._publish(client, action)
-            case dispatch.Subscribe(topics):
-                self._subscribe(client, topics)
+                self._publish(client, action, attached)
             case _:
                 client.question = action
         return True
 
     # ---- messages
 
-    def _publish(self, client: Client, message: dispatch.Publish) -> None:
+    def _publish(self, client: Client, message: dispatch.Publish, attached: Attached | None) -> None:
         framed = client.decoder.framed
+        answer: bytes | None
         try:
-            self._topics.publish(
-                client.member, message.topic, message.payload, text=message.text, encoding=message.encoding
-            )
-            answer = dispatch.SENT[not framed]
+            to_commit = self._topics.publish(client.member, message, attached)
+            answer = None if to_commit else dispatch.SENT[not framed]
         except Refused as refusal:
             self._note(client, refusal, "send")
             answer = dispatch.message_refused(refusal, framed=framed)
-        if not message.silent:
-            client.out += answer
+        if answer is None:
+            self._uncommitted[client.number] = client
+        client.answer(answer if not message.silent else b"")
 
-    def _subscribe(self, client: Client, topics: list[str]) -> None:
+    def _commit(self) -> None:
+        """Write down what this turn brought to be stored, once for all, and then give its answers."""
+        waiting, self._uncommitted = self._uncommitted, {}
+        refusal = self._topics.commit()
+        for client in waiting.values():
+            if client.number not in self._by_number:
+                continue
+            answers, client.uncommitted = client.uncommitted, []
+            for answer in answers:
+                if isinstance(answer, bytes):
+                    client.out += answer
+                elif refusal is not None:
+                    client.out += dispatch.message_refused(refusal, framed=client.decoder.framed)
+                elif answer is None:
+                    client.out += dispatch.SENT[not client.decoder.framed]
+                else:
+                    client.out += dispatch.messages_reply(self._topics.receive(client.member, answer.maximum))
+            self._work(client)
+
+    def _subscribe(self, client: Client, topics: list[str], after: int | None) -> None:
         others = sum(member.sender.uid == client.uid for member in self._subscribed)
         try:
-            self._topics.subscribe(client.member, topics, others)
+            self._topics.subscribe(client.member, topics, after, others)
         except Refused as refusal:
             self._note(client, refusal, "subscribe")
-            client.out += dispatch.message_refused(refusal, framed=False)
+            client.answer(dispatch.message_refused(refusal, framed=False))
         else:
             client.state = "subscribed"
             self._subscribed[client.member] = client
+            if client.member.replayed is not None:
+                self._replaying[client.number] = client
 
-    def _allow(self, client: Client, rights: Rights) -> None:
+    def _receive(self, client: Client, asked: dispatch.Receive) -> None:
+        try:
+            self._topics.acknowledge(client.member, asked.acknowledge)
+        except Refused as refusal:
+            client.answer(dispatch.message_refused(refusal, framed=False))
+        else:
+            client.answer(asked)
+            self._uncommitted[client.number] = client
+
+    def _allow(self, client: Client, allowed: rights.Rights) -> None:
         """Other rights for a client; one that has subscribed to what it may not have any more is told so."""
         try:
-            self._topics.allow(client.member, rights)
+            self._topics.allow(client.member, allowed)
         except TopicDenied as refusal:
             del self._subscribed[client.member]
-            client.out += client.member.take() + dispatch.message_refused(refusal, framed=False)
+            self._fill(client)
+            client.out += dispatch.message_refused(refusal, framed=False)
             self._end_turn(client)
 
     def _note(self, client: Client, refusal: Refused, verb: str) -> None:
         """Have a denial recorded, unless the opener has more to read than it can already."""
         if isinstance(refusal, TopicDenied) and not self._opener.waiting:
-            self._opener.send(encode_denied_use(client.number, TopicUse(verb, refusal.topic)))
+            self._opener.send(rights.encode_denied_use(client.number, TopicUse(verb, refusal.topic)))
 
     def _deliver(self) -> None:
-        """Send on what has come in this turn: of each subscriber all of it at once."""
+        """Send on what has come in this turn, and what is stored: of each subscriber all of it at once."""
         while self._topics.fresh:
             member, _ = self._topics.fresh.popitem()
             client = self._subscribed.get(member)
             if client is not None:
                 self._settle(client)
+        for client in list(self._replaying.values()):
+            if not client.out:
+                client.out += self._topics.replay(client.member)
+                if client.member.replayed is None:
+                    del self._replaying[client.number]
+                self._settle(client)
 
-    def _ask(self, client: Client) -> bool:
-        """Put the question to the opener once all answers before it are sent; false when they are not."""
-        if not self._send(client):
+    def _put(self, client: Client) -> bool:
+        """Put the question, mostly to the opener, once all answers before it are sent; false when they are not."""
+        if client.uncommitted or not self._send(client):
             return False
         question, client.question = client.question, None
         match question:
@@ -374,27 +384,31 @@ class Inbox:
             case dispatch.AskShutdown():
                 client.state = link.TURNS[client.state, "Shutdown"]
                 self._opener.send(link.encode_shutdown(client.number))
+            case dispatch.Subscribe(topics, after):
+                self._subscribe(client, topics, after)
+            case dispatch.Receive():
+                self._receive(client, question)
         return True
 
     def _send(self, client: Client) -> bool:
         """Send what waits; true when all of it is sent. A client that is gone is noticed when it is read."""
         if client.out:
             try:
-                sent = sockets.send(client.sock, client.out)
+                client.send(self._unread)
             except BlockingIOError:
                 return False
             except OSError:
                 client.doomed = True
                 client.out.clear()
+                client.attached.clear()
                 return True
-            del client.out[:sent]
         return not client.out
 
     def _settle(self, client: Client) -> None:
         """After whatever happened: send, close if that was all, and wait for what can come next."""
-        sent = self._send(client)
+        sent = self._send(client) and not client.uncommitted
         if sent and client.member.queue:
-            client.out += client.member.take()
+            self._fill(client)
             sent = self._send(client)
         idle = client.state == "idle" and client.question is None and client.number not in self._more
         if sent and idle and (client.doomed or client.ended or self._draining):
@@ -407,6 +421,13 @@ class Inbox:
         readable = (idle and sent) or bool(client.events & select.EPOLLIN)
         self._interest(client, readable=readable and not client.ended)
 
+    def _fill(self, client: Client) -> None:
+        """Have all that waits for a subscriber sent."""
+        for data, attached in client.member.take(
+            lambda count: self._unread.may_send(client.uid, client.sock, count + client.count_attached())
+        ):
+            client.push(data, attached)
+
     def _interest(self, client: Client, *, readable: bool) -> None:
         events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if client.out else 0)
         if events != client.events:
@@ -418,9 +439,12 @@ class Inbox:
         del self._by_descriptor[client.sock.fileno()]
         self._more.pop(client.number, None)
         self._partial.pop(client.number, None)
-        if self._subscribed.pop(client.member, None) is not None:
-            self._topics.forget(client.member)
+        self._uncommitted.pop(client.number, None)
+        self._replaying.pop(client.number, None)
+        self._subscribed.pop(client.member, None)
+        self._topics.forget(client.member)
         # taken out by hand: epoll would keep it for as long as the opener's copy is open
         self._epoll.unregister(client.sock.fileno())
-        client.sock.close()
+        client.let_go()
+        self._unread.end(client.uid, client.sock)
         self._opener.send(link.encode_closed(client.number, reason))

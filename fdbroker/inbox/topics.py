@@ -5,30 +5,52 @@ Runs in: inbox. An attacker controls payloads and the names of topics; who sends
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from fdbroker import limits
 from fdbroker.bucket import Bucket
-from fdbroker.errors import MessageTooLong, QuotaExceeded, RateLimited, TopicDenied
+from fdbroker.errors import (
+    DescriptorsRefused,
+    MessageTooLong,
+    NoSuchRecipient,
+    QueueFull,
+    QuotaExceeded,
+    RateLimited,
+    TopicDenied,
+)
+from fdbroker.inbox.attached import Attached
+from fdbroker.inbox.dispatch import Publish, text_of
+from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.kernel.records import NotRecorded, Records
-from fdbroker.terms import Topic
-from fdbroker.wire import varlink
+from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Topic, User
 from fdbroker.wire.rights import Rights, Sender
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
 _BUCKETS_KEPT = 4096
 MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a08"
+STORE_MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a09"
 # how every message begins: where `lost` is put, when there is something to say
 _BEGIN = b'{"parameters":{"message":{'
+_IDENTIFIER = "fdbroker-inbox"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+Waiting = tuple[bytes, Attached | None]  # bytes to send, and the descriptors that go with the first of them
 
 
 class Member:
-    """One connection's part in it: who it is, what it may do, and, once it has subscribed, what waits for it."""
+    """One connection's part in it: who it is, what it may do, and, once it has subscribed, what waits for it.
 
-    __slots__ = ("lost", "maxima", "queue", "queued_bytes", "send", "sender", "subscribe", "subscribed")
+    `replayed`: it is still to get what is stored above that number; None when it has all of it.
+    """
+
+    __slots__ = ("lost", "maxima", "queue", "queued_bytes", "replayed", "send", "sender", "subscribe", "subscribed")
 
     def __init__(self, sender: Sender) -> None:
         self.sender = sender
@@ -36,104 +58,255 @@ class Member:
         self.subscribe: frozenset[str] = frozenset()
         self.maxima = Rights()
         self.subscribed: frozenset[str] = frozenset()
-        self.queue: deque[bytes] = deque()
+        self.replayed: int | None = None
+        self.queue: deque[Waiting] = deque()
         self.queued_bytes = 0
         self.lost = 0
 
-    def put(self, data: bytes) -> None:
+    def put(self, data: bytes, attached: Attached | None = None) -> None:
         """One message more that waits; the oldest ones go where there are too many."""
-        self.queue.append(data)
+        self.queue.append((data, attached))
         self.queued_bytes += len(data)
         while len(self.queue) > _MESSAGES or self.queued_bytes > _BYTES:
-            self.queued_bytes -= len(self.queue.popleft())
-            self.lost += 1
+            self._lose()
 
-    def take(self) -> bytes:
-        """All that waits, for one send; the first one says how many were lost before it."""
-        if self.lost and self.queue:
-            first = self.queue.popleft()
-            self.queue.appendleft(b'%s"lost":%d,%s' % (_BEGIN, self.lost, first[len(_BEGIN) :]))
-            self.lost = 0
-        data = b"".join(self.queue)
-        self.queue.clear()
+    def _lose(self) -> None:
+        self.queued_bytes -= len(self.queue.popleft()[0])
+        self.lost += 1
+
+    def take(self, may_send: Callable[[int], bool]) -> Iterator[Waiting]:
+        """All that waits, as much for one send as can be; the first message says how many were lost before it.
+
+        `may_send` says whether so many descriptors may be sent now; without them their message is lost.
+        """
+        together: list[bytes] = []
+        while self.queue:
+            attached = self.queue[0][1]
+            if attached is not None and not may_send(len(attached.numbers)):
+                self._lose()
+                continue
+            data = self.queue.popleft()[0]
+            if self.lost:
+                data = b'%s"lost":%d,%s' % (_BEGIN, self.lost, data[len(_BEGIN) :])
+                self.lost = 0
+            if attached is None:
+                together.append(data)
+                continue
+            if together:
+                yield b"".join(together), None
+                together.clear()
+            yield data, attached
         self.queued_bytes = 0
-        return data
+        if together:
+            yield b"".join(together), None
+
+
+class _Delivery(NamedTuple):
+    """A message on its way to subscribers: all of its topic, or those of user `to`."""
+
+    topic: str
+    to: int | None
+    data: bytes
+    attached: Attached | None
+
+
+def _reply(data: bytes) -> bytes:
+    """A message as a reply to Subscribe; `data` is its JSON object."""
+    return b'{"parameters":{"message":%s},"continues":true}\0' % data
 
 
 class Topics:
-    """All topics, their subscribers, and the rate of every user. `records` is where the journal handler writes."""
+    """All topics, their subscribers, and the rate of every user.
 
-    def __init__(self, records: Records) -> None:
+    `records` is where the journal handler writes, `store` what the queue handler writes to, where a policy has one.
+    """
+
+    def __init__(self, records: Records, store: Store | None = None) -> None:
         self._records = records
+        self._store = store
         self._topics: dict[str, Topic] = {}
         self._order: tuple[Topic, ...] = ()
+        self._listed: dict[str, set[int]] = {}  # topic -> those that may subscribe, by the policy
+        self._uids: dict[str, int] = {}  # by name
+        self._members: dict[int, dict[Member, None]] = {}  # of each connected user
         self._subscribers: dict[str, dict[Member, None]] = {}
+        self._uncommitted: list[_Delivery] = []
         self._buckets: dict[int, Bucket] = {}  # by uid
         # larger than any before a restart, as long as no more than a million came in a second
-        self._number = time.time_ns() // 1000
+        self._number = max(time.time_ns() // 1000, store.last_number if store else 0)
+        self._say_at_s = 0.0
         self.fresh: dict[Member, None] = {}  # for whom something has come
 
     def use(self, topics: tuple[Topic, ...]) -> None:
         """The policy's topics, from now on."""
         self._order = topics
         self._topics = {topic.name: topic for topic in topics}
+        self._listed = {topic.name: set() for topic in topics}
+        self._uids = {}
+
+    def add_users(self, users: Iterable[User]) -> None:
+        """Users whom the policy, or the machine's databases, name."""
+        for user in users:
+            self._uids[user.name] = user.uid
+            for position in user.topics:
+                if position < len(self._order):
+                    self._listed[self._order[position].name].add(user.uid)
 
     def allow(self, member: Member, rights: Rights) -> None:
         """What a connection may do from now on, by the topics that were told last.
 
         Raises TopicDenied when it may no longer have what it has subscribed to: then that has ended.
         """
+        self._members.setdefault(member.sender.uid, {})[member] = None
         member.send, member.subscribe = (
             frozenset(self._order[position].name for position in positions if position < len(self._order))
             for positions in (rights.send, rights.subscribe)
         )
         member.maxima = rights
         for topic in member.subscribed - member.subscribe:
-            self.forget(member)
+            self.unsubscribe(member)
             raise TopicDenied(topic)
+
+    def forget(self, member: Member) -> None:
+        """Its connection has ended."""
+        self.unsubscribe(member)
+        others = self._members.get(member.sender.uid, {})
+        others.pop(member, None)
+        if not others:
+            self._members.pop(member.sender.uid, None)
 
     # ---- sending
 
-    def publish(self, member: Member, name: str, payload: bytes, *, text: str, encoding: str) -> None:
-        """Hand a message to every handler of its topic; `text` is the payload as it travels.
+    def publish(self, member: Member, asked: Publish, attached: Attached | None = None) -> bool:
+        """Hand a message to every handler of its topic; returns whether that is so only after `commit`.
 
-        Raises TopicDenied, MessageTooLong or RateLimited: then no handler has it.
+        Raises TopicDenied, NoSuchRecipient, MessageTooLong, DescriptorsRefused, QuotaExceeded, QueueFull or
+        RateLimited: then no handler has it.
         """
         self._take_token(member)  # first: who is denied must not be quicker
-        topic = self._topics.get(name) if name in member.send else None
+        topic = self._topics.get(asked.topic) if asked.topic in member.send else None
         if topic is None:
-            raise TopicDenied(name)
-        if len(payload) > topic.maximum_bytes:
+            raise TopicDenied(asked.topic)
+        if attached is not None:
+            asked, attached = self._with_descriptors(topic, asked, attached)
+        if len(asked.payload) > topic.maximum_bytes:
             raise MessageTooLong(topic.maximum_bytes)
-        sender = member.sender
-        message: dict[str, str | int] = {
+        to = self._recipient(topic, asked.to) if asked.to else None
+        sender, time_us = member.sender, time.time_ns() // 1000
+        message: dict[str, Any] = {
             "number": self._number + 1,
-            "topic": name,
+            "topic": topic.name,
             "uid": sender.uid,
             "gid": sender.gid,
             "pid": sender.pid,
             **({"session": sender.session} if sender.session else {}),
-            "time": time.time_ns() // 1000,
-            "payload": text,
-            "encoding": encoding,
+            "time": time_us,
+            "payload": asked.text,
+            "encoding": asked.encoding,
+            **({} if asked.file is None else {"fileDescriptor": asked.file}),
+            **({"fileDescriptors": asked.others} if asked.others else {}),
         }
-        if "journal" in topic.deliver:  # the one that can fail comes first
-            self._record(message, payload)
+        delivery = _Delivery(topic.name, to, _encode(message).encode(), attached)
+        stored = self._store if "queue" in topic.deliver else None
+        if stored is not None:
+            maxima = member.maxima
+            stored.check(sender.uid, len(delivery.data), maxima.stored_messages, maxima.stored_bytes)
+        if "journal" in topic.deliver:  # the last one that can refuse by itself
+            self._record(message, asked.payload)
         self._number += 1
-        if "subscribers" in topic.deliver:
-            subscribers = self._subscribers.get(name)
-            if subscribers:
-                data = varlink.encode_reply({"message": message}, continues=True)
-                for subscriber in subscribers:
-                    subscriber.put(data)
-                self.fresh |= subscribers
+        if stored is None:
+            self._deliver(delivery)
+            return False
+        recipients = frozenset({to}) if to is not None else self._recipients(topic)
+        if recipients:
+            expires_us = time_us + topic.keep_s * 1_000_000
+            stored.put(Stored(self._number, sender.uid, topic.name, expires_us, delivery.data), recipients)
+        self._uncommitted.append(delivery)
+        return True
 
-    def _record(self, message: dict[str, str | int], payload: bytes) -> None:
+    @staticmethod
+    def _with_descriptors(topic: Topic, asked: Publish, attached: Attached) -> tuple[Publish, Attached | None]:
+        """The message as it goes on: what is recorded or stored must be in bytes, and can have no other descriptors."""
+        if attached.over:
+            raise QuotaExceeded("held_descriptors", limits.HELD_DESCRIPTORS)
+        lasting = {"journal", "queue"}.intersection(topic.deliver)
+        if asked.others and lasting:
+            raise DescriptorsRefused(f"the topic's messages go to the {' and the '.join(sorted(lasting))}")
+        if asked.file is None:
+            return asked, attached
+        size = attached.size(asked.file)
+        if size is None:
+            raise DescriptorsRefused("the payload is no memfd that is sealed with SHRINK, GROW and WRITE")
+        if size > topic.maximum_bytes:
+            raise MessageTooLong(topic.maximum_bytes)
+        if not lasting:
+            return asked, attached
+        payload = attached.read(asked.file, size)
+        return asked._replace(file=None, payload=payload, **text_of(payload)), None
+
+    def commit(self) -> QueueFull | None:
+        """Write down what waits for it, then deliver it. A refusal is for all of it: nothing is stored."""
+        delivered, self._uncommitted = self._uncommitted, []
+        if self._store is not None:
+            try:
+                self._store.commit()
+            except NotStored as error:
+                self.say(f"messages cannot be stored: {error}")
+                return QueueFull("store_bytes", limits.STORE_BYTES)
+        for delivery in delivered:
+            self._deliver(delivery, stored=True)
+        return None
+
+    def say(self, text: str) -> None:
+        """Tell the admin what is wrong with the stored messages, at most once in ten seconds."""
+        now_s = time.monotonic()
+        if now_s < self._say_at_s:
+            return
+        self._say_at_s = now_s + limits.AUDIT_REPEAT_SECONDS
+        fields = {"MESSAGE": text, "MESSAGE_ID": STORE_MESSAGE_ID, "PRIORITY": "2", "SYSLOG_IDENTIFIER": _IDENTIFIER}
+        with contextlib.suppress(NotRecorded):
+            self._records.write(fields)
+
+    def _deliver(self, delivery: _Delivery, *, stored: bool = False) -> None:
+        topic = self._topics.get(delivery.topic)  # a policy since then may have none of that name
+        if topic is None or "subscribers" not in topic.deliver:
+            return
+        reply = _reply(delivery.data)
+        for subscriber in self._subscribers.get(delivery.topic, ()):
+            if delivery.to is not None and delivery.to != subscriber.sender.uid:
+                continue
+            if stored and subscriber.replayed is not None:
+                continue  # it comes with what is stored
+            subscriber.put(reply, delivery.attached)
+            self.fresh[subscriber] = None
+
+    def _recipient(self, topic: Topic, to: str) -> int:
+        """The uid that `to` names. Raises NoSuchRecipient when it may not subscribe, as far as we know."""
+        uid = self._uids.get(to, -1)
+        if uid < 0 and to.isascii() and to.isdecimal() and len(to) <= 10:
+            uid = int(to)
+        if 0 <= uid < INVALID_ID and uid != UNMAPPED_ID:
+            if topic.everyone or uid in self._listed[topic.name]:
+                return uid
+            if any(topic.name in member.subscribe for member in self._members.get(uid, ())):
+                return uid
+        raise NoSuchRecipient(to)
+
+    def _recipients(self, topic: Topic) -> frozenset[int]:
+        """For whom a message to all is stored: those that the policy names, and those that are here."""
+        here = {
+            uid
+            for uid, members in self._members.items()
+            if any(topic.name in member.subscribe for member in members)  # mostly the first one says it
+        }
+        return frozenset(here | self._listed[topic.name])
+
+    def _record(self, message: dict[str, Any], payload: bytes) -> None:
         fields = {
             "MESSAGE": f"message {message['number']} on topic {message['topic']} from uid {message['uid']}",
             "MESSAGE_ID": MESSAGE_ID,
             "PRIORITY": "6",
-            "SYSLOG_IDENTIFIER": "fdbroker-inbox",
+            "SYSLOG_IDENTIFIER": _IDENTIFIER,
             **{f"FDBROKER_{name.upper()}": str(message[name]) for name in ("number", "topic", "uid", "gid", "pid")},
             **({"FDBROKER_SESSION": str(message["session"])} if "session" in message else {}),
             "FDBROKER_PAYLOAD": payload.decode(errors="backslashreplace"),
@@ -155,12 +328,12 @@ class Topics:
         if wait_ms:
             raise RateLimited(wait_ms)
 
-    # ---- subscribing
+    # ---- having
 
-    def subscribe(self, member: Member, names: Iterable[str], others: int) -> None:
-        """From now on `member` gets the messages of these topics; `others` of its user's connections do already.
+    def subscribe(self, member: Member, names: Iterable[str], after: int | None, others: int) -> None:
+        """From now on `member` gets the messages of these topics, and first what is stored for it above `after`.
 
-        Raises TopicDenied, QuotaExceeded or RateLimited.
+        `others` of its user's connections do already. Raises TopicDenied, QuotaExceeded or RateLimited.
         """
         self._take_token(member)
         wanted = frozenset(names)
@@ -170,12 +343,35 @@ class Topics:
         if others >= member.maxima.subscriptions:
             raise QuotaExceeded("subscriptions", member.maxima.subscriptions)
         member.subscribed = wanted
+        member.replayed = after if self._store else None
         for name in wanted:
             self._subscribers.setdefault(name, {})[member] = None
 
-    def forget(self, member: Member) -> None:
+    def replay(self, member: Member) -> bytes:
+        """The next of what is stored for a subscriber that said `after`; b"" when it has all."""
+        if self._store is None or member.replayed is None:
+            return b""
+        page = self._store.waiting(member.sender.uid, member.subscribed, member.replayed, _MESSAGES)
+        member.replayed = page[-1][0] if page else None
+        return b"".join(_reply(data) for _, data in page)
+
+    def acknowledge(self, member: Member, numbers: Sequence[int]) -> None:
+        """The member's user has these, once `commit` says so. Raises RateLimited."""
+        self._take_token(member)
+        if self._store is not None:
+            self._store.acknowledge(member.sender.uid, numbers)
+
+    def receive(self, member: Member, maximum: int) -> list[bytes]:
+        """What is stored for the member's user on topics that it may have: JSON objects, the oldest first."""
+        if self._store is None:
+            return []
+        most = min(maximum, limits.RECEIVED_MESSAGES)
+        return [data for _, data in self._store.waiting(member.sender.uid, member.subscribe, 0, most)]
+
+    def unsubscribe(self, member: Member) -> None:
         """It gets no more messages."""
         for name in member.subscribed:
             self._subscribers.get(name, {}).pop(member, None)
         member.subscribed = frozenset()
+        member.replayed = None
         self.fresh.pop(member, None)

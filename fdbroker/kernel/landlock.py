@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from fdbroker.kernel import libc
 
 # linux/landlock.h
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8
+TRUNCATE = 1 << 14  # its ABI is 3; before that nothing forbids it
 _FS_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}
-_FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14  # the rights that a rule on something else than a folder takes
+_FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the rights that a rule on something else than a folder takes
 _NET_ALL, _NET_ABI = 0b11, 4  # bind and connect TCP
 _SCOPE_ALL, _SCOPE_ABI = 0b11, 6  # abstract Unix sockets, signals
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446

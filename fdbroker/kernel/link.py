@@ -6,7 +6,6 @@ Runs in: every process of the broker. In the opener, a taken-over inbox controls
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -116,11 +115,3 @@ class Link:
         """Close our end; what still waits is dropped."""
         self._waiting.clear()
         self._sock.close()
-
-
-def read_memfd(descriptor: int, maximum: int) -> bytes:
-    """All bytes of a memfd, which is borrowed. Raises LinkViolation above `maximum`."""
-    size = os.fstat(descriptor).st_size
-    if size > maximum:
-        raise LinkViolation(f"a file of {size} bytes, at most {maximum}")
-    return os.pread(descriptor, size, 0)

@@ -87,10 +87,10 @@ def peer_pidfd(sock: socket.socket) -> int | None:
         raise
 
 
-def forbid_descriptors(sock: socket.socket) -> None:
-    """Make the peer's attempt to send a descriptor fail there (Linux 6.16); older kernels drop it on receipt."""
+def let_descriptors(sock: socket.socket, *, allowed: bool) -> None:
+    """Whether the peer may send descriptors: else its attempt fails (Linux 6.16). Older kernels let it."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, allowed)
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
@@ -108,18 +108,24 @@ def unread_bytes(sock: socket.socket) -> int:
     return int.from_bytes(buffer, sys.byteorder)
 
 
-def receive_with_sender(sock: socket.socket, size: int) -> tuple[bytes, int, bool]:
-    """Read at most `size` bytes of one sender: the bytes, the sender's uid, and whether descriptors were sent.
+def receive_with_sender(sock: socket.socket, size: int, room: int = 0) -> tuple[bytes, int, list[int], bool]:
+    """Read at most `size` bytes of one sender: the bytes, its uid, its descriptors, and whether there were more.
 
-    The uid is -1 at the end of the stream. Descriptors never arrive: there is no room for them. Never blocks:
-    raises BlockingIOError. Needs `ask_credentials`. Source: unix(7), SCM_CREDENTIALS; recv(2), MSG_CTRUNC.
+    The uid is -1 at the end of the stream. At most `room` descriptors come, close-on-exec and owned by the caller; the
+    kernel lets go of the others. They belong to the last of these bytes: a read never goes on behind the first message
+    that has some. Never blocks: raises BlockingIOError. Needs `ask_credentials`. Source: unix(7), SCM_CREDENTIALS;
+    recv(2), MSG_CTRUNC.
     """
-    data, ancillary, flags, _ = sock.recvmsg(size, _CREDENTIALS_SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-    uid = -1
+    # exactly: CMSG_LEN at the end, for padding would let one more in
+    space = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_LEN(room * _FD_SIZE) if room else _CREDENTIALS_SPACE
+    data, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+    uid, numbers = -1, array.array("i")
     for level, kind, value in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
             uid = _UCRED.unpack(value)[1]
-    return data, uid, bool(flags & socket.MSG_CTRUNC)
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(value[: len(value) - len(value) % _FD_SIZE])
+    return data, uid, numbers.tolist(), bool(flags & socket.MSG_CTRUNC)
 
 
 def send(sock: socket.socket, data: bytes | bytearray, descriptors: Sequence[int] = ()) -> int:

@@ -16,6 +16,7 @@ import pyseccomp
 
 from fdbroker.kernel import libc
 from fdbroker.kernel.namespaces import CLONE, QUESTIONS
+from fdbroker.kernel.sockets import SO_PASSRIGHTS
 from fdbroker.terms import NEW_NAMESPACE_TYPES
 
 # What Python and the C library do in any process.
@@ -30,6 +31,15 @@ _LOOP = """
 """
 _OPENER = """
     accept4 openat2 openat readlinkat getdents64 capset inotify_init1 inotify_add_watch pread64 dup prlimit64
+"""
+
+# What the inbox does beside: a thread to close what came with a message, and how many of these it may hold.
+_INBOX = """
+    set_robust_list rseq prlimit64
+"""
+# What SQLite does for the inbox, where messages are stored: Landlock says in which folder.
+_STORE = """
+    openat pread64 pwrite64 fsync fdatasync ftruncate unlink access rename
 """
 
 # A process of ours that does one of these is not itself any more.
@@ -50,15 +60,20 @@ _WORKER = """
 
 PROCESSES = {
     "opener": _RUNTIME + _LOOP + _OPENER,
-    "inbox": _RUNTIME + _LOOP,
+    "inbox": _RUNTIME + _LOOP + _INBOX,
+    "inbox-store": _RUNTIME + _LOOP + _INBOX + _STORE,
     "namespaces": _RUNTIME + _LOOP + _WORKER,
 }
 # What is allowed with certain values of one argument only: which one, and which values.
 _FORK = 0x0120_0000 | signal.SIGCHLD  # CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID: what glibc's fork says
+_THREAD = 0x003D_0F00  # what glibc's pthread_create says: a thread that shares all there is, and no process
+# a subscriber's unread descriptors, as for the opener
+_OF_INBOX: dict[str, tuple[int, tuple[int, ...]]] = {"ioctl": (1, (termios.TIOCOUTQ,)), "clone": (0, (_THREAD,))}
 NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
-    # how much has the client not read yet
-    "opener": {"ioctl": (1, (termios.TIOCOUTQ,))},
-    "inbox": {},
+    # how much has the client not read yet; whether it may send descriptors
+    "opener": {"ioctl": (1, (termios.TIOCOUTQ,)), "setsockopt": (2, (SO_PASSRIGHTS,))},
+    "inbox": _OF_INBOX,
+    "inbox-store": _OF_INBOX,
     "namespaces": {
         "setns": (1, tuple(CLONE[kind] for kind in ("net", "mnt", "user"))),
         "unshare": (0, tuple(CLONE[kind] for kind in NEW_NAMESPACE_TYPES)),

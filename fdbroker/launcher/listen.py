@@ -46,7 +46,6 @@ class Listener:
         sock.setblocking(False)  # for the opener, which may not do that itself
         # inherited by accepted sockets, so set before the first client can send anything
         sockets.ask_credentials(sock)
-        sockets.forbid_descriptors(sock)
 
     def remove(self) -> None:
         """Unlink the path if it is still the socket that we bound."""

@@ -26,7 +26,8 @@ class Needs(NamedTuple):
     """`reasons` says of each capability and group which rule needs it; `files` are Landlock rights by path.
 
     `inodes` says what stood at each of these paths, for Landlock holds on to that and not to the path. `worker` are
-    the capabilities of the namespaces worker, None when the policy needs no worker. `warnings` are for the admin.
+    the capabilities of the namespaces worker, None when the policy needs no worker. `store`: messages are stored.
+    `warnings` are for the admin.
     """
 
     capabilities: frozenset[str]
@@ -35,6 +36,7 @@ class Needs(NamedTuple):
     reasons: tuple[str, ...]
     inodes: dict[str, tuple[int, int]]
     worker: frozenset[str] | None
+    store: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -79,6 +81,7 @@ def needs(policy: Policy) -> Needs:
         tuple(sorted(set(reasons))),
         inodes,
         None if worker is None else frozenset(worker),
+        any("queue" in topic.deliver for topic in policy.topics),
         tuple(_believing_bridges(policy)),
     )
 
@@ -167,6 +170,8 @@ def check_reload(given: Needs, wanted: Needs) -> None:
         missing.append("the namespaces worker")
     elif wanted.worker is not None and given.worker is not None:
         missing += [f"{name} in the namespaces worker" for name in sorted(wanted.worker - given.worker)]
+    if wanted.store and not given.store:
+        missing.append("the folder of the stored messages")
     for path, rights in wanted.files.items():
         if not any(
             (path == place or path.startswith(place + "/")) and rights & ~allowed == 0 and _still(place, given)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
-from fdbroker.kernel import capabilities, confine, landlock
+from fdbroker.kernel import capabilities, confine, landlock, memfd
 from fdbroker.launcher import listen, start
 from fdbroker.launcher.needs import Needs, check_reload, needs
 from fdbroker.launcher.notify import Notify
@@ -43,6 +43,7 @@ class Options(NamedTuple):
     address: str
     mode: int
     group: str | None
+    state: str
 
 
 class ServiceFailed(FdbrokerError):
@@ -107,7 +108,7 @@ class Launcher:
             say("who connected already is disconnected: add PassCredentials=yes to the socket's unit", priority=4)
         try:
             self._catch_signals()
-            self._children = start.start_children(listener.sock, to_bytes(policy), self._given)
+            self._children = start.start_children(listener.sock, to_bytes(policy), self._given, options.state)
             listener.sock.close()  # the opener alone accepts
             self._await_ready()
             self._confine(listener.path)
@@ -115,6 +116,7 @@ class Launcher:
             say(f"serving with {options.policy}")
             self._loop()
         finally:
+            listener.sock.close()
             listener.remove()
             for child in self._children:
                 child.link.close()
@@ -267,7 +269,7 @@ class Launcher:
             )
             return
         try:
-            descriptor = start.memfd("policy", to_bytes(policy))
+            descriptor = memfd.sealed("policy", to_bytes(policy))
             try:
                 sent = self._opener.link.send_with_descriptors(link.encode_policy(self._generation + 1), [descriptor])
             finally:

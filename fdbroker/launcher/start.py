@@ -6,7 +6,6 @@ Runs in: launcher, as root.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import grp
 import os
 import pwd
@@ -16,8 +15,9 @@ import sys
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.kernel import orders
+from fdbroker.kernel import landlock, memfd, orders
 from fdbroker.kernel.link import Link
+from fdbroker.launcher import state
 from fdbroker.launcher.filters import compile_filter
 from fdbroker.launcher.needs import Needs
 
@@ -25,6 +25,9 @@ _JOURNAL = "/run/systemd/journal/socket"
 _JOURNAL_BYTES = 8 * 1024 * 1024  # SO_SNDBUF, as sd_journal_send(3) sets it
 # the ids that systemd's DynamicUser= takes from: systemd.io, "Users, Groups, UIDs and GIDs"
 _DYNAMIC_IDS = range(61184, 65520)
+# what SQLite does in the folder of the stored messages
+_STATE_RIGHTS = landlock.READ_FILE | landlock.READ_DIR | landlock.WRITE_FILE | landlock.TRUNCATE
+_STATE_RIGHTS |= landlock.MAKE_REG | landlock.REMOVE_FILE
 _USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox", "namespaces": "fdbroker-namespaces"}
 
 
@@ -44,8 +47,11 @@ class Child(NamedTuple):
     link: Link
 
 
-def identities() -> dict[str, tuple[int, int]]:
-    """Find uid and gid for each child: its system user, or where that does not exist an unused dynamic id."""
+def identities(state_owner: int | None = None) -> dict[str, tuple[int, int]]:
+    """Find uid and gid for each child: its system user, or where that does not exist an unused dynamic id.
+
+    Where messages have been stored before by a dynamic id, the inbox gets that one again.
+    """
     found = {}
     taken: set[int] = set()
     for name, user in _USERS.items():
@@ -54,6 +60,8 @@ def identities() -> dict[str, tuple[int, int]]:
             found[name] = (entry.pw_uid, entry.pw_gid)
         except KeyError:
             number = _unused_id(taken)
+            if name == "inbox" and state_owner is not None and state_owner in _DYNAMIC_IDS and not _known(state_owner):
+                number = state_owner
             taken.add(number)
             found[name] = (number, number)
     return found
@@ -97,19 +105,16 @@ def journal_socket() -> socket.socket | None:
     return sock
 
 
-def memfd(name: str, data: bytes) -> int:
-    """An owned, sealed memfd with `data`."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(data)
-    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-    return descriptor
+def start_children(listener: socket.socket, policy: bytes, need: Needs, folder: str) -> list[Child]:
+    """Start opener and inbox, and the namespaces worker where needed; the caller owns them, and keeps `listener`.
 
-
-def start_children(listener: socket.socket, policy: bytes, need: Needs) -> list[Child]:
-    """Start opener and inbox, and the namespaces worker where needed; the caller owns them, and keeps `listener`."""
-    ids = identities()
+    `folder` is for stored messages. Raises StateUnusable before anything is started.
+    """
+    ids = identities(state.owner(folder) if need.store else None)
+    inbox_files: dict[str, int] = {}
+    if need.store:
+        state.prepare(folder, *ids["inbox"])
+        inbox_files = {folder: _STATE_RIGHTS}
     with contextlib.ExitStack() as ours:  # closed here, once the children have them
 
         def pair() -> tuple[socket.socket, socket.socket]:
@@ -121,7 +126,7 @@ def start_children(listener: socket.socket, policy: bytes, need: Needs) -> list[
         to_inbox, inbox_end = pair()
         opener_inbox, inbox_opener = pair()
         ours.enter_context(opener_inbox)
-        policy_fd = memfd("policy", policy)
+        policy_fd = memfd.sealed("policy", policy)
         ours.callback(os.close, policy_fd)
         journal = journal_socket()
         opener = {
@@ -144,13 +149,14 @@ def start_children(listener: socket.socket, policy: bytes, need: Needs) -> list[
         kept = _Kept(need.capabilities, need.groups, need.files)
         return [
             Child("opener", _start("opener", ids["opener"], opener, kept), Link(to_opener)),
-            Child("inbox", _start("inbox", ids["inbox"], inbox, _Kept(files={})), Link(to_inbox)),
+            Child("inbox", _start("inbox", ids["inbox"], inbox, _Kept(files=inbox_files)), Link(to_inbox)),
             *children,
         ]
 
 
 def _start(name: str, ids: tuple[int, int], descriptors: dict[str, int], kept: _Kept) -> subprocess.Popen[bytes]:
-    filter_fd = compile_filter(name)
+    stores = name == "inbox" and bool(kept.files)
+    filter_fd = compile_filter("inbox-store" if stores else name)
     order = orders.Order(
         *ids,
         sorted(kept.groups),

@@ -12,9 +12,9 @@ import time
 
 from fdbroker import errors, limits
 from fdbroker.errors import LinkViolation
-from fdbroker.kernel import orders
+from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.capabilities import Bracket
-from fdbroker.kernel.link import Link, read_memfd
+from fdbroker.kernel.link import Link
 from fdbroker.opener.ask import Asking
 from fdbroker.opener.audit import Audit
 from fdbroker.opener.open import Nodes
@@ -27,7 +27,7 @@ def main() -> int:
     order, descriptors = orders.read(sys.argv[1])
     orders.obey(order, descriptors["filter"])
     journal = socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None
-    policy = from_bytes(read_memfd(descriptors["policy"], limits.POLICY_LINK_BYTES))
+    policy = from_bytes(memfd.read(descriptors["policy"], limits.POLICY_LINK_BYTES))
     os.close(descriptors["policy"])
     audit = Audit(journal)
     opener = Opener(

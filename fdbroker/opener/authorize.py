@@ -131,7 +131,10 @@ def message_rights(seen: View, topics: Sequence[Topic]) -> Rights:
         for verb in TOPIC_VERBS
     )
     maxima = seen.limits
-    return Rights(send, subscribe, maxima["requests_per_second"], maxima["burst"], maxima["subscriptions"])
+    return Rights(
+        *(send, subscribe, maxima["requests_per_second"], maxima["burst"]),
+        *(maxima["subscriptions"], maxima["stored_messages"], maxima["stored_bytes"]),
+    )
 
 
 def authorize_connection(account: Account, seen: View) -> None:

@@ -16,8 +16,8 @@ import time
 
 from fdbroker import limits
 from fdbroker.errors import LinkViolation, QuotaExceeded, RateLimited, Refused
-from fdbroker.kernel import inotify, sockets
-from fdbroker.kernel.link import Link, read_memfd
+from fdbroker.kernel import inotify, memfd, sockets
+from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
 from fdbroker.opener.ask import Asking
@@ -89,7 +89,7 @@ class Opener:
         self._inbox_full = False
         self._epoll = select.epoll()
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._connections_max = descriptors - limits.DESCRIPTORS_RESERVED
+        self._connections_max = descriptors - limits.held_in_all(descriptors) - 64
 
     def serve(self) -> None:
         """Serve until the launcher says stop, or goes. Raises LinkViolation and OSError: then the process must end."""
@@ -99,7 +99,7 @@ class Opener:
         poll.register(self._inotify, select.EPOLLIN)
         if self._asking.fileno() >= 0:
             poll.register(self._asking.fileno(), select.EPOLLIN)
-        self._inbox.send(rights.encode_topics(self._policy.topics))
+        self._tell_topics()
         self._launcher.send(link.READY)
         while True:
             self._arm()
@@ -216,7 +216,9 @@ class Opener:
         """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
         seen = view(self._policy, subject)
         sender = Sender(subject.uid, subject.gid, subject.pid, subject.session)
-        message = rights.encode_connected(self._last_number + 1, sender, message_rights(seen, self._policy.topics))
+        allowed = message_rights(seen, self._policy.topics)
+        sockets.let_descriptors(sock, allowed=bool(allowed.send))
+        message = rights.encode_connected(self._last_number + 1, sender, allowed)
         try:
             if not self._inbox.send_with_descriptors(message, [sock.fileno()]):
                 self._held = (sock, subject, account)
@@ -398,7 +400,7 @@ class Opener:
         try:
             match link.decode(link.LAUNCHER_TO_OPENER, data):
                 case link.Policy(generation) if descriptors:
-                    self._use(from_bytes(read_memfd(descriptors[0], limits.POLICY_LINK_BYTES)))
+                    self._use(from_bytes(memfd.read(descriptors[0], limits.POLICY_LINK_BYTES)))
                     self._launcher.send(link.encode_applied(generation))
                 case link.Stop():
                     self._stop()
@@ -413,11 +415,18 @@ class Opener:
     def _use(self, policy: Policy) -> None:
         """Judge by `policy` from the next request on."""
         self._policy = policy
-        self._inbox.send(rights.encode_topics(policy.topics))
+        self._tell_topics()
         for connection in self._connections.values():
             connection.see(policy)
-            self._inbox.send(rights.encode_changed(connection.number, message_rights(connection.view, policy.topics)))
+            allowed = message_rights(connection.view, policy.topics)
+            sockets.let_descriptors(connection.sock, allowed=bool(allowed.send))
+            self._inbox.send(rights.encode_changed(connection.number, allowed))
         self._list_again()
+
+    def _tell_topics(self) -> None:
+        self._inbox.send(rights.encode_topics(self._policy.topics))
+        for message in rights.encode_users(self._policy.users):
+            self._inbox.send(message)
 
     def _stop(self) -> None:
         if self._acceptor is not None:

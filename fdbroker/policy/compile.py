@@ -17,6 +17,7 @@ from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import NOBODY, decide, view
 from fdbroker.policy.load import Node, close, in_order, load
 from fdbroker.policy.paths import dangerous_name, glob_error, is_literal, name_glob_error
+from fdbroker.policy.recipients import with_recipients
 from fdbroker.terms import (
     ACCESS_COVERS,
     FAMILIES,
@@ -40,6 +41,9 @@ from fdbroker.terms import (
 
 # What a class's devices can do at all, where that is less than everything. Source: the drivers' file_operations.
 _CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
+
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 class PolicyTest(NamedTuple):
@@ -70,7 +74,8 @@ def load_policy(path: str, *, trusted: bool) -> Loaded:
     work.check_topics()
     if findings:
         raise PolicyError(in_order(findings))
-    return work.result()
+    loaded = work.result()
+    return loaded._replace(policy=with_recipients(loaded.policy, path))
 
 
 def failed_tests(loaded: Loaded) -> list[Finding]:
@@ -283,7 +288,18 @@ class _Compiler:
         elif len(self.topics) >= limits.TOPICS:
             self.findings.append(place.finding(f"over {limits.TOPICS} topics"))
         deliver = tuple(dict.fromkeys(one.value for one in node.items("deliver"))) or ("subscribers",)
-        self.topics[name] = Topic(name, deliver, node.get("maximum_bytes") or limits.MESSAGE_BYTES)
+        keep = node.get("keep")
+        keep_s = int(keep[:-1]) * _UNITS_S[keep[-1]] if keep else limits.KEEP_SECONDS
+        if "queue" not in deliver:
+            keep_s = 0
+            if keep:
+                self.findings.append(node.value["keep"].finding("keep, but nothing is stored", "`queue` in `deliver`"))
+        most = limits.ATTACHED_BYTES if deliver == ("subscribers",) else limits.MESSAGE_BYTES
+        maximum = node.get("maximum_bytes") or most
+        if maximum > limits.MESSAGE_BYTES and deliver != ("subscribers",):
+            expected = f"at most {limits.MESSAGE_BYTES} where the journal or the queue has them"
+            self.findings.append(node.value["maximum_bytes"].finding("maximum_bytes", expected, str(maximum)))
+        self.topics[name] = Topic(name, deliver, maximum, keep_s)
 
     def topic_rule(self, verb: str, node: Node, source: str) -> TopicRule:
         trouble = name_glob_error(node.value)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Topic, TopicRule, Uplink
+from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Topic, TopicRule, Uplink, User
 
 _KINDS: dict[str, Any] = {"device": DeviceRule, "namespace": NamespaceRule, "socket": SocketRule, "topic": TopicRule}
 
@@ -28,6 +28,7 @@ class Policy(NamedTuple):
     gid_limits: dict[int, dict[str, int]]
     everyone_limits: dict[str, int]
     topics: tuple[Topic, ...] = ()
+    users: tuple[User, ...] = ()
 
     def all_rules(self) -> Iterable[Rule]:
         """Every allow rule, each once."""
@@ -57,7 +58,7 @@ def to_bytes(policy: Policy) -> bytes:
 
 def from_bytes(data: bytes) -> Policy:
     """The inverse of `to_bytes`. Raises ValueError, TypeError or LookupError for anything else."""
-    uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits, topics = (
+    uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits, topics, users = (
         json.loads(data)
     )
 
@@ -78,7 +79,8 @@ def from_bytes(data: bytes) -> Policy:
         {int(uid): maxima for uid, maxima in uid_limits.items()},
         {int(gid): maxima for gid, maxima in gid_limits.items()},
         everyone_limits,
-        tuple(Topic(name, tuple(deliver), maximum) for name, deliver, maximum in topics),
+        tuple(Topic(name, tuple(deliver), *rest) for name, deliver, *rest in topics),
+        tuple(User(uid, name, frozenset(positions)) for uid, name, positions in users),
     )
 
 

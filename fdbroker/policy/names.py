@@ -59,6 +59,23 @@ def members_of(gid: int) -> frozenset[int]:
     return frozenset(members)
 
 
+def name_of(uid: int) -> str:
+    """A user's name by the databases, or its number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def people() -> frozenset[int]:
+    """The accounts that the databases list for people: root, and those with a login shell from uid 1000 on."""
+    return frozenset(
+        user.pw_uid
+        for user in pwd.getpwall()
+        if user.pw_uid == 0 or (user.pw_uid >= 1000 and os.path.basename(user.pw_shell) not in ("nologin", "false"))
+    )
+
+
 def user_names() -> list[str]:
     """All users that the databases list, for a suggestion."""
     return [user.pw_name for user in pwd.getpwall()]

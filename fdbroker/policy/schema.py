@@ -276,12 +276,18 @@ POLICY = Mapping(
                         "deliver": Field(
                             Sequence(Choice(HANDLERS)),
                             "What happens to its messages: `journal`, each is a record of the journal; `subscribers`, "
-                            "each goes to who has subscribed. Default: `[subscribers]`.",
+                            "each goes to who has subscribed; `queue`, each is stored for every user that may "
+                            "subscribe, until that user has acknowledged it. Default: `[subscribers]`.",
                         ),
                         "maximum_bytes": Field(
-                            Integer(1, limits.MESSAGE_BYTES), "How long a message may be. Default: the most."
+                            Integer(1, limits.ATTACHED_BYTES_MAX),
+                            "How long a message may be; above 65,536, the default where it goes to the journal or the "
+                            "queue, only in a memfd and to subscribers alone. Default for these: 67,108,864.",
                         ),
-                        "keep": Field(Later(), "How long messages are kept."),
+                        "keep": Field(
+                            Text("a number and one of s, m, h, d, w, such as 7d", "^[1-9][0-9]{0,4}[smhdw]$"),
+                            "How long the queue keeps a message that nobody acknowledges. Default: `7d`.",
+                        ),
                     },
                 ),
             ),

@@ -138,7 +138,7 @@ class Pong(NamedTuple):
 
 
 ToOpener = Open | List | Shutdown | Closed | Drained | rights.DeniedUse | Policy | Stop
-ToInbox = rights.Connected | Outcome | Offered | Drain | rights.RightsChanged | rights.Topics
+ToInbox = rights.Connected | Outcome | Offered | Drain | rights.RightsChanged | rights.Topics | rights.Users
 Message = ToOpener | ToInbox | Applied | StopAsked | WorkerStuck | Restart | Ready | Ping | Pong
 
 # What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
@@ -360,6 +360,7 @@ OPENER_TO_INBOX: Decoders = {
     4: _plain(Drain()),
     5: rights.decode_changed,
     6: rights.decode_topics,
+    8: rights.decode_users,
     7: _plain(Ping()),
 }
 LAUNCHER_TO_OPENER: Decoders = {1: _decode_policy, 5: _plain(Stop()), 7: _plain(Ping())}

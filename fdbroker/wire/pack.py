@@ -40,13 +40,17 @@ class Cursor:
         self._data = data
         self._at = 0
 
-    def numbers(self, form: struct.Struct) -> tuple[int, ...]:
-        """The next numbers, by a format."""
+    def fields(self, form: struct.Struct) -> tuple[Any, ...]:
+        """The next values, by a format."""
         if len(self._data) - self._at < form.size:
             raise LinkViolation(f"message type {self._data[0]} cut at {len(self._data)} bytes")
-        values: tuple[int, ...] = form.unpack_from(self._data, self._at)
+        values = form.unpack_from(self._data, self._at)
         self._at += form.size
         return values
+
+    def numbers(self, form: struct.Struct) -> tuple[int, ...]:
+        """The same, where all of them are numbers."""
+        return self.fields(form)
 
     def peek(self, form: struct.Struct) -> tuple[int, ...]:
         """The same, and they are still to be read."""

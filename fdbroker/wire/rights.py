@@ -6,12 +6,12 @@ Runs in: opener (writes), inbox (reads).
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.errors import LinkViolation
-from fdbroker.terms import HANDLERS, TOPIC_VERBS, Topic, TopicUse
+from fdbroker.terms import HANDLERS, TOPIC_VERBS, Topic, TopicUse, User
 from fdbroker.wire.pack import Cursor, exact, word
 
 _BITS = limits.TOPICS // 8
@@ -35,6 +35,8 @@ class Rights(NamedTuple):
     messages_per_second: int = 1
     burst: int = 1
     subscriptions: int = 0
+    stored_messages: int = 0
+    stored_bytes: int = 0
 
 
 class Connected(NamedTuple):
@@ -58,6 +60,12 @@ class Topics(NamedTuple):
     topics: tuple[Topic, ...]
 
 
+class Users(NamedTuple):
+    """Users that may subscribe to topics; those of earlier messages since `Topics` count as well."""
+
+    users: tuple[User, ...]
+
+
 class DeniedUse(NamedTuple):
     """The client of `connection` was not allowed to use a topic: for the record. `use` may be cut."""
 
@@ -65,11 +73,13 @@ class DeniedUse(NamedTuple):
     use: TopicUse
 
 
-_RIGHTS = struct.Struct(f"!{_BITS}s{_BITS}sIII")
+_RIGHTS = struct.Struct(f"!{_BITS}s{_BITS}s5I")
 _CONNECTED = struct.Struct(f"!BQIII32s{_RIGHTS.size}s")
 _CHANGED = struct.Struct(f"!BQ{_RIGHTS.size}s")
-_TOPICS = struct.Struct("!BH")  # how many, then for each:
-_TOPIC = struct.Struct("!BIB")  # handlers as bits, maximum, length of name; name
+_COUNT = struct.Struct("!BH")  # how many, then for each:
+_TOPIC = struct.Struct("!B?IQB")  # handlers as bits, for everyone, maximum, keep, length of name; name
+_USER = struct.Struct(f"!I{_BITS}sB")  # uid, topics, length of name; name
+_USERS_PER_MESSAGE = 256
 _DENIED_USE = struct.Struct("!BQB")  # verb; then the topic
 
 
@@ -117,25 +127,48 @@ def decode_changed(data: bytes) -> RightsChanged:
 
 def encode_topics(topics: Sequence[Topic]) -> bytes:
     """Opener to inbox."""
-    parts = [_TOPICS.pack(6, len(topics))]
+    parts = [_COUNT.pack(6, len(topics))]
     for topic in topics:
         bits = sum(1 << HANDLERS.index(handler) for handler in topic.deliver)
         name = topic.name.encode()
-        parts += (_TOPIC.pack(bits, topic.maximum_bytes, len(name)), name)
+        parts += (_TOPIC.pack(bits, topic.everyone, topic.maximum_bytes, topic.keep_s, len(name)), name)
     return b"".join(parts)
 
 
 def decode_topics(data: bytes) -> Topics:
     """Raises LinkViolation."""
     cursor = Cursor(data)
-    _, count = cursor.numbers(_TOPICS)
+    _, count = cursor.numbers(_COUNT)
     topics = []
     for _ in range(count):
-        bits, maximum, length = cursor.numbers(_TOPIC)
+        bits, everyone, maximum, keep_s, length = cursor.numbers(_TOPIC)
         deliver = tuple(handler for number, handler in enumerate(HANDLERS) if bits >> number & 1)
-        topics.append(Topic(cursor.text(length), deliver, maximum))
+        topics.append(Topic(cursor.text(length), deliver, maximum, keep_s, bool(everyone)))
     cursor.end()
     return Topics(tuple(topics))
+
+
+def encode_users(users: Sequence[User]) -> Iterator[bytes]:
+    """Opener to inbox: as many messages as it takes."""
+    for first in range(0, len(users), _USERS_PER_MESSAGE):
+        some = users[first : first + _USERS_PER_MESSAGE]
+        parts = [_COUNT.pack(8, len(some))]
+        for user in some:
+            name = user.name.encode(errors="replace")[:_TEXT_BYTES]
+            parts += (_USER.pack(user.uid, _bits(user.topics), len(name)), name)
+        yield b"".join(parts)
+
+
+def decode_users(data: bytes) -> Users:
+    """Raises LinkViolation."""
+    cursor = Cursor(data)
+    _, count = cursor.numbers(_COUNT)
+    users = []
+    for _ in range(count):
+        uid, bits, length = cursor.fields(_USER)
+        users.append(User(uid, cursor.text(length), _positions(bits)))
+    cursor.end()
+    return Users(tuple(users))
 
 
 def encode_denied_use(connection: int, use: TopicUse) -> bytes:

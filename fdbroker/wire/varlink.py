@@ -85,6 +85,11 @@ class VarlinkReader:
         return message
 
     @property
+    def held(self) -> int:
+        """How many bytes wait."""
+        return len(self._buffer)
+
+    @property
     def partial(self) -> bool:
         """Whether the beginning of a message waits for its end."""
         return bool(self._buffer)

@@ -16,12 +16,14 @@ STRANGERS = {
     "io.fdbroker.Broker.List": "granted",
     "io.fdbroker.Inbox.Send": "Denied",
     "io.fdbroker.Inbox.Subscribe": "Denied",
+    "io.fdbroker.Inbox.Receive": "granted",
 }
 PARAMETERS = {
     "org.varlink.service.GetInterfaceDescription": {"interface": "io.fdbroker.Broker"},
     "io.fdbroker.Broker.Open": {"resources": [{"device": "/dev/x"}]},
     "io.fdbroker.Inbox.Send": {"topic": "inbox", "payload": "x"},
     "io.fdbroker.Inbox.Subscribe": {"topics": ["inbox"]},
+    "io.fdbroker.Inbox.Receive": {"maximum": 10, "acknowledge": [1]},
 }
 
 MEMBERS = {"io.fdbroker.Inbox.Subscribe": {"more": True}}
@@ -41,6 +43,8 @@ def test_with_an_empty_policy_nobody_gets_anything_by_any_method(dev):
                 assert not client.descriptors
                 if method.endswith("List"):
                     assert reply["parameters"]["resources"] == []
+                if method.endswith("Receive"):
+                    assert reply["parameters"]["messages"] == []
             return got
 
     with running("version: 1\n") as broker:

@@ -137,11 +137,11 @@ def test_descriptors_wait_in_order_for_the_replies_that_own_them():
     numbers = _open(3)
     first, second = varlink.encode_reply({"grants": [1]}), varlink.encode_reply({"grants": [1, 2]})
     replies.feed(first + second[:5], numbers[:1])
-    assert calls.count_grants(replies.next_reply()) == 1
+    assert calls.count_descriptors(replies.next_reply()) == 1
     assert replies.take(1) == numbers[:1]
     assert replies.next_reply() is None
     replies.feed(second[5:], numbers[1:])
-    assert calls.count_grants(replies.next_reply()) == 2
+    assert calls.count_descriptors(replies.next_reply()) == 2
     with pytest.raises(ProtocolViolation):
         replies.take(3)
     assert replies.take(2) == numbers[1:]

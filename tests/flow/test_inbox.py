@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import sqlite3
 import threading
 import time
 from contextlib import contextmanager
@@ -14,14 +15,16 @@ import pytest
 
 from fdbroker.errors import ClientNotReading, Denied
 from fdbroker.inbox.service import Inbox
+from fdbroker.inbox.store import Store
 from fdbroker.inbox.topics import Topics
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
-from fdbroker.terms import Device, Offer
+from fdbroker.terms import Device, Offer, Topic
 from fdbroker.wire import link
-from fdbroker.wire.rights import Rights, Sender, encode_connected
+from fdbroker.wire.rights import Rights, Sender, encode_connected, encode_topics
 
+NOTHING = Rights()
 OPEN = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/x"}]}}\0'
 INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
 LIST = b'{"method":"io.fdbroker.Broker.List","more":true}\0'
@@ -30,12 +33,12 @@ LIST = b'{"method":"io.fdbroker.Broker.List","more":true}\0'
 class Opener:
     """Plays the opener and the launcher, by hand."""
 
-    def __init__(self):
+    def __init__(self, store=None):
         pair = lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         (self.launcher, launcher_end), (self.sock, opener_end) = pair(), pair()
         self.sock.settimeout(5)
         self.launcher.settimeout(5)
-        self.inbox = Inbox(Link(launcher_end), Link(opener_end), Topics(Records(None)))
+        self.inbox = Inbox(Link(launcher_end), Link(opener_end), Topics(Records(None), store))
         self.error = None
         self.thread = threading.Thread(target=self._run)
         self.ends = [launcher_end, opener_end]
@@ -47,13 +50,13 @@ class Opener:
         except Exception as error:
             self.error = error
 
-    def client(self):
+    def client(self, rights=NOTHING):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         sockets.ask_credentials(theirs)
         ours.settimeout(5)
         self.number += 1
         socket.send_fds(
-            self.sock, [encode_connected(self.number, Sender(os.getuid(), 0, 1, ""), Rights())], [theirs.fileno()]
+            self.sock, [encode_connected(self.number, Sender(os.getuid(), 0, 1, ""), rights)], [theirs.fileno()]
         )
         theirs.close()
         return ours
@@ -66,8 +69,8 @@ class Opener:
 
 
 @contextmanager
-def inbox():
-    opener = Opener()
+def inbox(store=None):
+    opener = Opener(store)
     opener.thread.start()
     assert opener.launcher.recv(10) == link.READY
     try:
@@ -267,3 +270,165 @@ def test_who_does_not_take_its_last_answer_is_closed_all_the_same(monkeypatch):
         opener.send(link.PING)  # wakes the loop, which then knows of the new time limit
         assert opener.next() == link.Pong()
         assert opener.next() == link.Closed(1, 3)
+
+
+# ---- stored messages
+
+STORED = Topic("inbox", ("subscribers", "queue"), 65536, 60)
+PLAIN = Topic("plain", ("subscribers",), 65536)
+MAY = Rights(frozenset({0, 1}), frozenset({0, 1}), 10_000, 10_000, 8, 1000, 1 << 20)
+
+
+class Slow(Store):
+    """Counts commits, makes each wait for `go`, and fails while it is `broken`."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.sizes = []
+        self.go = threading.Semaphore(0)
+        self.broken = False
+
+    def commit(self):
+        if self._new or self._done:
+            assert self.go.acquire(timeout=5)
+            self.sizes.append(len(self._new))
+        self._database.execute(f"PRAGMA query_only = {self.broken}")
+        super().commit()
+
+
+@pytest.fixture
+def stored_inbox(tmp_path, monkeypatch):
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **k, check_same_thread=False))
+    store = Slow(str(tmp_path / "messages.sqlite"))
+    with inbox(store) as opener:
+        opener.send(encode_topics((STORED, PLAIN)))
+        yield opener, store
+    store.close()
+
+
+def call(method, **parameters):
+    return json.dumps({"method": f"io.fdbroker.Inbox.{method}", "parameters": parameters}).encode() + b"\0"
+
+
+def test_answers_wait_for_the_commit_and_keep_their_order(stored_inbox):
+    opener, store = stored_inbox
+    with opener.client(MAY) as client:
+        calls = [call("Send", topic=topic, payload="x") for topic in ("plain", "inbox", "plain", "none", "inbox")]
+        client.sendall(b"".join(calls) + INFO + OPEN)
+        assert replies(client, 1) == [{"parameters": {}}]
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(5)
+        store.go.release()
+        got = replies(client, 5)
+        assert [reply.get("error", "").rpartition(".")[2] for reply in got] == ["", "", "Denied", "", ""]
+        assert "vendor" in got[-1]["parameters"]
+        assert [type(opener.next()).__name__ for _ in range(2)] == ["DeniedUse", "Open"]  # only now
+
+
+def test_one_commit_for_all_that_came_meanwhile(stored_inbox):
+    opener, store = stored_inbox
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(opener.client(MAY)) for _ in range(10)]
+        clients[0].sendall(call("Send", topic="inbox", payload="x"))
+        time.sleep(0.3)  # that one is being committed
+        for client in clients[1:]:
+            client.sendall(call("Send", topic="inbox", payload="x"))
+        time.sleep(0.1)
+        for _ in range(10):
+            store.go.release()
+        for client in clients:
+            assert replies(client, 1) == [{"parameters": {}}]
+        assert store.sizes[0] == 1
+        assert sum(store.sizes) == 10
+        assert len(store.sizes) < 5
+
+
+def test_when_nothing_can_be_stored_all_of_the_turn_hear_it_and_no_subscriber_gets_it(stored_inbox):
+    opener, store = stored_inbox
+    frame = b"\0\0\0\1x"
+    with opener.client(MAY) as client, opener.client(MAY) as framed, opener.client(MAY) as subscriber:
+        subscriber.sendall(
+            json.dumps({**json.loads(call("Subscribe", topics=["inbox"])[:-1]), "more": True}).encode() + b"\0"
+        )
+        framed.sendall(b"\0\0\0\4PING")
+        assert framed.recv(100) == b"\0\0\0\4PONG"
+        store.broken = True
+        client.sendall(call("Send", topic="inbox", payload="lost") + call("Send", topic="plain", payload="y"))
+        framed.sendall(frame + frame)
+        for _ in range(3):
+            store.go.release()
+        got = replies(client, 2)
+        assert got[0]["error"] == "io.fdbroker.Inbox.QuotaExceeded"
+        assert got[0]["parameters"] == {"limit": "store_bytes", "maximum": 1 << 30}
+        assert got[1] == {"parameters": {}}
+        data = b""
+        while len(data) < 8:
+            data += framed.recv(100)
+        assert data == (b"\0\0\0\x1c") * 2  # ENOSPC
+        store.broken = False
+        store.go.release()
+        framed.sendall(b"\0\0\0\4kept")
+        assert framed.recv(4) == b"\0\0\0\0"
+        (message,) = replies(subscriber, 1)
+        assert message["parameters"]["message"]["payload"] == "kept"
+
+
+def test_receive_answers_once_its_acknowledgement_is_committed(stored_inbox):
+    opener, store = stored_inbox
+    with opener.client(MAY) as client:
+        store.go.release()
+        client.sendall(call("Send", topic="inbox", payload="a") + call("Receive", maximum=10))
+        (message,) = replies(client, 2)[1]["parameters"]["messages"]
+        assert message["payload"] == "a"
+        client.sendall(call("Receive", maximum=10, acknowledge=[message["number"]]) + call("Receive", maximum=10))
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(5)
+        store.go.release()
+        assert replies(client, 2) == [{"parameters": {"messages": []}}] * 2
+
+
+def test_a_client_that_is_gone_before_the_commit_has_its_message_stored(stored_inbox):
+    opener, store = stored_inbox
+    with opener.client(MAY) as client:
+        client.sendall(call("Send", topic="inbox", payload="last words"))
+        time.sleep(0.2)
+    store.go.release()
+    with opener.client(MAY) as client:
+        client.sendall(call("Receive", maximum=10))
+        (reply,) = replies(client, 1)
+        assert [message["payload"] for message in reply["parameters"]["messages"]] == ["last words"]
+
+
+def test_what_came_with_half_a_message_goes_with_its_connection():
+    """At once, and not with the next event: nothing else happens here."""
+    with inbox() as opener:
+        opener.send(encode_topics((PLAIN,)))
+        client = opener.client(MAY._replace(send=frozenset({0}), subscribe=frozenset()))
+        null = os.open("/dev/null", os.O_RDWR)  # whoever has a copy has the same file
+        number = os.fstat(null).st_ino
+        before = copies(number)
+        with client:
+            socket.send_fds(client, [b"{"], [null] * 5)
+            end = time.monotonic() + 5
+            while copies(number) < before + 5:
+                assert time.monotonic() < end
+        assert isinstance(opener.next(), link.Closed)
+        end = time.monotonic() + 5
+        while copies(number) > before:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.close(null)
+
+
+def copies(inode):
+    """How many descriptors of this process are of that file."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += os.stat(f"/proc/self/fd/{name}").st_ino == inode
+    return count

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fdbroker.errors import LinkViolation
+from fdbroker.kernel import memfd
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.link import Link
-from fdbroker.launcher import start
 from fdbroker.opener.ask import Asking
 from fdbroker.opener.audit import Audit
 from fdbroker.opener.open import Nodes
@@ -204,9 +204,9 @@ def test_a_new_policy_holds_from_the_next_request_on(tmp_path):
     with world(tmp_path) as one:
         _, connected = one.connect()
         policy = one.policy("version: 1\n")
-        memfd = start.memfd("policy", to_bytes(policy))
-        socket.send_fds(one.launcher, [link.encode_policy(2)], [memfd])
-        os.close(memfd)
+        policy_fd = memfd.sealed("policy", to_bytes(policy))
+        socket.send_fds(one.launcher, [link.encode_policy(2)], [policy_fd])
+        os.close(policy_fd)
         assert link.decode(link.OPENER_TO_LAUNCHER, one.launcher.recv(100)) == link.Applied(2)
         # what the inbox is told comes before the answer to anything that it asks afterwards
         assert one.hear() == Topics(())

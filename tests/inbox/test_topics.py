@@ -7,11 +7,13 @@ import json
 import pytest
 
 from fdbroker import limits
-from fdbroker.errors import MessageTooLong, QuotaExceeded, RateLimited, TopicDenied
+from fdbroker.errors import MessageTooLong, NoSuchRecipient, QueueFull, QuotaExceeded, RateLimited, TopicDenied
 from fdbroker.inbox import topics as module
+from fdbroker.inbox.dispatch import Publish
+from fdbroker.inbox.store import Store, Stored
 from fdbroker.inbox.topics import Member, Topics
 from fdbroker.kernel.records import NotRecorded
-from fdbroker.terms import Topic
+from fdbroker.terms import Topic, User
 from fdbroker.wire.rights import Rights, Sender
 
 TOPICS = (Topic("inbox", ("journal", "subscribers"), 100), Topic("news", ("subscribers",), 65536))
@@ -48,17 +50,18 @@ def member(topics, uid=5, rights=ALL, session=""):
 
 
 def send(topics, sender, text="hello", topic="news"):
-    topics.publish(sender, topic, text.encode(), text=text, encoding="text")
+    return topics.publish(sender, Publish(topic, text.encode(), text, "text"))
 
 
 def taken(one):
-    return [json.loads(data)["parameters"]["message"] for data in one.take().split(b"\0")[:-1]]
+    data = b"".join(part for part, _ in one.take(lambda _: True))
+    return [json.loads(message)["parameters"]["message"] for message in data.split(b"\0")[:-1]]
 
 
 def test_a_message_says_who_sent_it_and_goes_to_who_subscribed(topics):
     sender, one, other, third = (member(topics, uid) for uid in (5, 6, 7, 8))
-    topics.subscribe(one, ["news"], 0)
-    topics.subscribe(other, ["news", "inbox"], 0)
+    topics.subscribe(one, ["news"], None, 0)
+    topics.subscribe(other, ["news", "inbox"], None, 0)
     send(topics, sender)
     assert list(topics.fresh) == [one, other]
     (message,) = taken(one)
@@ -78,7 +81,7 @@ def test_a_message_says_who_sent_it_and_goes_to_who_subscribed(topics):
 
 def test_numbers_increase_and_the_session_is_there_where_there_is_one(topics):
     sender, one = member(topics, session="c7"), member(topics)
-    topics.subscribe(one, ["news"], 0)
+    topics.subscribe(one, ["news"], None, 0)
     for _ in range(3):
         send(topics, sender)
     messages = taken(one)
@@ -93,13 +96,13 @@ def test_who_may_not_is_denied_whether_the_topic_exists_or_not(topics):
     for name in ("news", "none", ""):
         for attempt in (
             lambda name=name: send(topics, nobody, topic=name),
-            lambda name=name: topics.subscribe(nobody, [name], 0),
+            lambda name=name: topics.subscribe(nobody, [name], None, 0),
         ):
             with pytest.raises(TopicDenied) as caught:
                 attempt()
             assert caught.value.topic == name
     with pytest.raises(TopicDenied):
-        topics.subscribe(member(topics, rights=ALL._replace(subscribe=frozenset({1}))), ["news", "inbox"], 0)
+        topics.subscribe(member(topics, rights=ALL._replace(subscribe=frozenset({1}))), ["news", "inbox"], None, 0)
 
 
 def test_a_message_of_the_topics_maximum_passes_and_one_byte_more_does_not(topics):
@@ -112,7 +115,7 @@ def test_a_message_of_the_topics_maximum_passes_and_one_byte_more_does_not(topic
 
 def test_the_journal_gets_the_payload_as_one_field_or_nobody_gets_the_message(topics, journal):
     sender, one = member(topics), member(topics)
-    topics.subscribe(one, ["inbox"], 0)
+    topics.subscribe(one, ["inbox"], None, 0)
     send(topics, sender, "a\nFDBROKER_UID=0", "inbox")
     (record,) = journal.records
     assert record["FDBROKER_PAYLOAD"] == "a\nFDBROKER_UID=0"
@@ -127,12 +130,12 @@ def test_the_journal_gets_the_payload_as_one_field_or_nobody_gets_the_message(to
 
 def test_who_is_too_slow_loses_the_oldest_and_is_told_how_many(topics):
     sender, slow, quick = (member(topics, uid, ALL._replace(burst=10_000)) for uid in (5, 6, 7))
-    topics.subscribe(slow, ["news"], 0)
-    topics.subscribe(quick, ["news"], 0)
+    topics.subscribe(slow, ["news"], None, 0)
+    topics.subscribe(quick, ["news"], None, 0)
     most = limits.SUBSCRIBER_MESSAGES
     for number in range(most + 3):
         send(topics, sender, str(number))
-        quick.take()
+        taken(quick)
     messages = taken(slow)
     assert len(messages) == most
     assert (messages[0]["payload"], messages[0]["lost"]) == ("3", 3)
@@ -147,9 +150,9 @@ def test_who_is_too_slow_loses_the_oldest_and_is_told_how_many(topics):
 
 
 def test_so_many_subscriptions_of_a_user_and_not_one_more(topics):
-    topics.subscribe(member(topics), ["news"], 1)
+    topics.subscribe(member(topics), ["news"], None, 1)
     with pytest.raises(QuotaExceeded) as caught:
-        topics.subscribe(member(topics), ["news"], 2)
+        topics.subscribe(member(topics), ["news"], None, 2)
     assert (caught.value.limit, caught.value.maximum) == ("subscriptions", 2)
 
 
@@ -167,12 +170,12 @@ def test_a_user_sends_so_many_at_once_over_all_its_connections(topics, monkeypat
     now[0] += 0.101
     send(topics, second)
     with pytest.raises(RateLimited):
-        topics.subscribe(first, ["news"], 0)
+        topics.subscribe(first, ["news"], None, 0)
 
 
 def test_another_policy_holds_from_the_next_message_on(topics):
     sender, one = member(topics), member(topics)
-    topics.subscribe(one, ["news", "inbox"], 0)
+    topics.subscribe(one, ["news", "inbox"], None, 0)
     topics.use((Topic("other", ("subscribers",), 5), TOPICS[0]))
     send(topics, sender, topic="inbox")  # rights stay by name until the new ones are told
     with pytest.raises(TopicDenied):
@@ -182,16 +185,189 @@ def test_another_policy_holds_from_the_next_message_on(topics):
     with pytest.raises(TopicDenied):
         topics.allow(one, Rights(frozenset({0}), frozenset({0}), 1, 1, 1))
     assert one.subscribed == frozenset()
-    one.take()
+    taken(one)
     send(topics, sender, topic="inbox")
     assert taken(one) == []
 
 
 def test_nothing_is_kept_for_who_is_gone(topics):
     sender, one = member(topics), member(topics)
-    topics.subscribe(one, ["news"], 0)
+    topics.subscribe(one, ["news"], None, 0)
     send(topics, sender)
     topics.forget(one)
     assert not topics.fresh
     send(topics, sender)
     assert not topics.fresh
+
+
+# ---- stored
+
+STORED = (
+    Topic("mail", ("queue",), 65536, 60),
+    Topic("open", ("journal", "subscribers", "queue"), 65536, 60, everyone=True),
+)
+QUEUE = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2, 3, 10_000)
+
+
+@pytest.fixture
+def stored(journal):
+    store = Store(":memory:")
+    made = Topics(journal, store)
+    made.use(STORED)
+    made.add_users([User(7, "bob", frozenset({0})), User(8, "carol", frozenset({0, 1}))])
+    yield made
+    store.close()
+
+
+def post(topics, sender, to="", topic="mail", text="hello"):
+    return topics.publish(sender, Publish(topic, text.encode(), text, "text", to))
+
+
+def received(topics, one, most=100):
+    return [json.loads(data)["payload"] for data in topics.receive(one, most)]
+
+
+def test_a_stored_message_is_for_those_that_may_subscribe_and_there_after_the_commit(stored):
+    sender, bob, carol = (member(stored, uid, QUEUE) for uid in (5, 7, 8))
+    nobody = member(stored, 9, QUEUE._replace(subscribe=frozenset()))
+    assert post(stored, sender) is True
+    assert received(stored, bob) == []
+    assert stored.commit() is None
+    assert received(stored, bob) == received(stored, carol) == ["hello"]
+    assert received(stored, sender) == ["hello"]  # it is here, and may subscribe
+    assert received(stored, nobody) == []
+
+
+@pytest.mark.parametrize(
+    ("to", "topic", "who"),
+    [
+        ("bob", "mail", 7),
+        ("7", "mail", 7),
+        ("6", "mail", 6),  # not by the policy's names, but it is here and may
+        ("77", "open", 77),  # everyone may
+        ("carol", "open", 8),
+        ("bob", "open", 7),
+        ("77", "mail", None),
+        ("dave", "mail", None),
+        ("dave", "open", None),
+        ("65534", "open", None),
+        (str(2**32 - 1), "open", None),
+        ("-1", "open", None),
+        ("\u0667", "open", None),
+        ("1" * 400, "open", None),
+    ],
+)
+def test_to_names_one_user_that_may_have_it(stored, to, topic, who):
+    sender, here = member(stored, 5, QUEUE), member(stored, 6, QUEUE)
+    assert here.subscribe
+    if who is None:
+        with pytest.raises(NoSuchRecipient) as caught:
+            post(stored, sender, to, topic)
+        assert caught.value.to == to
+        return
+    post(stored, sender, to, topic)
+    stored.commit()
+    for uid in (5, 6, 7, 8, 77):
+        assert received(stored, member(stored, uid, QUEUE)) == (["hello"] if uid == who else [])
+
+
+def test_a_message_to_one_goes_to_that_users_subscribers_alone(stored):
+    sender, bob, carol = (member(stored, uid, QUEUE) for uid in (5, 7, 8))
+    stored.subscribe(bob, ["open"], None, 0)
+    stored.subscribe(carol, ["open"], None, 0)
+    post(stored, sender, "bob", "open")
+    assert not stored.fresh
+    stored.commit()
+    assert list(stored.fresh) == [bob]
+    assert [message["payload"] for message in taken(bob)] == ["hello"]
+
+
+def test_a_full_share_is_refused_before_any_handler_has_it(stored, journal):
+    sender, bob = member(stored, 5, QUEUE), member(stored, 7, QUEUE)
+    stored.subscribe(bob, ["open"], None, 0)
+    for _ in range(3):
+        post(stored, sender, topic="open")
+    with pytest.raises(QueueFull, match="stored_messages"):
+        post(stored, sender, topic="open")
+    assert len(journal.records) == 3
+    post(stored, member(stored, 6, QUEUE), topic="open")  # another user's share is its own
+    stored.commit()
+    assert len(taken(bob)) == 4
+
+
+def test_a_full_journal_or_disk_stores_nothing_and_says_so(stored, journal):
+    sender, bob = member(stored, 5, QUEUE), member(stored, 7, QUEUE)
+    stored.subscribe(bob, ["open"], None, 0)
+    journal.full = True
+    with pytest.raises(RateLimited):
+        post(stored, sender, topic="open")
+    journal.full = False
+    assert stored.commit() is None
+    post(stored, sender, topic="open")
+    stored._store._database.execute("PRAGMA query_only = ON")
+    refusal = stored.commit()
+    assert isinstance(refusal, QueueFull)
+    assert refusal.limit == "store_bytes"
+    assert journal.records[-1]["MESSAGE"].startswith("messages cannot be stored: attempt to write")
+    assert (journal.records[-1]["MESSAGE_ID"], journal.records[-1]["PRIORITY"]) == (module.STORE_MESSAGE_ID, "2")
+    assert taken(bob) == received(stored, bob) == []
+    post(stored, sender)
+    assert stored.commit() is not None
+    assert len([one for one in journal.records if one["PRIORITY"] == "2"]) == 1  # not with every message
+
+
+def test_one_has_only_what_it_may_have_now(stored):
+    sender, carol = member(stored, 5, QUEUE), member(stored, 8, QUEUE)
+    post(stored, sender, "carol", "mail", "a")
+    post(stored, sender, "carol", "open", "b")
+    stored.commit()
+    stored.allow(carol, QUEUE._replace(subscribe=frozenset({1})))
+    assert received(stored, carol) == ["b"]
+    stored.allow(carol, QUEUE)
+    assert received(stored, carol) == ["a", "b"]
+    assert received(stored, carol, 1) == ["a"]
+
+
+def test_a_subscriber_that_says_where_it_was_gets_what_is_stored_first_and_nothing_twice(stored):
+    sender, bob = member(stored, 5, QUEUE._replace(stored_messages=100)), member(stored, 7, QUEUE)
+    for text in "abc":
+        post(stored, sender, "bob", "open", text)
+    stored.commit()
+    numbers = [json.loads(data)["number"] for data in stored.receive(bob, 10)]
+    stored.subscribe(bob, ["open"], numbers[0], 0)
+    post(stored, sender, "bob", "open", "d")
+    stored.commit()
+    assert not stored.fresh  # it comes with what is stored
+    replayed = stored.replay(bob)
+    assert [json.loads(one)["parameters"]["message"]["payload"] for one in replayed.split(b"\0")[:-1]] == [
+        "b",
+        "c",
+        "d",
+    ]
+    assert stored.replay(bob) == b""
+    post(stored, sender, "bob", "open", "e")
+    stored.commit()
+    assert [message["payload"] for message in taken(bob)] == ["e"]
+
+
+def test_who_is_gone_is_no_recipient_any_more(stored):
+    sender, here = member(stored, 5, QUEUE._replace(subscribe=frozenset())), member(stored, 6, QUEUE)
+    stored.forget(here)
+    post(stored, sender)
+    stored.commit()
+    assert received(stored, member(stored, 6, QUEUE)) == []
+    assert received(stored, member(stored, 7, QUEUE)) == ["hello"]
+
+
+def test_numbers_go_on_above_those_that_are_stored(journal):
+    store = Store(":memory:")
+    far = 1 << 61
+    store.put(Stored(far, 5, "mail", 1 << 62, b"{}"), frozenset({7}))
+    store.commit()
+    topics = Topics(journal, store)
+    topics.use(STORED)
+    topics.add_users([User(7, "bob", frozenset({0}))])
+    post(topics, member(topics, 5, QUEUE))
+    topics.commit()
+    assert store.last_number == far + 1
+    store.close()

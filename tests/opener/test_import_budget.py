@@ -20,7 +20,7 @@ OURS = {
     *(
         f"fdbroker.kernel.{name}"
         for name in (
-            *("capabilities", "confine", "devices", "inotify", "landlock", "libc", "link", "openat", "orders"),
+            *("capabilities", "confine", "devices", "inotify", "landlock", "libc", "link", "memfd", "openat", "orders"),
             *("processes", "records", "sockets"),
         )
     ),

@@ -50,11 +50,15 @@ def errors(tmp_path, text):
         ),
         (
             "version: 1\ntopics: {x: {keep: 7d}}\n",
-            "F:2:14: keep is not in this version; remove it; nothing else would enforce it",
+            "F:2:20: keep, but nothing is stored, expected `queue` in `deliver`",
         ),
         (
-            "version: 1\ntopics: {x: {deliver: [queue]}}\n",
-            "F:2:24: deliver, expected journal or subscribers, found 'queue'",
+            "version: 1\ntopics: {x: {deliver: [queue], keep: 7 days}}\n",
+            "F:2:38: keep, expected a number and one of s, m, h, d, w, such as 7d, found '7 days'",
+        ),
+        (
+            "version: 1\ntopics: {x: {deliver: [cue]}}\n",
+            "F:2:24: deliver, expected journal or subscribers or queue, found 'cue'",
         ),
         (
             "version: 1\ntopics: {news: {}}\neveryone: {send: [nws]}\n",
@@ -85,7 +89,7 @@ def errors(tmp_path, text):
         ),
         ("version: 1\nusers:\n", "F:2:7: a user, expected a mapping, found nothing"),
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_an_error_says_where_what_was_expected_and_what_to_do(tmp_path, text, error):
     assert errors(tmp_path, text) == [error]

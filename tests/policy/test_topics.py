@@ -78,7 +78,11 @@ def test_explain_says_why(loaded, use, gid, allowed, words):
         ("everyone: {send: [none]}", "unknown topic 'none'; declare it under `topics:`"),
         ("everyone: {send: ['a/b']}", "send, expected a topic"),
         ("everyone: {subscribe: ['[']}", "topic '[': a [ without its ]"),
-        ("topics: {x: {maximum_bytes: 65537}}", "maximum_bytes, expected a number from 1 to 65536, found '65537'"),
+        ("topics: {x: {maximum_bytes: 268435457}}", "maximum_bytes, expected a number from 1 to 268435456, found"),
+        (
+            "topics: {x: {deliver: [subscribers, queue], maximum_bytes: 65537}}",
+            "maximum_bytes, expected at most 65536 where the journal or the queue has them, found 65537",
+        ),
         ("tests: [{as: {user: 5}, open: 'send:none', expect: deny}]", "unknown topic 'none'"),
         ("topics: {" + ", ".join(f"t{number}: {{}}" for number in range(257)) + "}", "over 256 topics"),
         ("topics: {" + "x" * 65 + ": {}}", "expected letters, digits"),

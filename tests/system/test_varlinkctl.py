@@ -51,6 +51,7 @@ def test_list_methods(facts):
     assert set(facts["list_methods"]["stdout"].split()) == {
         "io.fdbroker.Broker.Open",
         "io.fdbroker.Broker.List",
+        "io.fdbroker.Inbox.Receive",
         "io.fdbroker.Inbox.Send",
         "io.fdbroker.Inbox.Subscribe",
         "org.varlink.service.GetInfo",

@@ -1,0 +1,110 @@
+"""One connection of the inbox: what has come of it, what is owed to it, in what state it is.
+
+Runs in: inbox. An attacker controls what is in `decoder`, and whether `out` is ever read.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+from fdbroker.inbox import dispatch
+from fdbroker.inbox.attached import Attached, Unread
+from fdbroker.inbox.decode import Decoder
+from fdbroker.inbox.topics import Member
+from fdbroker.kernel import sockets
+from fdbroker.terms import Offer, Resource
+from fdbroker.wire import link
+from fdbroker.wire.rights import Sender
+
+ENDED, BROKE, FOREIGN, SLOW, DEAF = range(len(link.CLOSED_REASONS))
+
+
+class Client:
+    """One connection: our copy of its socket, who it is (and all its messages must come from), what waits.
+
+    `state` is one of link.TURNS, or subscribed. `uncommitted` are the answers from the first on that must wait for a
+    commit: None for a message that is said to be stored, Receive for what its client then gets.
+    """
+
+    __slots__ = (
+        "asked",
+        "attached",
+        "decoder",
+        "doomed",
+        "ended",
+        "events",
+        "member",
+        "number",
+        "offers",
+        "out",
+        "question",
+        "reason",
+        "sock",
+        "state",
+        "uid",
+        "uncommitted",
+    )
+
+    def __init__(self, number: int, sender: Sender, sock: socket.socket) -> None:
+        self.number = number
+        self.uid = sender.uid
+        self.member = Member(sender)
+        self.sock = sock
+        self.decoder = Decoder()
+        self.state = "idle"
+        self.question: dispatch.Question | None = None  # to put once `out` is sent
+        self.asked: Sequence[Resource] = ()
+        self.offers: list[Offer] = []
+        self.out = bytearray()
+        self.attached: deque[tuple[int, Attached]] = deque()  # what goes with which byte of `out`
+        self.uncommitted: list[bytes | dispatch.Receive | None] = []
+        self.events = select.EPOLLIN
+        self.ended = False  # it sends no more
+        self.doomed = False  # close once all is sent
+        self.reason = ENDED  # why it will be closed
+
+    def push(self, data: bytes, attached: Attached | None) -> None:
+        """Bytes to be sent behind all others, and descriptors with the first of them."""
+        if attached is not None:
+            self.attached.append((len(self.out), attached))
+        self.out += data
+
+    def let_go(self) -> None:
+        """Of all descriptors that wait here: it is over, and who knows what still refers to this object."""
+        self.decoder = Decoder()
+        self.attached.clear()
+        self.member.queue.clear()
+
+    def count_attached(self) -> int:
+        """How many descriptors are still to be sent."""
+        return sum(len(one.numbers) for _, one in self.attached)
+
+    def send(self, unread: Unread) -> None:
+        """Send what there is room for. Raises BlockingIOError when there is none, OSError when the client is gone."""
+        while self.out:
+            numbers: tuple[int, ...] = ()
+            end = len(self.out)
+            if self.attached and self.attached[0][0] == 0:
+                numbers = self.attached[0][1].numbers
+                end = self.attached[1][0] if len(self.attached) > 1 else end
+            elif self.attached:
+                end = self.attached[0][0]
+            sent = sockets.send(self.sock, self.out if end == len(self.out) else self.out[:end], numbers)
+            if numbers:
+                unread.add(self.uid, self.sock, len(numbers))
+                self.attached.popleft()
+            del self.out[:sent]
+            if self.attached:
+                self.attached = deque((at - sent, one) for at, one in self.attached)
+            elif self.out:
+                return  # the socket took what it could
+
+    def answer(self, data: bytes | dispatch.Receive | None) -> None:
+        """Put an answer behind those before it; what is not bytes begins to wait for a commit."""
+        if self.uncommitted or not isinstance(data, bytes):
+            self.uncommitted.append(data)
+        else:
+            self.out += data

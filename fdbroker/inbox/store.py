@@ -1,0 +1,222 @@
+"""The stored queue: messages for users who are not there, in SQLite, until they have acknowledged them.
+
+Runs in: inbox, the only process that has the file open. An attacker controls payloads; all else comes from us.
+
+Nothing is done until `commit`: one for all that one turn of the loop brought. A message is stored once, with a row for
+each recipient; it counts for its sender until the last of these has acknowledged it, or its time is over. So nobody
+can fill another sender's share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from fdbroker import limits
+from fdbroker.errors import QueueFull
+
+_NAME = "messages.sqlite"
+_VERSION = 1
+_PAGE_BYTES = 4096
+_EXPIRE_S = 1.0  # how often we look for messages whose time is over
+# One connection in exclusive mode needs no shared memory file; FULL: a commit is on the disk, not only in the kernel.
+_SETTINGS = f"""
+    PRAGMA page_size = {_PAGE_BYTES};
+    PRAGMA locking_mode = EXCLUSIVE;
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = FULL;
+    PRAGMA max_page_count = {limits.STORE_BYTES // _PAGE_BYTES};
+    PRAGMA secure_delete = ON;
+    PRAGMA trusted_schema = OFF;
+    PRAGMA cell_size_check = ON;
+    PRAGMA temp_store = MEMORY;
+"""
+_SCHEMA = f"""
+    BEGIN;
+    CREATE TABLE messages (
+        number INTEGER PRIMARY KEY, sender INTEGER NOT NULL, topic TEXT NOT NULL, expires_us INTEGER NOT NULL,
+        data BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX messages_by_expiry ON messages (expires_us);
+    CREATE TABLE waiting (
+        uid INTEGER NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (uid, number)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX waiting_by_number ON waiting (number);
+    PRAGMA user_version = {_VERSION};
+    COMMIT;
+"""
+
+
+class Stored(NamedTuple):
+    """A message to be stored: `data` is the JSON object that its recipients get."""
+
+    number: int
+    sender: int
+    topic: str
+    expires_us: int
+    data: bytes
+
+
+class NotStored(Exception):
+    """The disk is full or broken: nothing of what was to be committed is stored."""
+
+
+class Store:
+    """The messages in the file `path`, whose folder must be ours alone. Raises sqlite3.Error."""
+
+    def __init__(self, path: str) -> None:
+        self._database = sqlite3.connect(path, isolation_level=None, timeout=0)
+        self._new: list[tuple[Stored, frozenset[int]]] = []
+        self._done: list[tuple[int, int]] = []  # uid, number
+        self._expire_at_s = 0.0
+        try:
+            self._database.executescript(_SETTINGS)
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version not in (0, _VERSION):
+                raise sqlite3.OperationalError(f"a file of another version: {version}, this is {_VERSION}")
+            (said,) = self._database.execute("PRAGMA integrity_check(1)").fetchone()
+            if said != "ok":
+                raise sqlite3.DatabaseError(said)
+            if version == 0:
+                self._database.executescript(_SCHEMA)
+            self._count()
+        except BaseException:
+            self._database.close()
+            raise
+
+    @property
+    def last_number(self) -> int:
+        """The largest number that is stored, 0 for none."""
+        (number,) = self._database.execute("SELECT max(number) FROM messages").fetchone()
+        return number or 0
+
+    def _count(self) -> None:
+        rows = self._database.execute("SELECT sender, count(*), sum(length(data)) FROM messages GROUP BY sender")
+        self._used = {sender: (messages, size) for sender, messages, size in rows}
+        for message, _ in self._new:
+            self._add(message)
+
+    def _add(self, message: Stored) -> None:
+        messages, used = self._used.get(message.sender, (0, 0))
+        self._used[message.sender] = (messages + 1, used + len(message.data))
+
+    # ---- writing
+
+    def check(self, sender: int, size: int, messages_max: int, bytes_max: int) -> None:
+        """Raises QueueFull when one message more of that size is too much for its sender."""
+        if time.monotonic() >= self._expire_at_s:
+            self._expire_at_s = time.monotonic() + _EXPIRE_S
+            self._expire()
+        messages, used = self._used.get(sender, (0, 0))
+        if messages >= messages_max:
+            raise QueueFull("stored_messages", messages_max)
+        if used + size > bytes_max:
+            raise QueueFull("stored_bytes", bytes_max)
+
+    def put(self, message: Stored, recipients: frozenset[int]) -> None:
+        """Store a message, with the next commit, for these users."""
+        self._new.append((message, recipients))
+        self._add(message)
+
+    def acknowledge(self, uid: int, numbers: Iterable[int]) -> None:
+        """That user has these, with the next commit. Numbers that do not wait for it are left alone."""
+        self._done += [(uid, number) for number in numbers]
+
+    def commit(self) -> None:
+        """Write it down. Raises NotStored when it cannot be: then nothing of it is, as if it had not been asked."""
+        if not self._new and not self._done:
+            return
+        new, self._new = self._new, []
+        done, self._done = self._done, []
+        with self._transaction():
+            for message, recipients in new:
+                self._database.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?)", message)
+                rows = [(uid, message.number) for uid in recipients]
+                self._database.executemany("INSERT INTO waiting VALUES (?, ?)", rows)
+            for one in done:
+                if self._database.execute("DELETE FROM waiting WHERE uid = ? AND number = ?", one).rowcount:
+                    nobody = "NOT EXISTS (SELECT 1 FROM waiting WHERE number = messages.number)"
+                    self._remove(f"number = ? AND {nobody}", one[1])
+
+    def _expire(self) -> None:
+        """Remove what has not been acknowledged in time."""
+        now_us = time.time_ns() // 1000
+        if self._database.execute("SELECT 1 FROM messages WHERE expires_us <= ? LIMIT 1", (now_us,)).fetchone():
+            gone = "SELECT number FROM messages WHERE expires_us <= ?"
+            with contextlib.suppress(NotStored), self._transaction():
+                self._database.execute(f"DELETE FROM waiting WHERE number IN ({gone})", (now_us,))  # noqa: S608 -- ours
+                self._remove("expires_us <= ?", now_us)
+
+    def _remove(self, which: str, value: int) -> None:
+        gone = self._database.execute(
+            f"DELETE FROM messages WHERE {which} RETURNING sender, length(data)",  # noqa: S608 -- ours
+            (value,),
+        )
+        for sender, size in gone.fetchall():
+            messages, used = self._used[sender]
+            self._used[sender] = (messages - 1, used - size)
+            if messages == 1:
+                del self._used[sender]
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            yield
+            self._database.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if self._database.in_transaction:  # some errors have ended it already
+                self._database.execute("ROLLBACK")
+            self._count()
+            raise NotStored(str(error)) from None
+
+    # ---- reading
+
+    def waiting(self, uid: int, topics: Iterable[str], after: int, messages_max: int) -> list[tuple[int, bytes]]:
+        """What waits for that user on these topics, with numbers above `after`: (number, data), in order.
+
+        At most `messages_max` and RECEIVED_BYTES, but always one.
+        """
+        allowed = frozenset(topics)
+        found: list[tuple[int, bytes]] = []
+        room = limits.RECEIVED_BYTES
+        rows = self._database.execute(
+            "SELECT number, topic, data FROM waiting JOIN messages USING (number)"
+            " WHERE uid = ? AND number > ? AND expires_us > ? ORDER BY number",
+            (uid, after, time.time_ns() // 1000),
+        )
+        for number, topic, data in rows:
+            if topic not in allowed:
+                continue
+            room -= len(data)
+            if len(found) >= messages_max or (room < 0 and found):
+                break
+            found.append((number, data))
+        rows.close()
+        return found
+
+    def close(self) -> None:
+        """Close the file; what is not committed is forgotten."""
+        self._database.close()
+
+
+def opened(folder: str) -> tuple[Store, str]:
+    """The store in `folder`, which must be ours alone; a damaged one is set aside first: then what to tell the admin.
+
+    Raises sqlite3.OperationalError when it cannot be read at all, such as when another broker has it.
+    """
+    path = os.path.join(folder, _NAME)
+    try:
+        return Store(path), ""
+    except sqlite3.OperationalError:
+        raise  # no access, another process, no room: nothing is wrong with the file
+    except sqlite3.DatabaseError as error:
+        aside = f"{path}.damaged-{time.time_ns() // 1000}"
+        for end in ("", "-wal"):
+            if os.path.exists(path + end):
+                os.rename(path + end, aside + end)
+        return Store(path), f"the stored messages are damaged ({error}): kept as {aside}; the queues are empty now"

@@ -1,0 +1,298 @@
+"""Descriptors of messages: closed when nobody has them, never read, never waited for, and counted."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from fdbroker import limits
+from fdbroker.errors import ProtocolViolation, QuotaExceeded
+from fdbroker.inbox.attached import Ledger, Unread
+from fdbroker.inbox.client import Client
+from fdbroker.inbox.decode import Decoder
+from fdbroker.kernel import memfd, sockets
+from fdbroker.wire.rights import Sender
+
+INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
+
+
+def null(count=1):
+    return [os.open("/dev/null", os.O_RDONLY) for _ in range(count)]
+
+
+def is_open(number):
+    return os.path.lexists(f"/proc/self/fd/{number}")
+
+
+def wait_closed(numbers):
+    gc.collect()
+    end = time.monotonic() + 5
+    while any(map(is_open, numbers)):
+        assert time.monotonic() < end, "still open"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def ledger():
+    made = Ledger()
+    yield made
+    end = time.monotonic() + 5
+    while made._held:
+        assert time.monotonic() < end, made._held
+        time.sleep(0.005)
+    assert made._count == 0
+
+
+def test_they_are_closed_with_the_last_that_refers_to_them(ledger):
+    numbers = null(3)
+    attached = ledger.take(5, numbers)
+    other = attached
+    del attached
+    assert all(map(is_open, numbers))
+    del other
+    wait_closed(numbers)
+
+
+def test_a_user_has_room_for_one_message_more_or_for_none(ledger):
+    most, each = limits.HELD_DESCRIPTORS, limits.DESCRIPTORS_PER_MESSAGE
+    held = [ledger.take(5, null(each)) for _ in range(most // each - 1)]
+    assert ledger.has_room(5)
+    held.append(ledger.take(5, null(1)))
+    assert not ledger.has_room(5)
+    assert ledger.has_room(6)
+    held.clear()
+    end = time.monotonic() + 5
+    while not ledger.has_room(5):
+        assert time.monotonic() < end
+
+
+def test_all_users_together_leave_enough_for_connections(ledger):
+    ledger._most = 40
+    held = [ledger.take(uid, null(12)) for uid in (5, 6)]
+    assert ledger.has_room(7)
+    held.append(ledger.take(7, null(1)))
+    assert not ledger.has_room(8)
+    held.clear()
+
+
+def test_only_a_memfd_that_cannot_change_is_a_payload(ledger, tmp_path):
+    sealed = memfd.sealed("x", b"abc")
+    unsealed = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.write(unsealed, b"abc")
+    half = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(half, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    reading, writing = os.pipe()
+    attached = ledger.take(5, [sealed, unsealed, half, file, reading, writing, *null()])
+    assert [attached.size(index) for index in range(7)] == [3, None, None, None, None, None, None]
+    assert attached.read(0, 3) == b"abc"
+
+
+def test_the_bytes_of_memfds_count_while_they_are_held(ledger, monkeypatch):
+    monkeypatch.setattr("fdbroker.inbox.attached._HELD_BYTES", 10)
+    first = ledger.take(5, [memfd.sealed("x", b"x" * 6)])
+    second = ledger.take(5, [memfd.sealed("x", b"x" * 5)])
+    assert first.size(0) == 6
+    with pytest.raises(QuotaExceeded, match="held_bytes"):
+        second.size(0)
+    assert ledger.take(6, [memfd.sealed("x", b"x" * 10)]).size(0) == 10
+    numbers = first.numbers
+    del first
+    wait_closed(numbers)
+    end = time.monotonic() + 5
+    while ledger._held[5].bytes:
+        assert time.monotonic() < end
+    assert second.size(0) == 5
+
+
+class Slow:
+    """A TCP socket whose close waits: SO_LINGER, and data that its peer does not read."""
+
+    def __init__(self, seconds):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.sock = socket.create_connection(server.getsockname())
+            self.peer, _ = server.accept()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+        self.sock.setblocking(False)
+        try:
+            while True:
+                self.sock.send(b"x" * 65536)
+        except BlockingIOError:
+            self.sock.setblocking(True)
+
+    def number(self):
+        return self.sock.detach()
+
+
+def test_a_close_that_waits_holds_up_nobody_but_its_user(ledger):
+    slow = Slow(2)
+    began = time.monotonic()
+    attached = ledger.take(5, [slow.number()])
+    del attached
+    others = null(2)
+    attached = ledger.take(6, others)
+    del attached
+    wait_closed(others)
+    mine = null(1)
+    attached = ledger.take(5, mine)
+    del attached
+    assert time.monotonic() - began < 1
+    assert is_open(mine[0])
+    wait_closed(mine)  # behind the slow one
+    assert time.monotonic() - began > 1.5
+    slow.peer.close()
+
+
+def test_without_a_thread_they_wait_for_the_next(ledger, monkeypatch):
+    def none(_):
+        raise RuntimeError("can't start new thread")
+
+    numbers = null(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        attached = ledger.take(5, numbers)
+        del attached
+    assert all(map(is_open, numbers))
+    attached = ledger.take(5, null())
+    del attached
+    wait_closed(numbers)
+
+
+# ---- which message they belong to
+
+
+def test_they_belong_to_the_message_with_the_byte_that_they_came_with(ledger):
+    decoder = Decoder()
+    first, second = ledger.take(5, null()), ledger.take(5, null(2))
+    decoder.feed(INFO + INFO, first)  # the last of these
+    decoder.feed(INFO[:5], second)
+    decoder.feed(INFO[5:] + INFO)
+    found = []
+    while (received := decoder.next_message()) is not None:
+        found.append(received[1])
+    assert found == [None, first, second, None]
+
+
+def test_a_message_has_them_from_one_place(ledger):
+    decoder = Decoder()
+    for part in (INFO[:5], INFO[5:10]):
+        decoder.feed(part, ledger.take(5, null()))
+    decoder.feed(INFO[10:])
+    with pytest.raises(ProtocolViolation, match="several parts"):
+        decoder.next_message()
+
+
+# ---- sending them on
+
+
+@pytest.fixture
+def pair():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    theirs.settimeout(5)
+    with ours, theirs:
+        yield Client(1, Sender(5, 5, 5, ""), ours), theirs
+
+
+def received(sock):
+    data, numbers, _, _ = socket.recv_fds(sock, 1 << 20, 253)
+    for number in numbers:
+        os.close(number)
+    return data, len(numbers)
+
+
+def test_each_goes_with_the_first_byte_of_its_message(pair, ledger):
+    client, theirs = pair
+    unread = Unread()
+    client.push(b"none", None)
+    client.push(b"two", ledger.take(5, null(2)))
+    client.push(b"none again", None)
+    client.push(b"one", ledger.take(5, null(1)))
+    assert client.count_attached() == 3
+    client.send(unread)
+    assert client.count_attached() == 0
+    assert not client.out
+    # the kernel puts together what has none with what comes before or after, and never two that have some
+    got, counts = b"", []
+    while len(got) < 20:
+        data, count = received(theirs)
+        if count:
+            counts.append((len(got + data), count))
+        got += data
+    assert got == b"nonetwonone againone"
+    assert [count for _, count in counts] == [2, 1]
+
+
+def test_a_socket_that_takes_a_part_has_the_descriptors_already(pair, ledger):
+    client, theirs = pair
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    client.push(b"x" * 300_000, ledger.take(5, null(3)))
+    client.push(b"y" * 10, ledger.take(5, null(1)))
+    total, counts = b"", []
+    while len(total) < 300_010:
+        with contextlib.suppress(BlockingIOError):
+            client.send(Unread())
+        data, count = received(theirs)
+        total += data
+        counts += [count] if count else []
+    assert total == b"x" * 300_000 + b"y" * 10
+    assert counts == [3, 1]
+
+
+def test_unread_ones_are_counted_of_each_connection_and_each_user():
+    unread = Unread()
+    most, of_user = limits.UNREAD_DESCRIPTORS, limits.UNREAD_OF_USER
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
+    (first, _), (second, _), (third, _) = pairs
+    try:
+        for ours in (first, second):
+            numbers = null(1)
+            sockets.send(ours, b"x", numbers)
+            os.close(numbers[0])
+        unread.add(5, first, most)
+        assert not unread.may_send(5, first, 1)
+        assert unread.may_send(5, first, 0)
+        assert unread.may_send(5, second, most)
+        assert not unread.may_send(5, second, most + 1)
+        unread.add(5, second, of_user - most)
+        assert not unread.may_send(5, third, 1)
+        assert unread.may_send(6, third, most)
+        received(pairs[1][1])
+        assert unread.may_send(5, second, most)
+        assert not unread.may_send(5, first, 1)
+        received(pairs[0][1])
+        assert unread.may_send(5, first, most)
+    finally:
+        for both in pairs:
+            for one in both:
+                one.close()
+
+
+def test_an_ended_connection_stays_until_its_other_end_has_them_or_is_gone():
+    unread = Unread()
+    for by_reading in (True, False):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        numbers = null(1)
+        sockets.send(ours, b"x", numbers)
+        os.close(numbers[0])
+        unread.add(5, ours, limits.UNREAD_OF_USER)
+        unread.end(5, ours)
+        unread.sweep()
+        assert unread.lingering
+        assert ours.fileno() >= 0
+        assert not unread.may_send(5, theirs, 1)
+        if by_reading:
+            assert received(theirs) == (b"x", 1)
+            unread.sweep()
+        theirs.close()
+        unread.sweep()
+        assert not unread.lingering
+        assert ours.fileno() < 0
+        assert unread.may_send(5, theirs, 1)

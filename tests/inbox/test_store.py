@@ -1,0 +1,294 @@
+"""The stored queue on a real file: what a commit keeps, whose quota counts, and what a damaged file costs."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fdbroker import limits
+from fdbroker.errors import QueueFull
+from fdbroker.inbox import store as module
+from fdbroker.inbox.store import NotStored, Store, Stored, opened
+
+FAR_US = 1 << 60
+ALL = frozenset({"news", "mail"})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return str(tmp_path)
+
+
+@pytest.fixture
+def store(folder):
+    made, said = opened(folder)
+    assert said == ""
+    yield made
+    made.close()
+
+
+def put(store, number, recipients=(1,), sender=9, topic="news", expires_us=FAR_US, data=b"{}"):
+    store.put(Stored(number, sender, topic, expires_us, data), frozenset(recipients))
+
+
+def numbers(store, uid, topics=ALL, after=0, most=1000):
+    return [number for number, _ in store.waiting(uid, topics, after, most)]
+
+
+def test_what_is_committed_survives_and_what_is_not_does_not(folder):
+    store, _ = opened(folder)
+    put(store, 1, data=b'{"payload":"\\u0000"}')
+    store.commit()
+    put(store, 2)
+    assert numbers(store, 1) == [1]  # nobody gets what may still be lost
+    store.close()
+    store, said = opened(folder)
+    assert said == ""
+    assert store.waiting(1, ALL, 0, 10) == [(1, b'{"payload":"\\u0000"}')]
+    assert store.last_number == 1
+    store.close()
+
+
+def test_each_recipient_acknowledges_for_itself_and_the_last_one_removes_it(store):
+    put(store, 1, (1, 2))
+    put(store, 2, (2,))
+    store.commit()
+    store.acknowledge(1, [1, 2, 77, (1 << 63) - 1])  # 2 is not its own
+    store.commit()
+    assert (numbers(store, 1), numbers(store, 2)) == ([], [1, 2])
+    store.acknowledge(2, [1, 2])
+    store.commit()
+    assert numbers(store, 2) == []
+    assert store._database.execute("SELECT count(*) FROM messages").fetchone() == (0,)
+    store.acknowledge(2, [1])
+    store.commit()
+
+
+def test_only_what_one_may_have_comes_in_order_as_much_as_fits(store):
+    size = limits.RECEIVED_BYTES // 4
+    for number in range(1, 7):
+        put(store, number, topic="mail" if number == 2 else "news", data=b"x" * size)
+    put(store, 7, data=b"x" * (limits.RECEIVED_BYTES + 1))
+    store.commit()
+    assert numbers(store, 1, {"news"}) == [1, 3, 4, 5]
+    assert numbers(store, 1, {"news"}, after=5) == [6]
+    assert numbers(store, 1, {"news"}, after=6) == [7]  # one always fits
+    assert numbers(store, 1, most=2) == [1, 2]
+    assert numbers(store, 1, most=0) == []
+    assert numbers(store, 2) == []
+
+
+def test_a_senders_share_is_its_own_and_comes_back(store):
+    for number in (1, 2):
+        store.check(9, 10, 2, 100)
+        put(store, number, (1, 2), data=b"x" * 10)
+    with pytest.raises(QueueFull, match="limit stored_messages is reached, maximum 2"):
+        store.check(9, 10, 2, 100)
+    store.check(8, 10, 2, 100)
+    store.check(9, 80, 3, 100)
+    with pytest.raises(QueueFull, match="limit stored_bytes is reached, maximum 100"):
+        store.check(9, 81, 3, 100)
+    store.commit()
+    store.acknowledge(1, [1])
+    store.commit()
+    with pytest.raises(QueueFull):  # the other recipient still has not got it
+        store.check(9, 10, 2, 100)
+    store.acknowledge(2, [1])
+    store.commit()
+    store.check(9, 10, 2, 100)
+
+
+def test_what_nobody_acknowledges_goes_when_its_time_is_over(store, monkeypatch):
+    put(store, 1, expires_us=1000)
+    put(store, 2, expires_us=FAR_US)
+    store.commit()
+    assert numbers(store, 1) == [2]
+    monkeypatch.setattr(module.time, "monotonic", lambda: 1e9)
+    store.check(9, 10, 2, 100)  # would be full with the one that is over
+    assert store._database.execute("SELECT number FROM messages").fetchall() == [(2,)]
+    assert store._database.execute("SELECT number FROM waiting").fetchall() == [(2,)]
+
+
+def test_a_full_disk_stores_nothing_of_a_commit_and_the_next_one_may_pass(store):
+    put(store, 1)
+    store.commit()
+    (pages,) = store._database.execute("PRAGMA page_count").fetchone()
+    store._database.execute(f"PRAGMA max_page_count = {pages + 3}")
+    put(store, 2, sender=8)
+    put(store, 3, data=b"x" * 60_000)
+    store.acknowledge(1, [1])
+    with pytest.raises(NotStored, match="full"):
+        store.commit()
+    assert numbers(store, 1) == [1]
+    assert store._used == {9: (1, 2)}
+    store.acknowledge(1, [1])
+    put(store, 4)
+    store.commit()
+    assert numbers(store, 1) == [4]
+
+
+def test_a_full_disk_while_the_expired_are_removed_keeps_the_count(store, monkeypatch):
+    put(store, 1, expires_us=1000)
+    store.commit()
+    put(store, 2)
+    monkeypatch.setattr(module.time, "monotonic", lambda: 1e9)
+
+    def fail(*_):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(store, "_remove", fail)
+    store.check(9, 1, 3, 100)
+    assert store._used == {9: (2, 4)}
+    monkeypatch.undo()
+    store.commit()
+    assert numbers(store, 1) == [2]
+
+
+@pytest.mark.parametrize("where", ["header", "page", "log", "index"])
+def test_a_damaged_file_is_set_aside_and_said(folder, tmp_path, where):
+    store, _ = opened(folder)
+    for number in range(1, 500):
+        put(store, number, (1, 2), data=b"x" * 300)
+        if number == 250:
+            store.commit()
+            store._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.commit()
+    path = tmp_path / "messages.sqlite"
+    if where == "index":
+        store._database.execute("PRAGMA writable_schema = ON")
+        store._database.execute("DELETE FROM sqlite_schema WHERE name = 'waiting_by_number'")
+        store._database.execute("PRAGMA writable_schema = OFF")
+        store.close()
+        data = bytearray(path.read_bytes())
+    else:
+        store._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        store.close()
+        data = bytearray(path.read_bytes())
+        first = {"header": 0, "page": 4096 * 3, "log": len(data) // 2}[where]
+        data[first : first + 4096] = b"\xaa" * 4096
+    path.write_bytes(data)
+    store, said = opened(folder)
+    try:
+        aside = [name.name for name in tmp_path.iterdir() if "damaged" in name.name]
+        assert len(aside) == 1
+        assert f"kept as {folder}/{aside[0]}; the queues are empty now" in said
+        assert (tmp_path / aside[0]).read_bytes() == data
+        assert numbers(store, 1) == []
+        put(store, 600)
+        store.commit()
+    finally:
+        store.close()
+
+
+def test_a_torn_end_of_the_log_costs_what_was_not_committed_whole(folder, tmp_path):
+    store, _ = opened(folder)
+    put(store, 1)
+    store.commit()
+    log = (tmp_path / "messages.sqlite-wal").read_bytes()
+    put(store, 2)
+    store.commit()
+    torn = (tmp_path / "messages.sqlite-wal").read_bytes()
+    data = (tmp_path / "messages.sqlite").read_bytes()
+    store.close()
+    (tmp_path / "messages.sqlite").write_bytes(data)
+    (tmp_path / "messages.sqlite-wal").write_bytes(torn[: len(log) + 100])
+    store, said = opened(folder)
+    assert (said, numbers(store, 1)) == ("", [1])
+    store.close()
+
+
+def test_what_is_not_damaged_is_not_set_aside(folder, tmp_path):
+    store, _ = opened(folder)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):  # another broker
+        opened(folder)
+    store._database.execute("PRAGMA user_version = 2")
+    store.close()
+    with pytest.raises(sqlite3.OperationalError, match="of another version: 2, this is 1"):
+        opened(folder)
+    with pytest.raises(sqlite3.OperationalError):
+        opened(str(tmp_path / "none"))
+    assert not [name for name in tmp_path.iterdir() if "damaged" in name.name]
+
+
+def test_what_was_acknowledged_does_not_stay_on_the_disk(folder, tmp_path):
+    store, _ = opened(folder)
+    put(store, 1, data=b"a secret word")
+    store.commit()
+    store.acknowledge(1, [1])
+    store.commit()
+    store.close()
+    assert b"a secret word" not in (tmp_path / "messages.sqlite").read_bytes()
+    assert not (tmp_path / "messages.sqlite-wal").exists()
+
+
+class Model(RuleBasedStateMachine):
+    """Invariant: what waits for whom, and what each sender has used, are what a plain dictionary says."""
+
+    def __init__(self):
+        super().__init__()
+        self.store = Store(":memory:")
+        self.number = 0
+        self.kept: dict[int, tuple[int, bytes, set[int]]] = {}
+        self.new: list[tuple[int, int, bytes, set[int]]] = []
+        self.done: list[tuple[int, int]] = []
+
+    uids = st.integers(1, 4)
+
+    @rule(sender=uids, recipients=st.frozensets(uids, min_size=1), data=st.binary(max_size=20))
+    def put(self, sender, recipients, data):
+        self.number += 1
+        put(self.store, self.number, recipients, sender, data=data)
+        self.new.append((self.number, sender, data, set(recipients)))
+
+    @rule(uid=uids, number=st.integers(0, 30))
+    def acknowledge(self, uid, number):
+        self.store.acknowledge(uid, [number])
+        self.done.append((uid, number))
+
+    @rule()
+    def commit(self):
+        self.store.commit()
+        for number, sender, data, recipients in self.new:
+            self.kept[number] = (sender, data, recipients)
+        for uid, number in self.done:
+            if number in self.kept:
+                self.kept[number][2].discard(uid)
+                if not self.kept[number][2]:
+                    del self.kept[number]
+        self.new, self.done = [], []
+
+    @precondition(lambda self: self.new)
+    @rule()
+    def fail(self):
+        self.store._database.execute("PRAGMA query_only = ON")
+        with pytest.raises(NotStored):
+            self.store.commit()
+        self.store._database.execute("PRAGMA query_only = OFF")
+        self.new, self.done = [], []
+
+    @invariant()
+    def agrees(self):
+        for uid in range(1, 5):
+            expected = [(number, data) for number, (_, data, left) in sorted(self.kept.items()) if uid in left]
+            assert self.store.waiting(uid, ALL, 0, 1000) == expected
+        used: dict[int, tuple[int, int]] = {}
+        for sender, data in [(s, d) for s, d, _ in self.kept.values()] + [(s, d) for _, s, d, _ in self.new]:
+            count, size = used.get(sender, (0, 0))
+            used[sender] = (count + 1, size + len(data))
+        assert self.store._used == used
+
+    def teardown(self):
+        self.store.close()
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_the_clock_of_the_test_is_the_real_one():
+    assert abs(module.time.time_ns() - time.time_ns()) < 10**10
