@@ -68,6 +68,18 @@ LIMITS: dict[str, Limit] = {
     "RECEIVED_MESSAGES": Limit(1000, "messages", "guess: in one reply to Receive", "the next Receive has them"),
     "RECEIVED_BYTES": Limit(262144, "bytes", "guess: four of the longest; one always fits", "likewise"),
     "ACKNOWLEDGED": Limit(1000, "messages", "as many as one reply has", "InvalidParameter"),
+    # --- the bridges
+    "BRIDGE_MESSAGES": Limit(1000, "messages", "guess: that wait for the broker", "the oldest is dropped"),
+    "BRIDGE_BYTES": Limit(1048576, "bytes", "guess: sixteen of the longest", "the oldest is dropped"),
+    "BRIDGE_LOSSES_SECONDS": Limit(10, "seconds", "guess: an admin reads at this pace", "counted, then said"),
+    "BUS_SECONDS": Limit(10, "seconds", "guess: a bus or a desktop that is asked answers", "an error; given up"),
+    "NOTIFICATION_SUMMARY": Limit(200, "characters", "guess: more than a desktop shows", "cut, marked by …"),
+    "NOTIFICATION_BODY": Limit(2000, "characters", "guess: more than a desktop shows", "cut, marked by …"),
+    "NOTIFICATIONS_PER_SECOND": Limit(5, "notifications", "guess: on average, of all users", "dropped, counted"),
+    "NOTIFICATIONS_BURST": Limit(20, "notifications", "guess: at once, of all users", "dropped, counted"),
+    "NOTIFICATIONS_PER_USER": Limit(1, "notifications", "guess: a second, of one user", "dropped, counted"),
+    "NOTIFICATIONS_PER_USER_BURST": Limit(5, "notifications", "guess: at once, of one user", "dropped, counted"),
+    "NOTIFICATION_USERS": Limit(256, "users", "guess: that send within a minute", "dropped, counted"),
     # --- the policy
     "POLICY_FILE_BYTES": Limit(262144, "bytes", "guess: a large policy is 20 KiB; the parser is slow", "load fails"),
     "POLICY_FILES": Limit(256, "files", "guess", "load fails"),

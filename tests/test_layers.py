@@ -27,6 +27,7 @@ RANKS = {
     "namespaces": 3,
     "client": 3,
     "aio": 4,
+    "bridges": 4,
     "cli": 4,
     "__main__": 5,
 }

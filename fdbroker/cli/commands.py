@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fdbroker import __version__, connect, errors, limits
-from fdbroker.cli import policy, show
+from fdbroker.cli import bridge, policy, show
 from fdbroker.errors import Denied, FdbrokerError
 from fdbroker.terms import ACCESS_NAMES, Device, parse
 from fdbroker.wire.journal import escaped
@@ -62,6 +62,7 @@ def app() -> None:
 
 
 app.add_command(policy.group)
+app.add_command(bridge.group)
 
 _socket = click.option(
     "--socket", "address", metavar="PATH", help="Default: $FDBROKER_SOCKET, else /run/fdbroker/socket."
