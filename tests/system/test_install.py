@@ -39,6 +39,9 @@ def test_places(installed):
         "usr/bin/fdbroker",
         "usr/lib/systemd/system/fdbroker.service",
         "usr/lib/systemd/system/fdbroker.socket",
+        "usr/lib/systemd/system/fdbroker-dbus@.service",
+        "usr/lib/systemd/system/fdbroker-evdev@.service",
+        "usr/lib/systemd/user/fdbroker-notify.service",
         "usr/lib/sysusers.d/fdbroker.conf",
         "usr/lib/tmpfiles.d/fdbroker.conf",
     }
@@ -49,7 +52,8 @@ def test_program(installed):
     folder, _ = installed
     assert (folder / "usr/bin/fdbroker").read_text().startswith("#!/opt/fdbroker/bin/python3 -I\n")
     python = folder / "opt/fdbroker/bin/python3"
-    modules = "fdbroker.launcher.service, fdbroker.opener.service, fdbroker.inbox.service, fdbroker.cli.commands"
+    modules = "fdbroker.launcher.service, fdbroker.opener.service, fdbroker.inbox.service, fdbroker.cli.commands, "
+    modules += "fdbroker.bridges.dbus, fdbroker.bridges.evdev"
     program = f"import {modules}; print(fdbroker.__file__)"
     found = subprocess.run([python, "-I", "-B", "-c", program], capture_output=True, text=True, check=True).stdout
     assert found.startswith(f"{folder}/opt/fdbroker/lib/")

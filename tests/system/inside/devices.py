@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import array
+import ctypes
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from steps import GROUP, MEMBER, OTHER, as_user, outcome, report, run, wait_for
+from steps import GROUP, MEMBER, OTHER, as_user, outcome, report, run, status_of, wait_for
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
@@ -29,7 +33,11 @@ groups:
       - {{type: net, create: true}}
     sockets:
       - {{namespace: "vpn-*", bind: [80]}}
+    send: [hotkeys]
+    subscribe: [hotkeys]
+topics: {{hotkeys: {{}}}}
 """
+EVIOCGMASK = 0x80104592  # _IOR('E', 0x92, struct input_mask)
 MAY_CONNECT = 4100  # the group of the socket
 children: list[subprocess.Popen[str]] = []
 
@@ -97,6 +105,62 @@ def keyboard() -> dict[str, Any]:
         }
 
 
+def copied(pid: int, path: str) -> int:
+    """The very descriptor that a process has of `path`, owned by the caller."""
+    number = next(int(one) for one in os.listdir(f"/proc/{pid}/fd") if os.readlink(f"/proc/{pid}/fd/{one}") == path)
+    process = os.pidfd_open(pid)
+    copy = ctypes.CDLL(None).syscall(438, process, number, 0)  # pidfd_getfd
+    os.close(process)
+    return copy
+
+
+def reaching(device_fd: int, kind: int) -> list[int]:
+    """The codes of that type that the kernel gives this descriptor; of type 0, the types. Source: linux/input.h."""
+    bits = array.array("B", bytes(96))
+    fcntl.ioctl(device_fd, EVIOCGMASK, struct.pack("IIQ", kind, len(bits), bits.buffer_info()[0]))
+    return [at for at in range(len(bits) * 8) if bits[at // 8] >> at % 8 & 1]
+
+
+def hotkeys() -> dict[str, Any]:
+    """The input bridge of a user without the group `input`: a and F13 are typed, only F13 comes on the topic."""
+    import evdev
+
+    keys = (evdev.ecodes.KEY_A, evdev.ecodes.KEY_F13)
+    heard, log = Path("/run/heard"), Path("/run/bridge")
+    with evdev.UInput({evdev.ecodes.EV_KEY: keys}, name="lab hotkeys") as made, log.open("w") as said_there:
+        node = made.device.path
+        words = ("bridge", "evdev", node, "hotkeys", "--event", "KEY_F13")
+        bridge = subprocess.Popen(member(*FDBROKER, *words), stderr=said_there, text=True)
+        with heard.open("w") as out:
+            subscriber = subprocess.Popen(member(*FDBROKER, "subscribe", "--json", "hotkeys"), stdout=out, text=True)
+        wait_for("the bridge", lambda: "go to the topic" in log.read_text(), 40)
+        device_fd = copied(bridge.pid, node)
+        reaches = {name: reaching(device_fd, kind) for name, kind in (("types", 0), ("keys", evdev.ecodes.EV_KEY))}
+        os.close(device_fd)
+
+        def typed() -> bool:  # until both are there
+            for key in (*keys, keys[0]):
+                for value in (1, 0):
+                    made.write(evdev.ecodes.EV_KEY, key, value)
+                    made.syn()
+            return heard.read_text().count("\n") >= 2
+
+        wait_for("a message", typed, 40)
+        groups = status_of(bridge.pid)["Groups"]
+    code = bridge.wait(20)
+    subscriber.kill()
+    subscriber.wait()
+    messages = [json.loads(line) for line in heard.read_text().splitlines()]
+    return {
+        "node": node,
+        "code": code,
+        "said": log.read_text(),
+        "messages": [{**json.loads(one["payload"]), "uid": one["uid"]} for one in messages],
+        "reaches": reaches,
+        "groups": groups,
+    }
+
+
 def namespaces() -> dict[str, Any]:
     """What goes on a kernel that gives no pidfd of who connected, and what is refused."""
     run("ip", "netns", "add", "vpn-a", check=True)
@@ -112,4 +176,4 @@ def stopped() -> dict[str, Any]:
     return {"code": code, "socket": os.path.exists(SOCKET), "records": Path("/lab/out/broker").read_text()}
 
 
-report([started, sound, sound_refused, keyboard, namespaces, stopped])
+report([started, sound, sound_refused, keyboard, hotkeys, namespaces, stopped])
