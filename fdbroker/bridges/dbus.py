@@ -173,11 +173,14 @@ async def _show(bus: MessageBus, topics: Sequence[str], broker: str | None, loss
                 losses.add("the desktop takes them slower than they come", message.lost)
             if flood.holds_back(message.uid, time.monotonic()):
                 losses.add(f"too many at once of user {message.uid}")
+                message.close()
                 continue
             # Who is root, or is this user, can make any notification here without us.
             trusted = message.uid in (0, own)
+            with message:
+                made = notification(message.read(limits.MESSAGE_BYTES), name_of(message.uid), trusted=trusted)
             try:
-                await _shown(bus, notification(message.payload, name_of(message.uid), trusted=trusted))
+                await _shown(bus, made)
             except _Failed as error:  # the desktop may start later
                 losses.add(str(error))
 

@@ -99,9 +99,6 @@ class Outbox:
                 return
             except RateLimited as limited:
                 await asyncio.sleep(max(_RETRY_S, limited.retry_after_ms / 1000))
-            except ValueError:  # its quotes are escaped on the wire, where it then is too long
-                self._losses.add(f"longer than {limits.MESSAGE_BYTES} bytes")
-                return
             except (Refused, CallFailed) as refusal:  # another policy may come: the bridge goes on
                 self._losses.add(str(refusal))
                 return

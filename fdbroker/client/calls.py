@@ -108,12 +108,12 @@ class Message(NamedTuple):
     file: Descriptor | None = None
     descriptors: tuple[Descriptor, ...] = ()
 
-    def read(self) -> bytes:
-        """The payload, wherever it is."""
+    def read(self, maximum: int | None = None) -> bytes:
+        """The payload, wherever it is, or its first `maximum` bytes."""
         if self.file is None:
-            return self.payload
+            return self.payload[:maximum]
         number = self.file.fileno()
-        return os.pread(number, os.fstat(number).st_size, 0)
+        return os.pread(number, os.fstat(number).st_size if maximum is None else maximum, 0)
 
     def close(self) -> None:
         """Close what came with it; what was detached is not."""
