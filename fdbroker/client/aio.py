@@ -20,9 +20,10 @@ from fdbroker.client.sync import HasFileno, outgoing
 from fdbroker.errors import BrokerUnavailable, FdbrokerError, ProtocolViolation
 from fdbroker.kernel import sockets
 from fdbroker.terms import Offer
-from fdbroker.wire import varlink
+from fdbroker.wire import frame, varlink
 
 _READ_BYTES = 65536
+_PONG = frame.encode_frame(frame.PONG)
 
 
 class _Waiting:
@@ -96,6 +97,26 @@ class Client:
         waiting = await self._send(calls.list_call(more=True))
         while True:
             yield await self._next_offers(waiting)
+
+    async def ping(self) -> float:
+        """Send PING on a connection of its own; returns the round trip in seconds. Raises BrokerUnavailable."""
+        sock = await _connected(self._address)
+        began_s = self._loop.time()
+        try:
+            await self._loop.sock_sendall(sock, frame.encode_frame(frame.PING))
+            answer = b""
+            while len(answer) < len(_PONG):
+                data = await self._loop.sock_recv(sock, len(_PONG) - len(answer))
+                if not data:
+                    break
+                answer += data
+        except OSError as error:
+            raise BrokerUnavailable(f"no answer to PING: {error}") from None
+        finally:
+            sock.close()
+        if answer != _PONG:
+            raise BrokerUnavailable("who answers at that address is no fdbroker, or closed the connection")
+        return self._loop.time() - began_s
 
     async def send(
         self,

@@ -78,6 +78,10 @@ class Client:
             calls.answer(reply)
             yield self._judged(partial(calls.offered, reply))
 
+    def ping(self) -> float:
+        """Send PING on a connection of its own; returns the round trip in seconds. Raises BrokerUnavailable."""
+        return ping(self._address)
+
     def send(
         self,
         topic: str,

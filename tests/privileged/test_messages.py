@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from harness import ALICE, BOB, CAROL, GROUP, Raw, as_user, outcome, running
 
 import fdbroker
 import fdbroker.aio
-from fdbroker.errors import MessageTooLong, TopicDenied
+from fdbroker.errors import BrokerUnavailable, MessageTooLong, TopicDenied
 
 POLICY = f"""
 version: 1
@@ -272,8 +273,6 @@ def test_both_clients_send_and_subscribe(broker):
 
 def _until_it_comes(sender, messages):
     """The first message that arrives; those that were sent before the subscription was in force do not."""
-    import threading
-
     got = []
     thread = threading.Thread(target=lambda: got.append(next(messages)))
     thread.start()
@@ -336,3 +335,34 @@ def test_the_clients_of_the_documentation_work(broker, tmp_path, language):
     broker.reload(POLICY.replace("inbox: {deliver: [journal, subscribers]}", "other: {}").replace("inbox, ", ""))
     done = subprocess.run([*command, "hello", broker.socket], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (77, "Permission denied\n")
+
+
+def test_both_clients_ping_and_say_when_nobody_answers(broker, tmp_path):
+    async def over_asyncio(address):
+        async with await fdbroker.aio.connect(broker.socket) as client:
+            client._address = address
+            return await client.ping()
+
+    with fdbroker.connect(broker.socket) as client:
+        assert 0 < client.ping() < 10
+    assert 0 < asyncio.run(over_asyncio(broker.socket)) < 10
+    path = str(tmp_path / "other")
+    with pytest.raises(BrokerUnavailable, match="nobody answers"):
+        asyncio.run(over_asyncio(path))
+    for answer in (b"", b"\0\0\0\4NONE"):
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path)
+            server.listen()
+            thread = threading.Thread(target=lambda: answered(server, answer))  # noqa: B023 -- joined below
+            thread.start()
+            with pytest.raises(BrokerUnavailable):
+                asyncio.run(over_asyncio(path))
+            thread.join()
+        os.unlink(path)
+
+
+def answered(server, data):
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(100)
+        connection.sendall(data)
