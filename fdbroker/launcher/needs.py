@@ -70,6 +70,8 @@ def needs(policy: Policy) -> Needs:
                 reasons.append(f"{need}: {rule.where} {rule.pattern}")
         for path in _places(rule.pattern, found):
             files[path] = files.get(path, 0) | _RIGHTS[rule.access] | READ_DIR
+    stored = [topic.name for topic in policy.topics if "queue" in topic.deliver]
+    reasons += [f"a folder for stored messages: topic {name}" for name in stored]
     files["/proc"] = READ_FILE  # identify: a client's comm and user namespace
     if "CAP_DAC_OVERRIDE" in capabilities:
         capabilities.discard("CAP_DAC_READ_SEARCH")  # it does all that this one does
@@ -81,7 +83,7 @@ def needs(policy: Policy) -> Needs:
         tuple(sorted(set(reasons))),
         inodes,
         None if worker is None else frozenset(worker),
-        any("queue" in topic.deliver for topic in policy.topics),
+        bool(stored),
         tuple(_believing_bridges(policy)),
     )
 

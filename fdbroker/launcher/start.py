@@ -26,8 +26,8 @@ _JOURNAL_BYTES = 8 * 1024 * 1024  # SO_SNDBUF, as sd_journal_send(3) sets it
 # the ids that systemd's DynamicUser= takes from: systemd.io, "Users, Groups, UIDs and GIDs"
 _DYNAMIC_IDS = range(61184, 65520)
 # what SQLite does in the folder of the stored messages
-_STATE_RIGHTS = landlock.READ_FILE | landlock.READ_DIR | landlock.WRITE_FILE | landlock.TRUNCATE
-_STATE_RIGHTS |= landlock.MAKE_REG | landlock.REMOVE_FILE
+STATE_RIGHTS = landlock.READ_FILE | landlock.READ_DIR | landlock.WRITE_FILE | landlock.TRUNCATE
+STATE_RIGHTS |= landlock.MAKE_REG | landlock.REMOVE_FILE
 _USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox", "namespaces": "fdbroker-namespaces"}
 
 
@@ -114,7 +114,7 @@ def start_children(listener: socket.socket, policy: bytes, need: Needs, folder: 
     inbox_files: dict[str, int] = {}
     if need.store:
         state.prepare(folder, *ids["inbox"])
-        inbox_files = {folder: _STATE_RIGHTS}
+        inbox_files = {folder: STATE_RIGHTS}
     with contextlib.ExitStack() as ours:  # closed here, once the children have them
 
         def pair() -> tuple[socket.socket, socket.socket]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import harness
 import pytest
 from harness import EVERYONE_NULL, GROUP, MEM, ask, node, running, status_of
+
+from fdbroker.launcher import start
 
 NONE = "0" * 16
 ROOTS_ONLY = 'version: 1\neveryone: {devices: [{path: "/dev/snd/*", access: rw}]}\n'
@@ -113,6 +117,15 @@ tries = {
     "keyctl": lambda: libc.syscall(250, 0, 0),
     "regain a capability": lambda: ours.CAPSET(capabilities._HEADER_REF, ctypes.addressof(all_capabilities)),
     "make itself dumpable": lambda: libc.prctl(4, 1, 0, 0, 0),
+    "write where messages are": lambda: os.close(os.open("/mnt/state/file", os.O_WRONLY | os.O_CREAT, 0o600)),
+    "rename there": lambda: (os.close(os.open("/mnt/state/a", os.O_WRONLY | os.O_CREAT)), os.rename("/mnt/state/a", "/mnt/state/b"))[0],
+    "link there": lambda: os.symlink("/etc/shadow", "/mnt/state/link"),
+    "hard link there": lambda: os.link("/etc/hostname", "/mnt/state/link"),
+    "make a folder there": lambda: os.mkdir("/mnt/state/folder"),
+    "make it set-uid": lambda: os.chmod("/mnt/state/messages.sqlite", 0o4755),
+    "write beside it": lambda: os.close(os.open("/mnt/state/../evil", os.O_WRONLY | os.O_CREAT)),
+    "start a thread": lambda: (lambda t: (t.start(), t.join(), 0)[2])(__import__("threading").Thread(target=lambda: None)),
+    "start a process by clone": lambda: libc.syscall(56, 17, 0, 0, 0, 0),
 }
 print(outcome(tries[sys.argv[5]]), flush=True)
 """
@@ -156,11 +169,42 @@ WITHOUT_FILTER = {
 }
 
 
+# The inbox that stores messages: it opens files, in one folder.
+STORING = {
+    "read /etc/shadow": "EACCES",
+    "read /etc/passwd": "EACCES",
+    "write a file": "EACCES",
+    "write a file in /dev": "EACCES",
+    "open an allowed node": "EACCES",
+    "write to /proc": "EACCES",
+    "signal the parent": "EPERM",
+    "become root": KILLED,
+    "execute": KILLED,
+    "fork": "EPERM",
+    "make a socket": KILLED,
+    "make a namespace": KILLED,
+    "trace the parent": KILLED,
+    "mount": KILLED,
+    "regain a capability": "EPERM",
+    "make itself dumpable": "EPERM",
+    "write where messages are": "did it",
+    "rename there": "did it",
+    "link there": "EPERM",
+    "hard link there": "EPERM",
+    "make a folder there": "EPERM",
+    "make it set-uid": "EPERM",
+    "write beside it": "EACCES",
+    "start a thread": "did it",
+    "start a process by clone": "EPERM",
+}
+
+
 def _inside(process, what, program="filter"):
     if os.uname().machine != "x86_64":
         harness.cannot("the numbers of the system calls here are x86_64's")
     caps = ["CAP_DAC_OVERRIDE"] if process == "opener" else []
-    files = [["/dev/snd", 2 | 4 | 8], ["/proc", 4]] if process == "opener" else []
+    files = {"opener": [["/dev/snd", 2 | 4 | 8], ["/proc", 4]], "inbox-store": [["/mnt/state", start.STATE_RIGHTS]]}
+    files = files.get(process, [])
     code = [sys.executable, "-I", "-c", INSIDE, process, json.dumps(caps), json.dumps(files), program, what]
     result = subprocess.run(code, capture_output=True, text=True)
     if result.returncode < 0:
@@ -176,6 +220,21 @@ def test_what_a_taken_over_process_can_do(dev, process, what):
     node("/dev/other", MEM["zero"])
     assert _inside(process, what) == EXPECTED[what][process]
     assert not os.path.exists("/tmp/fdbroker-evil")
+
+
+@pytest.mark.parametrize("what", STORING)
+def test_what_a_taken_over_inbox_that_stores_can_do(dev, what):
+    node("/dev/snd/pcm", MEM["zero"])
+    os.mkdir("/mnt/state", 0o700)
+    try:
+        Path("/mnt/state/messages.sqlite").touch()
+        for path in ("/mnt/state", "/mnt/state/messages.sqlite"):
+            os.chown(path, 61200, 61200)
+        assert _inside("inbox-store", what) == STORING[what]
+        assert not os.path.exists("/mnt/evil")
+        assert not os.path.exists("/tmp/fdbroker-evil")
+    finally:
+        shutil.rmtree("/mnt/state")
 
 
 @pytest.mark.parametrize("what", WITHOUT_FILTER)
