@@ -24,13 +24,17 @@ class Bucket:
         self.tokens = float(burst)
         self.refilled_at_s = now_s
 
-    def take(self, rate: int, burst: int, now_s: float) -> int:
-        """Take one token: 0, or in how many milliseconds there is one, at most WAIT_LIMIT_MS."""
+    def take(self, rate: int, burst: int, now_s: float, cost: int = 1) -> int:
+        """Take `cost` tokens, or all when it is more than `burst`: 0, or in how many milliseconds there are enough.
+
+        That is at most WAIT_LIMIT_MS.
+        """
+        wanted = float(min(cost, burst))
         self.tokens = min(float(burst), self.tokens + (now_s - self.refilled_at_s) * rate)
         self.refilled_at_s = now_s
-        if self.tokens < 1.0:
-            return min(math.ceil((1.0 - self.tokens) * 1000 / rate), _WAIT_LIMIT_MS)
-        self.tokens -= 1.0
+        if self.tokens < wanted:
+            return min(math.ceil((wanted - self.tokens) * 1000 / rate), _WAIT_LIMIT_MS)
+        self.tokens -= wanted
         return 0
 
     def is_idle(self, now_s: float) -> bool:

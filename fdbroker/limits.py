@@ -63,6 +63,7 @@ LIMITS: dict[str, Limit] = {
     "ATTACHED_BYTES": Limit(67108864, "bytes", "design: a payload in a memfd, where a topic says nothing", "EMSGSIZE"),
     "ATTACHED_BYTES_MAX": Limit(268435456, "bytes", "as HELD_BYTES", "load fails"),
     "USERS": Limit(4096, "users", "guess: each broadcast that is stored has a row for each", "load fails"),
+    "RECIPIENTS_PER_TOKEN": Limit(16, "users", "measured: takes as long as a message", "a message counts more"),
     "KEEP_SECONDS": Limit(604800, "seconds", "design: 7d, where a topic says nothing", "the message is removed"),
     "STORE_BYTES": Limit(1073741824, "bytes", "guess: a thousand users with 1 MiB each", "ENOSPC"),
     "RECEIVED_MESSAGES": Limit(1000, "messages", "guess: in one reply to Receive", "the next Receive has them"),

@@ -32,6 +32,7 @@ from fdbroker.wire.rights import Rights, Sender
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
+_RECIPIENTS = limits.RECIPIENTS_PER_TOKEN
 _BUCKETS_KEPT = 4096
 MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a08"
 STORE_MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a09"
@@ -208,16 +209,19 @@ class Topics:
         }
         delivery = _Delivery(topic.name, to, _encode(message).encode(), attached)
         stored = self._store if "queue" in topic.deliver else None
+        recipients: frozenset[int] = frozenset()
         if stored is not None:
             maxima = member.maxima
             stored.check(sender.uid, len(delivery.data), maxima.stored_messages, maxima.stored_bytes)
+            recipients = frozenset({to}) if to is not None else self._recipients(topic)
+            if len(recipients) > _RECIPIENTS:
+                self._take_token(member, len(recipients) // _RECIPIENTS)
         if "journal" in topic.deliver:  # the last one that can refuse by itself
             self._record(message, asked.payload)
         self._number += 1
         if stored is None:
             self._deliver(delivery)
             return False
-        recipients = frozenset({to}) if to is not None else self._recipients(topic)
         if recipients:
             expires_us = time_us + topic.keep_s * 1_000_000
             stored.put(Stored(self._number, sender.uid, topic.name, expires_us, delivery.data), recipients)
@@ -316,15 +320,15 @@ class Topics:
         except NotRecorded:
             raise RateLimited(_JOURNAL_RETRY_MS) from None
 
-    def _take_token(self, member: Member) -> None:
-        """Count one message against its user's token bucket."""
+    def _take_token(self, member: Member, cost: int = 1) -> None:
+        """Count one message against its user's token bucket, or a broadcast like several."""
         maxima, uid, now_s = member.maxima, member.sender.uid, time.monotonic()
         bucket = self._buckets.get(uid)
         if bucket is None:
             if len(self._buckets) >= _BUCKETS_KEPT:
                 self._buckets = {one: kept for one, kept in self._buckets.items() if not kept.is_idle(now_s)}
             bucket = self._buckets[uid] = Bucket(maxima.burst, now_s)
-        wait_ms = bucket.take(maxima.messages_per_second, maxima.burst, now_s)
+        wait_ms = bucket.take(maxima.messages_per_second, maxima.burst, now_s, cost)
         if wait_ms:
             raise RateLimited(wait_ms)
 

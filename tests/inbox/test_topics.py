@@ -371,3 +371,21 @@ def test_numbers_go_on_above_those_that_are_stored(journal):
     topics.commit()
     assert store.last_number == far + 1
     store.close()
+
+
+def test_a_message_to_very_many_counts_like_several(stored, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    per = limits.RECIPIENTS_PER_TOKEN
+    stored.add_users([User(uid, f"u{uid}", frozenset({0})) for uid in range(1000, 1000 + 5 * per)])
+    sender = member(
+        stored, 5, QUEUE._replace(subscribe=frozenset(), messages_per_second=1, burst=10, stored_messages=9)
+    )
+    post(stored, sender)  # one and five
+    post(stored, sender, "bob")
+    with pytest.raises(RateLimited):
+        post(stored, sender)
+    now[0] += 4.1
+    post(stored, sender)
+    stored.commit()
+    assert received(stored, member(stored, 1000 + 5 * per - 1, QUEUE)) == ["hello", "hello"]
