@@ -10,6 +10,7 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 
+from fdbroker.errors import Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.decode import Decoder
@@ -65,6 +66,21 @@ class Client:
         self.ended = False  # it sends no more
         self.doomed = False  # close once all is sent
         self.reason = ENDED  # why it will be closed
+
+    @property
+    def sent(self) -> bytes:
+        """The answer to a message that every handler has."""
+        return dispatch.SENT[not self.decoder.framed]
+
+    def message_refused(self, refusal: Refused) -> bytes:
+        """The answer to a message, or a subscription, that was refused."""
+        return dispatch.message_refused(refusal, framed=self.decoder.framed)
+
+    def refused(self, refusal: Refused) -> bytes:
+        """The answer when the opener refuses."""
+        if self.decoder.framed:
+            return dispatch.refusal_status(refusal)
+        return dispatch.refusal_reply(refusal, self.asked)
 
     def push(self, data: bytes, attached: Attached | None) -> None:
         """Bytes to be sent behind all others, and descriptors with the first of them."""

@@ -113,7 +113,7 @@ class Inbox:
     def _read_opener(self) -> bool:
         """Do what the opener says; false when it is gone."""
         for _ in range(_MESSAGES_PER_TURN):
-            received = self._opener.receive_with_descriptors(1)
+            received = self._opener.receive_whole(1)
             if received is None:
                 return True
             data, descriptors = received
@@ -125,6 +125,8 @@ class Inbox:
                     client = Client(number, sender, sock)
                     self._topics.allow(client.member, allowed)
                     self._welcome(client)
+                case rights.Connected(number, _, _) if descriptors is None:  # none is left here: nobody serves it
+                    self._opener.send(link.encode_closed(number, ENDED))
                 case rights.RightsChanged(number, allowed):
                     if number in self._by_number:
                         self._allow(self._by_number[number], allowed)
@@ -136,7 +138,7 @@ class Inbox:
                     if number in self._by_number:
                         client = self._by_number[number]
                         if refusal is not None:
-                            client.out += self._refusal(client, refusal)
+                            client.out += client.refused(refusal)
                             client.doomed |= isinstance(refusal, ClientNotReading)
                         self._end_turn(client)
                 case link.Offered(number, last, offers):
@@ -149,12 +151,6 @@ class Inbox:
                 case other:
                     raise LinkViolation(f"{other!r} with the wrong descriptors")
         return True
-
-    @staticmethod
-    def _refusal(client: Client, refusal: Refused) -> bytes:
-        if client.decoder.framed:
-            return dispatch.refusal_status(refusal)
-        return dispatch.refusal_reply(refusal, client.asked)
 
     def _welcome(self, client: Client) -> None:
         self._by_number[client.number] = client
@@ -284,14 +280,13 @@ class Inbox:
     # ---- messages
 
     def _publish(self, client: Client, message: dispatch.Publish, attached: Attached | None) -> None:
-        framed = client.decoder.framed
         answer: bytes | None
         try:
             to_commit = self._topics.publish(client.member, message, attached)
-            answer = None if to_commit else dispatch.SENT[not framed]
+            answer = None if to_commit else client.sent
         except Refused as refusal:
             self._note(client, refusal, "send")
-            answer = dispatch.message_refused(refusal, framed=framed)
+            answer = client.message_refused(refusal)
         if answer is None:
             self._uncommitted[client.number] = client
         client.answer(answer if not message.silent else b"")
@@ -308,9 +303,9 @@ class Inbox:
                 if isinstance(answer, bytes):
                     client.out += answer
                 elif refusal is not None:
-                    client.out += dispatch.message_refused(refusal, framed=client.decoder.framed)
+                    client.out += client.message_refused(refusal)
                 elif answer is None:
-                    client.out += dispatch.SENT[not client.decoder.framed]
+                    client.out += client.sent
                 else:
                     client.out += dispatch.messages_reply(self._topics.receive(client.member, answer.maximum))
             self._work(client)
@@ -321,7 +316,7 @@ class Inbox:
             self._topics.subscribe(client.member, topics, after, others)
         except Refused as refusal:
             self._note(client, refusal, "subscribe")
-            client.answer(dispatch.message_refused(refusal, framed=False))
+            client.answer(client.message_refused(refusal))
         else:
             client.state = "subscribed"
             self._subscribed[client.member] = client
@@ -332,7 +327,7 @@ class Inbox:
         try:
             self._topics.acknowledge(client.member, asked.acknowledge)
         except Refused as refusal:
-            client.answer(dispatch.message_refused(refusal, framed=False))
+            client.answer(client.message_refused(refusal))
         else:
             client.answer(asked)
             self._uncommitted[client.number] = client
@@ -344,7 +339,7 @@ class Inbox:
         except TopicDenied as refusal:
             del self._subscribed[client.member]
             self._fill(client)
-            client.out += dispatch.message_refused(refusal, framed=False)
+            client.out += client.message_refused(refusal)
             self._end_turn(client)
 
     def _note(self, client: Client, refusal: Refused, verb: str) -> None:

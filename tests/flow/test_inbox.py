@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import sqlite3
 import threading
@@ -432,3 +433,24 @@ def copies(inode):
         with contextlib.suppress(OSError):
             count += os.stat(f"/proc/self/fd/{name}").st_ino == inode
     return count
+
+
+def test_a_client_for_whom_no_descriptor_is_left_is_closed_and_the_others_go_on():
+    with inbox() as opener, opener.client() as first:
+        first.sendall(INFO)
+        assert len(replies(first, 1)) == 1
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours, theirs:
+            spare = os.dup(ours.fileno())
+            os.close(spare)  # the lowest that is free
+            resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limit[1]))
+            try:
+                opener.number += 1
+                message = encode_connected(opener.number, Sender(os.getuid(), 0, 1, ""), NOTHING)
+                socket.send_fds(opener.sock, [message], [theirs.fileno()])
+                assert opener.next() == link.Closed(opener.number, 0)
+                first.sendall(INFO)
+                assert len(replies(first, 1)) == 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limit)
