@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -313,64 +314,33 @@ def test_a_descriptor_whose_close_waits_keeps_nobody_else_waiting(broker):
 
 def test_the_commands_take_and_show_large_payloads(broker):
     data = "é" * 200_000
-
-    def show(address, ready):
-        with subprocess.Popen(
-            [sys.executable, "-m", "fdbroker", "subscribe", "--json", "inbox"],
-            stdout=subprocess.PIPE,
-            env={"FDBROKER_SOCKET": address},
-            text=True,
-        ) as process:
-            for line in process.stdout:
-                said = json.loads(line)
-                os.write(ready, b"x")
-                if said["payload"] != "are you there":
-                    process.kill()
-                    return [said["payload"] == data, said["descriptors"], sorted(said)]
-
-    reading, writing = os.pipe()
-    found = []
-    thread = threading.Thread(target=lambda: found.append(as_user(BOB, [], show, broker.socket, writing)))
-    thread.start()
-    os.set_blocking(reading, False)
-    while True:
-        with fdbroker.connect(broker.socket) as client:
-            client.send("inbox", "are you there")
-        time.sleep(0.05)
-        with contextlib.suppress(BlockingIOError):
-            os.read(reading, 1)
-            break
-    subprocess.run(
-        [sys.executable, "-m", "fdbroker", "send", "inbox"],
-        input=data,
-        text=True,
-        check=True,
-        env={"FDBROKER_SOCKET": broker.socket},
+    words = (sys.executable, "-I", "-m", "fdbroker")
+    environment = {**os.environ, "FDBROKER_SOCKET": broker.socket}
+    listening = subprocess.Popen(
+        (*words, "subscribe", "--json", "inbox"), stdout=subprocess.PIPE, text=True, env=environment
     )
-    thread.join(20)
-    os.close(reading)
-    os.close(writing)
-    assert found == [
-        [
-            True,
-            0,
-            sorted(
-                [
-                    "number",
-                    "topic",
-                    "uid",
-                    "gid",
-                    "pid",
-                    "session",
-                    "time",
-                    "payload",
-                    "encoding",
-                    "lost",
-                    "descriptors",
-                ]
-            ),
-        ]
-    ]
+    try:
+        poll = select.poll()
+        poll.register(listening.stdout, select.POLLIN)
+        end = time.monotonic() + 20
+        while not poll.poll(50):
+            assert time.monotonic() < end
+            with fdbroker.connect(broker.socket) as client:
+                client.send("inbox", "are you there")
+        subprocess.run((*words, "send", "inbox"), input=data, text=True, check=True, env=environment)
+        for line in listening.stdout:
+            said = json.loads(line)
+            if said["payload"] != "are you there":
+                break
+        assert said["payload"] == data
+        assert said["descriptors"] == 0
+        assert sorted(said) == sorted(
+            ["number", "topic", "uid", "gid", "pid", "session", "time", "payload", "encoding", "lost", "descriptors"]
+        )
+    finally:
+        listening.kill()
+        listening.wait()
+        listening.stdout.close()
 
 
 def test_the_library_says_why(broker):

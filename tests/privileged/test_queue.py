@@ -11,14 +11,12 @@ import random
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 
 import harness
 import pytest
-from harness import ALICE, BOB, CAROL, as_user, running
+from harness import ALICE, BOB, CAROL, as_user, command, running
 
 import fdbroker
 import fdbroker.aio
@@ -205,12 +203,6 @@ def test_a_reload_cannot_begin_to_store(dev, state):
 
 
 def test_the_commands(dev, state):
-    def command(address, *words):
-        result = subprocess.run(
-            [sys.executable, "-m", "fdbroker", *words], capture_output=True, text=True, env={"FDBROKER_SOCKET": address}
-        )
-        return [result.returncode, result.stdout, result.stderr]
-
     with serving(state) as broker:
         assert as_user(ALICE, [], command, broker.socket, "send", "--to", str(BOB), "mail", "hello\x1b[2J") == [
             0,

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from steps import MEMBER, OTHER, as_user, make_node, outcome, report, run, wait_for
+from steps import MEMBER, OTHER, as_user, exposure, make_node, outcome, report, run, show, wait_for
 
 HERE = Path(__file__).parent
 PYTHON = "/opt/fdbroker/bin/python3"
@@ -30,11 +30,6 @@ users:
   0: {{send: ["*"], subscribe: ["*"]}}
 """
 listening: list[subprocess.Popen[str]] = []
-
-
-def show(unit: str, *names: str) -> dict[str, str]:
-    done = run("systemctl", "show", unit, "--property", ",".join(names))
-    return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
 
 def in_session(uid: int, unit: str, *words: str) -> tuple[str, ...]:
@@ -101,7 +96,7 @@ def signals() -> dict[str, Any]:
         "session": session,
         "received": received(),
         "uid": pwd.getpwnam("fdbroker-dbus").pw_uid,
-        "state": show("fdbroker-dbus@lab", "ActiveState", "NRestarts"),
+        "state": show("ActiveState", "NRestarts", unit="fdbroker-dbus@lab"),
     }
 
 
@@ -155,18 +150,13 @@ def no_input_device() -> dict[str, Any]:
     """The unit's words reach the bridge, which gets the device from the broker; it is none, and that is final."""
     (BRIDGES / "lab.conf").write_text("DEVICE=/dev/lab/zero\nTOPIC=keys\nEVENTS=--event KEY_F13 --event SW_LID\n")
     run("systemctl", "start", "fdbroker-evdev@lab")
-    wait_for("its end", lambda: show("fdbroker-evdev@lab", "ActiveState")["ActiveState"] == "failed")
+    wait_for("its end", lambda: show("ActiveState", unit="fdbroker-evdev@lab")["ActiveState"] == "failed")
     said = run("journalctl", "--unit=fdbroker-evdev@lab", "--output=cat").stdout
-    return {**show("fdbroker-evdev@lab", "ExecMainStatus", "NRestarts"), "said": said}
+    return {**show("ExecMainStatus", "NRestarts", unit="fdbroker-evdev@lab"), "said": said}
 
 
 def security() -> dict[str, Any]:
-    found = {}
-    for unit in UNITS:
-        done = run("systemd-analyze", "security", "--no-pager", unit)
-        last = next(line for line in done.stdout.splitlines() if "Overall exposure level" in line)
-        found[unit] = float(last.split(": ")[1].split()[0])
-    return found
+    return {unit: exposure(unit) for unit in UNITS}
 
 
 def stopped() -> dict[str, Any]:
@@ -174,7 +164,7 @@ def stopped() -> dict[str, Any]:
     for one in listening:
         one.kill()
         one.wait()
-    return show("fdbroker-dbus@lab", "Result", "ActiveState")
+    return show("Result", "ActiveState", unit="fdbroker-dbus@lab")
 
 
 report([started, verified, signals, notified, bus_ends, no_input_device, security, stopped])

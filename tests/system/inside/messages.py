@@ -11,10 +11,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from steps import MEMBER, OTHER, as_user, outcome, report, run, wait_for
+from steps import MEMBER, OTHER, POLICY, as_user, outcome, records, report, run, wait_for
 
 STATE = Path("/var/lib/fdbroker")
-POLICY = Path("/etc/fdbroker/policy.yaml")
 TEXT = f"""\
 version: 1
 topics:
@@ -45,11 +44,6 @@ def inbox() -> int:
     """Its pid, 0 while there is none."""
     found = run("pgrep", "--full", "--", "-m fdbroker[.]inbox").stdout.split()
     return int(found[0]) if len(found) == 1 else 0
-
-
-def records(*matches: str) -> list[dict[str, Any]]:
-    run("journalctl", "--sync", check=True)
-    return [json.loads(line) for line in run("journalctl", "--output=json", *matches).stdout.splitlines()]
 
 
 # ---- the steps, in their order

@@ -23,7 +23,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from steps import GROUP, MEMBER, OTHER, as_user, make_node, outcome, report, run, status_of, wait_for
+from steps import (
+    GROUP,
+    MEMBER,
+    OTHER,
+    POLICY,
+    as_user,
+    exposure,
+    make_node,
+    outcome,
+    records,
+    report,
+    run,
+    said,
+    show,
+    start_with,
+    status_of,
+    wait_for,
+)
 
 import fdbroker
 from fdbroker.errors import FdbrokerError
@@ -35,7 +52,6 @@ NS_GET_USERNS = 0xB701
 
 PYTHON = "/opt/fdbroker/bin/python3"
 SOCKET = "/run/fdbroker/socket"
-POLICY = Path("/etc/fdbroker/policy.yaml")
 DROP_IN = Path("/usr/share/doc/fdbroker/namespaces.conf")
 IN_FORCE = Path("/etc/systemd/system/fdbroker.service.d/namespaces.conf")
 MAY_CONNECT = grp.getgrnam("fdbroker").gr_gid
@@ -81,11 +97,6 @@ with socket.create_server(("0.0.0.0", 8080)) as server:
 # ---- the service
 
 
-def show(*names: str, unit: str = "fdbroker.service") -> dict[str, str]:
-    done = run("systemctl", "show", unit, "--property", ",".join(names))
-    return dict(line.split("=", 1) for line in done.stdout.splitlines())
-
-
 def children(pid: int) -> list[int]:
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
@@ -112,31 +123,6 @@ def has_open(pid: int, what: str) -> bool:
 def counts() -> dict[str, int]:
     """How many descriptors each of them has open."""
     return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in processes().items()}
-
-
-def records(*matches: str) -> list[dict[str, Any]]:
-    run("journalctl", "--sync")
-    done = run("journalctl", "--output=json", "--unit=fdbroker.service", *matches)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def messages() -> list[str]:
-    return [str(record.get("MESSAGE")) for record in records()]
-
-
-def start_with(text: str) -> int:
-    """Start the service anew with another policy; returns the exit code of systemctl."""
-    new = POLICY.with_suffix(".new")
-    new.write_text(text)
-    new.rename(POLICY)
-    run("systemctl", "stop", "fdbroker.service")
-    return run("systemctl", "start", "fdbroker.service").returncode
-
-
-def exposure() -> float:
-    done = run("systemd-analyze", "security", "--no-pager", "fdbroker.service")
-    last = next(line for line in done.stdout.splitlines() if "Overall exposure level" in line)
-    return float(last.split(": ")[1].split()[0])
 
 
 def confined() -> dict[str, dict[str, str]]:
@@ -276,11 +262,11 @@ def without_drop_in() -> dict[str, Any]:
     found = {"started": started, "plain": confined(), "asked": member(asked, ZERO, "rw"), "exposure": exposure()}
     code = start_with(RULES)
     shown = show("ActiveState", "Result", "ExecMainStatus", "NRestarts")
-    said = [text for text in messages() if "CAP_SYS_ADMIN" in text]
+    lines = [text for text in said() if "CAP_SYS_ADMIN" in text]
     # a client tries it as well: then systemd has given up the socket, too, when the admin comes
     ping = run(*as_user(MEMBER, [GROUP, MAY_CONNECT]), "fdbroker", "ping")
     given_up = show("ActiveState", unit="fdbroker.socket")
-    return {**found, "code": code, **shown, "said": said, "client": ping.returncode, "socket": given_up["ActiveState"]}
+    return {**found, "code": code, **shown, "said": lines, "client": ping.returncode, "socket": given_up["ActiveState"]}
 
 
 def drop_in() -> dict[str, Any]:
@@ -573,7 +559,7 @@ def confinement() -> dict[str, Any]:
     return {
         "processes": confined(),
         "uids": {name: pwd.getpwnam(f"fdbroker-{word}").pw_uid for name, word in words.items()},
-        "said": "\n".join(messages()),
+        "said": "\n".join(said()),
     }
 
 
@@ -605,7 +591,7 @@ def killed_worker() -> dict[str, Any]:
         "moments": moments,
         "answers": answers,
         "same": [name for name in before if before[name] == after[name]],
-        "said": [text for text in messages() if "started again" in text],
+        "said": [text for text in said() if "started again" in text],
         **show("NRestarts", "ActiveState"),
     }
 
@@ -637,7 +623,7 @@ def stopped_worker() -> dict[str, Any]:
         "again_s": after_s,
         "asked": asked_again,
         "same": [name for name in before if before[name] == after[name]],
-        "said": [text for text in messages() if "does not answer" in text],
+        "said": [text for text in said() if "does not answer" in text],
         **show("NRestarts", "ActiveState"),
     }
 
@@ -654,7 +640,7 @@ def killed_holder() -> dict[str, Any]:
         "left": [name for name, pid in before.items() if os.path.exists(f"/proc/{pid}")],
         "asked": member(asked, "net:vpn-a"),  # the folder was there when this one started
         "zero": member(asked, ZERO, "rw"),
-        "said": [text for text in messages() if "holder" in text],
+        "said": [text for text in said() if "holder" in text],
         **show("NRestarts"),
     }
 
@@ -692,7 +678,7 @@ def stopped_when_stuck() -> dict[str, Any]:
     os.close(writing)
     os.read(reading, 1)
     os.close(reading)
-    return {**stop(pids), "answer": finish(), "said": "\n".join(messages())}
+    return {**stop(pids), "answer": finish(), "said": "\n".join(said())}
 
 
 report(

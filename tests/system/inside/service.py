@@ -15,11 +15,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from steps import GROUP, MEMBER, OTHER, as_user, make_node, outcome, report, run, status_of, wait_for
+from steps import (
+    GROUP,
+    MEMBER,
+    OTHER,
+    as_user,
+    exposure,
+    make_node,
+    outcome,
+    records,
+    report,
+    run,
+    said,
+    show,
+    start_with,
+    status_of,
+    wait_for,
+    write_policy,
+)
 
 PYTHON = "/opt/fdbroker/bin/python3"
 SOCKET = "/run/fdbroker/socket"
-POLICY = Path("/etc/fdbroker/policy.yaml")
 CLIENT = (Path(__file__).parent / "client.py").read_text()
 MAY_CONNECT = grp.getgrnam("fdbroker").gr_gid
 NODE_GROUP = 4100  # owns a node, in one step
@@ -49,11 +65,6 @@ def member_asks(path: str, access: str = "rw") -> dict[str, Any]:
     return ask(MEMBER, [GROUP, MAY_CONNECT], path, access)
 
 
-def show(*names: str, unit: str = "fdbroker.service") -> dict[str, str]:
-    done = run("systemctl", "show", unit, "--property", ",".join(names))
-    return dict(line.split("=", 1) for line in done.stdout.splitlines())
-
-
 def main_pid() -> int:
     return int(show("MainPID")["MainPID"])
 
@@ -68,35 +79,12 @@ def processes() -> dict[str, int]:
     return found
 
 
-def records(*matches: str) -> list[dict[str, Any]]:
-    run("journalctl", "--sync")
-    done = run("journalctl", "--output=json", "--unit=fdbroker.service", *matches)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def messages() -> list[str]:
-    return [str(record.get("MESSAGE")) for record in records()]
-
-
-def write_policy(text: str) -> None:
-    new = POLICY.with_suffix(".new")
-    new.write_text(text)
-    new.rename(POLICY)
-
-
 def reload_until(text: str) -> dict[str, Any]:
     """Reload, and wait until the journal's new messages have `text`; each of their lines is one record there."""
-    before = len(messages())
+    before = len(said())
     done = outcome(run("systemctl", "reload", "fdbroker.service"))
-    wait_for(text, lambda: any(text in one for one in messages()[before:]))
-    return {**done, "said": "\n".join(messages()[before:]), "state": show("ActiveState", "StatusText")}
-
-
-def start_with(text: str) -> int:
-    """Start the service anew with another policy; returns the exit code of systemctl."""
-    write_policy(text)
-    run("systemctl", "stop", "fdbroker.service")
-    return run("systemctl", "start", "fdbroker.service").returncode
+    wait_for(text, lambda: any(text in one for one in said()[before:]))
+    return {**done, "said": "\n".join(said()[before:]), "state": show("ActiveState", "StatusText")}
 
 
 # ---- the steps, in their order
@@ -175,7 +163,7 @@ def journal() -> dict[str, Any]:
 def confinement() -> dict[str, Any]:
     return {
         "processes": {name: status_of(pid) for name, pid in processes().items()},
-        "said": "\n".join(messages()),
+        "said": "\n".join(said()),
         "uids": {name: pwd.getpwnam(f"fdbroker-{name}").pw_uid for name in ("opener", "inbox")},
     }
 
@@ -291,20 +279,18 @@ def stop() -> dict[str, Any]:
 def invalid_policy() -> dict[str, Any]:
     code = start_with("version: 1\nevrybody: {}\n")
     shown = show("ActiveState", "Result", "ExecMainStatus", "NRestarts")
-    said = [text for text in messages() if "evrybody" in text]
+    lines = [text for text in said() if "evrybody" in text]
     # a client starts it as well: it fails again, and the client is not served
     client = outcome(run(*member("fdbroker", "ping")))
     # once the policy is right, an admin starts both again
     write_policy(RULES)
     run("systemctl", "reset-failed", "fdbroker.service", "fdbroker.socket")
     run("systemctl", "start", "fdbroker.socket")
-    return {"code": code, **shown, "said": said, "client": client, "after": member_asks("/dev/lab/zero")}
+    return {"code": code, **shown, "said": lines, "client": client, "after": member_asks("/dev/lab/zero")}
 
 
 def security() -> dict[str, Any]:
-    done = run("systemd-analyze", "security", "--no-pager", "fdbroker.service")
-    last = next(line for line in done.stdout.splitlines() if "Overall exposure level" in line)
-    return {"exposure": float(last.split(": ")[1].split()[0])}
+    return {"exposure": exposure()}
 
 
 def gone() -> dict[str, Any]:

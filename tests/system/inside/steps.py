@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path("/lab/out/facts")
+POLICY = Path("/etc/fdbroker/policy.yaml")
 MEMBER, OTHER = 4001, 4002  # users; who may is said by a group of the policy
 GROUP = 4000
 
@@ -68,3 +69,45 @@ def make_node(path: str, major: int, minor: int, mode: int = 0o600) -> None:
     Path(path).parent.mkdir(exist_ok=True)
     os.mknod(path, 0o020000 | mode, os.makedev(major, minor))
     os.chmod(path, mode)
+
+
+# ---- of the service
+
+
+def show(*names: str, unit: str = "fdbroker.service") -> dict[str, str]:
+    """These properties of a unit."""
+    done = run("systemctl", "show", unit, "--property", ",".join(names))
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def records(*matches: str, unit: str = "fdbroker.service") -> list[dict[str, Any]]:
+    """What the journal has of a unit."""
+    run("journalctl", "--sync")
+    done = run("journalctl", "--output=json", f"--unit={unit}", *matches)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def said() -> list[str]:
+    """The texts of these."""
+    return [str(record.get("MESSAGE")) for record in records()]
+
+
+def write_policy(text: str) -> None:
+    """Another policy in the place of the one that is there, at once."""
+    new = POLICY.with_suffix(".new")
+    new.write_text(text)
+    new.rename(POLICY)
+
+
+def start_with(text: str) -> int:
+    """Start the service anew with another policy; returns the exit code of systemctl."""
+    write_policy(text)
+    run("systemctl", "stop", "fdbroker.service")
+    return run("systemctl", "start", "fdbroker.service").returncode
+
+
+def exposure(unit: str = "fdbroker.service") -> float:
+    """What systemd-analyze makes of a unit: from 0, nothing is left, to 10."""
+    done = run("systemd-analyze", "security", "--no-pager", unit)
+    last = next(line for line in done.stdout.splitlines() if "Overall exposure level" in line)
+    return float(last.split(": ")[1].split()[0])
