@@ -6,13 +6,14 @@ import grp
 import json
 import os
 import pwd
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from steps import MEMBER, OTHER, as_user, exposure, make_node, outcome, report, run, show, wait_for
 
-HERE = Path(__file__).parent
+DESKTOP = Path("/run/desktop.py")  # a copy: the checkout may be root's alone
 PYTHON = "/opt/fdbroker/bin/python3"
 SOCKET = "/run/fdbroker/socket"
 BRIDGES = Path("/etc/fdbroker/bridges")
@@ -103,7 +104,8 @@ def signals() -> dict[str, Any]:
 def notified() -> dict[str, Any]:
     """A message sent in one user's session appears on the desktop in the other's."""
     groups = f"--property=SupplementaryGroups={OTHER}"
-    desktop = in_session(OTHER, "lab-desktop", groups, PYTHON, "-I", str(HERE / "desktop.py"), str(NOTES), str(SESSION))
+    desktop = in_session(OTHER, "lab-desktop", groups, PYTHON, "-I", str(DESKTOP), str(NOTES), str(SESSION))
+    shutil.copy(Path(__file__).parent / "desktop.py", DESKTOP)
     NOTES.touch()
     SESSION.touch()
     for path in (NOTES, SESSION):
