@@ -129,6 +129,7 @@ class Topics:
         self._order: tuple[Topic, ...] = ()
         self._listed: dict[str, set[int]] = {}  # topic -> those that may subscribe, by the policy
         self._uids: dict[str, int] = {}  # by name
+        self._next_users: list[User] = []
         self._members: dict[int, dict[Member, None]] = {}  # of each connected user
         self._subscribers: dict[str, dict[Member, None]] = {}
         self._uncommitted: list[_Delivery] = []
@@ -139,19 +140,23 @@ class Topics:
         self.fresh: dict[Member, None] = {}  # for whom something has come
 
     def use(self, topics: tuple[Topic, ...]) -> None:
-        """The policy's topics, from now on."""
+        """The policy's topics, and the users that were told before them, from now on."""
+        users, self._next_users = self._next_users, []
         self._order = topics
         self._topics = {topic.name: topic for topic in topics}
         self._listed = {topic.name: set() for topic in topics}
-        self._uids = {}
+        self._uids = {user.name: user.uid for user in users}
+        for user in users:
+            for position in user.topics:
+                if position < len(topics):
+                    self._listed[topics[position].name].add(user.uid)
 
     def add_users(self, users: Iterable[User]) -> None:
-        """Users whom the policy, or the machine's databases, name."""
-        for user in users:
-            self._uids[user.name] = user.uid
-            for position in user.topics:
-                if position < len(self._order):
-                    self._listed[self._order[position].name].add(user.uid)
+        """Users whom the policy, or the machine's databases, name: in force with the topics that come next.
+
+        Not before: a message that comes meanwhile would be stored for some of them only.
+        """
+        self._next_users += users
 
     def allow(self, member: Member, rights: Rights) -> None:
         """What a connection may do from now on, by the topics that were told last.

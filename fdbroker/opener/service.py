@@ -424,9 +424,9 @@ class Opener:
         self._list_again()
 
     def _tell_topics(self) -> None:
-        self._inbox.send(rights.encode_topics(self._policy.topics))
         for message in rights.encode_users(self._policy.users):
             self._inbox.send(message)
+        self._inbox.send(rights.encode_topics(self._policy.topics))  # now all of it is in force
 
     def _stop(self) -> None:
         if self._acceptor is not None:

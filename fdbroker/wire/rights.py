@@ -55,13 +55,13 @@ class RightsChanged(NamedTuple):
 
 
 class Topics(NamedTuple):
-    """All topics of the policy."""
+    """All topics of the policy, in force at once with the `Users` that came before."""
 
     topics: tuple[Topic, ...]
 
 
 class Users(NamedTuple):
-    """Users that may subscribe to topics; those of earlier messages since `Topics` count as well."""
+    """Some of the users that may subscribe to the topics of the next `Topics`."""
 
     users: tuple[User, ...]
 

@@ -21,9 +21,9 @@ from fdbroker.inbox.topics import Topics
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
-from fdbroker.terms import Device, Offer, Topic
+from fdbroker.terms import Device, Offer, Topic, User
 from fdbroker.wire import link
-from fdbroker.wire.rights import Rights, Sender, encode_connected, encode_topics
+from fdbroker.wire.rights import Rights, Sender, encode_changed, encode_connected, encode_topics, encode_users
 
 NOTHING = Rights()
 OPEN = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/x"}]}}\0'
@@ -454,3 +454,22 @@ def test_a_client_for_whom_no_descriptor_is_left_is_closed_and_the_others_go_on(
                 assert len(replies(first, 1)) == 1
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+def test_half_of_a_new_policy_is_not_in_force(stored_inbox):
+    opener, store = stored_inbox
+    may_send = Rights(frozenset({0}), frozenset(), 1000, 1000, 0, 100, 10_000)
+    users = [User(7, "bob", frozenset({0})), User(8, "carol", frozenset({0}))]
+    told = [*encode_users(users[:1]), *encode_users(users[1:]), encode_topics((Topic("mail", ("queue",), 100, 3600),))]
+    with opener.client() as client:
+        for part in (*told, encode_changed(1, may_send)):
+            opener.send(part)
+        for part in (link.PING, *told):  # the same policy again, with messages after each part of it
+            opener.send(part)
+            if part != link.PING:
+                opener.send(link.PING)
+            assert opener.next() == link.Pong()  # it has read so far
+            store.go.release()
+            client.sendall(
+                call("Send", topic="mail", payload="x") + call("Send", topic="mail", payload="y", to="carol")
+            )
+            assert [reply.get("error") for reply in replies(client, 2)] == [None, None]
+    assert [len(store.waiting(uid, ["mail"], 0, 100)) for uid in (7, 8)] == [4, 8]

@@ -213,8 +213,8 @@ QUEUE = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2, 3, 10_000)
 def stored(journal):
     store = Store(":memory:")
     made = Topics(journal, store)
-    made.use(STORED)
     made.add_users([User(7, "bob", frozenset({0})), User(8, "carol", frozenset({0, 1}))])
+    made.use(STORED)
     yield made
     store.close()
 
@@ -365,8 +365,8 @@ def test_numbers_go_on_above_those_that_are_stored(journal):
     store.put(Stored(far, 5, "mail", 1 << 62, b"{}"), frozenset({7}))
     store.commit()
     topics = Topics(journal, store)
-    topics.use(STORED)
     topics.add_users([User(7, "bob", frozenset({0}))])
+    topics.use(STORED)
     post(topics, member(topics, 5, QUEUE))
     topics.commit()
     assert store.last_number == far + 1
