@@ -94,6 +94,14 @@ class Client:
         self.attached.clear()
         self.member.queue.clear()
 
+    def shed(self) -> None:
+        """Lose the messages whose descriptors could not be sent at once: they count for who sent them."""
+        for at, _ in reversed(self.attached):
+            del self.out[at : self.out.index(0, at) + 1]  # nothing of it is sent, for they go with its first byte
+            self.member.lost += 1
+        self.attached.clear()
+        self.member.shed()
+
     def count_attached(self) -> int:
         """How many descriptors are still to be sent."""
         return sum(len(one.numbers) for _, one in self.attached)

@@ -405,6 +405,8 @@ class Inbox:
         if sent and client.member.queue:
             self._fill(client)
             sent = self._send(client)
+        if not sent:
+            client.shed()
         idle = client.state == "idle" and client.question is None and client.number not in self._more
         if sent and idle and (client.doomed or client.ended or self._draining):
             self._close(client, client.reason)

@@ -51,7 +51,18 @@ class Member:
     `replayed`: it is still to get what is stored above that number; None when it has all of it.
     """
 
-    __slots__ = ("lost", "maxima", "queue", "queued_bytes", "replayed", "send", "sender", "subscribe", "subscribed")
+    __slots__ = (
+        "holding",
+        "lost",
+        "maxima",
+        "queue",
+        "queued_bytes",
+        "replayed",
+        "send",
+        "sender",
+        "subscribe",
+        "subscribed",
+    )
 
     def __init__(self, sender: Sender) -> None:
         self.sender = sender
@@ -62,18 +73,31 @@ class Member:
         self.replayed: int | None = None
         self.queue: deque[Waiting] = deque()
         self.queued_bytes = 0
+        self.holding = 0  # messages in the queue that have descriptors
         self.lost = 0
 
     def put(self, data: bytes, attached: Attached | None = None) -> None:
         """One message more that waits; the oldest ones go where there are too many."""
         self.queue.append((data, attached))
         self.queued_bytes += len(data)
+        self.holding += attached is not None
         while len(self.queue) > _MESSAGES or self.queued_bytes > _BYTES:
             self._lose()
 
     def _lose(self) -> None:
-        self.queued_bytes -= len(self.queue.popleft()[0])
+        data, attached = self.queue.popleft()
+        self.queued_bytes -= len(data)
+        self.holding -= attached is not None
         self.lost += 1
+
+    def shed(self) -> None:
+        """Lose the messages that have descriptors: those would count for their sender for as long as they wait here."""
+        if self.holding:
+            kept = [one for one in self.queue if one[1] is None]
+            self.lost += len(self.queue) - len(kept)
+            self.queue = deque(kept)
+            self.queued_bytes = sum(len(data) for data, _ in kept)
+            self.holding = 0
 
     def take(self, may_send: Callable[[int], bool]) -> Iterator[Waiting]:
         """All that waits, as much for one send as can be; the first message says how many were lost before it.
@@ -97,7 +121,7 @@ class Member:
                 yield b"".join(together), None
                 together.clear()
             yield data, attached
-        self.queued_bytes = 0
+        self.queued_bytes = self.holding = 0
         if together:
             yield b"".join(together), None
 

@@ -275,6 +275,19 @@ def test_a_subscriber_that_does_not_read_loses_messages_and_others_get_theirs(br
         assert (count + lost, 0 < count <= limits.UNREAD_DESCRIPTORS // 16) == (30, True)
 
 
+def test_a_subscriber_that_does_not_read_does_not_use_up_what_a_sender_may_hold(broker):
+    with contextlib.ExitStack() as deaf:
+        for _ in range(6):
+            one = deaf.enter_context(Raw(broker.socket))
+            one.send_call("io.fdbroker.Inbox.Subscribe", {"topics": ["inbox"]}, more=True)
+        with subscribed(broker, "inbox") as messages, fdbroker.connect(broker.socket) as client:
+            for _ in range(40):
+                for text, count in (("x" * 20_000, 0), ("with", 16)):  # so each of the six stops with another message
+                    client.send("inbox", text, descriptors=[0] * count)
+                    with next(messages) as message:
+                        assert (message.payload.decode(), message.lost, len(message.descriptors)) == (text, 0, count)
+
+
 def test_a_descriptor_whose_close_waits_keeps_nobody_else_waiting(broker):
     """A TCP socket with SO_LINGER that its peer does not read, with the inbox's copy as the last one."""
 
