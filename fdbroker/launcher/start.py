@@ -53,7 +53,8 @@ def identities(state_owner: int | None = None) -> dict[str, tuple[int, int]]:
     Where messages have been stored before by a dynamic id, the inbox gets that one again.
     """
     found = {}
-    taken: set[int] = set()
+    # first: the opener must not happen to get the inbox's
+    taken = set() if state_owner is None else {state_owner}
     for name, user in _USERS.items():
         try:
             entry = pwd.getpwnam(user)
