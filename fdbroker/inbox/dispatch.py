@@ -88,10 +88,14 @@ class Subscribe(NamedTuple):
 
 
 class Receive(NamedTuple):
-    """The client's user has the messages of these numbers; give it at most `maximum` of the others."""
+    """The client's user has the messages of these numbers; give it at most `maximum` of the others.
+
+    `silent`: the client wants no answer.
+    """
 
     maximum: int
     acknowledge: list[int]
+    silent: bool = False
 
 
 Question = AskOpen | AskList | AskShutdown | Subscribe | Receive
@@ -129,9 +133,9 @@ def dispatch_varlink(message: bytes, attached: Attached | None = None) -> Action
             _check_indexes(action, _count(attached))
     except VarlinkError as error:
         action = Answer(varlink.encode_error(error.name, error.parameters))
-    # who wants no answer gets none; every method but Send is nothing but its answer
+    # who wants no answer gets none; every method but these is nothing but its answer
     if oneway:
-        return action._replace(silent=True) if isinstance(action, Publish) else Answer(b"")
+        return action._replace(silent=True) if isinstance(action, Publish | Receive) else Answer(b"")
     return action
 
 

@@ -302,6 +302,8 @@ class Inbox:
             for answer in answers:
                 if isinstance(answer, bytes):
                     client.out += answer
+                elif answer is not None and answer.silent:
+                    continue
                 elif refusal is not None:
                     client.out += client.message_refused(refusal)
                 elif answer is None:
@@ -327,7 +329,7 @@ class Inbox:
         try:
             self._topics.acknowledge(client.member, asked.acknowledge)
         except Refused as refusal:
-            client.answer(client.message_refused(refusal))
+            client.answer(b"" if asked.silent else client.message_refused(refusal))
         else:
             client.answer(asked)
             self._uncommitted[client.number] = client

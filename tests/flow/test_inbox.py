@@ -473,3 +473,18 @@ def test_half_of_a_new_policy_is_not_in_force(stored_inbox):
             )
             assert [reply.get("error") for reply in replies(client, 2)] == [None, None]
     assert [len(store.waiting(uid, ["mail"], 0, 100)) for uid in (7, 8)] == [4, 8]
+
+
+def test_a_oneway_acknowledgement_is_one(stored_inbox):
+    opener, store = stored_inbox
+    for _ in range(9):
+        store.go.release()
+    with opener.client(MAY) as client:
+        client.sendall(call("Send", topic="inbox", payload="x") + call("Receive", maximum=1))
+        (message,) = replies(client, 2)[1]["parameters"]["messages"]
+        parameters = {"maximum": 1, "acknowledge": [message["number"]]}
+        oneway = {"method": "io.fdbroker.Inbox.Receive", "parameters": parameters, "oneway": True}
+        client.sendall(json.dumps(oneway).encode() + b"\0" + INFO + call("Receive", maximum=1))
+        info, received = replies(client, 2)
+        assert "vendor" in info["parameters"]
+        assert received["parameters"]["messages"] == []
