@@ -214,13 +214,16 @@ class Client:
             self._waiting.append(waiting)
             self._sending = self._loop.create_task(self._write(call, with_it))
             try:
-                # an OSError in it: it hung up, and may have said why: the reader finds that, or the end
-                await asyncio.gather(self._sending, return_exceptions=True)
+                (error,) = await asyncio.gather(self._sending, return_exceptions=True)
             except asyncio.CancelledError:
                 self.close()  # half a call cannot be taken back
                 raise
             finally:
                 self._sending = None
+            # or it hung up, and may have said why: the reader finds that, or the end
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError) and waiting in self._waiting:
+                self._waiting.remove(waiting)  # the kernel does not send these descriptors: nothing of the call is sent
+                raise error
             return waiting
 
     async def _next_offers(self, waiting: _Waiting) -> list[Offer]:

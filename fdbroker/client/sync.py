@@ -94,7 +94,8 @@ class Client:
 
         `to` is the name or number of the one user whom it is for, None for all. A payload that is too long for the wire
         goes in a memfd. `descriptors`, at most 16 with that one, are borrowed: each receiver gets copies. Raises
-        TopicDenied, NoSuchRecipient, MessageTooLong, DescriptorsRefused, QuotaExceeded or RateLimited.
+        TopicDenied, NoSuchRecipient, MessageTooLong, DescriptorsRefused, QuotaExceeded or RateLimited; OSError when the
+        kernel does not send the descriptors: EPERM for who may send to no topic, EBADF.
         """
         with outgoing(topic, payload, to, descriptors) as (call, numbers):
             _, received = self._call(call, numbers)
@@ -183,7 +184,7 @@ class Client:
             self._sock.sendall(call)
         except TimeoutError:
             self._lost("the broker does not read")
-        except OSError:
+        except (BrokenPipeError, ConnectionResetError):
             pass  # it hung up, and may have said why: `_reply` finds that, or the end
 
     def _reply(self, deadline_s: float | None) -> tuple[varlink.Reply, list[int]]:

@@ -368,3 +368,16 @@ def test_the_library_says_why(broker):
             client.send("none", "x", descriptors=[0])
         client.send("inbox", "x", descriptors=[sys.__stderr__, 0])
     assert QuotaExceeded.errno == 122
+
+
+def test_what_the_kernel_does_not_send_is_an_error_at_once(broker):
+    with fdbroker.connect(broker.socket) as client, pytest.raises(OSError, match="Bad file descriptor"):
+        client.send("inbox", "x", descriptors=[1 << 20])
+
+    async def asynchronous():
+        async with await fdbroker.aio.connect(broker.socket) as client:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                await asyncio.wait_for(client.send("inbox", "x", descriptors=[1 << 20]), 5)
+            await client.send("inbox", "x")
+
+    asyncio.run(asynchronous())
