@@ -404,10 +404,10 @@ class Inbox:
     def _settle(self, client: Client) -> None:
         """After whatever happened: send, close if that was all, and wait for what can come next."""
         sent = self._send(client) and not client.uncommitted
-        if sent and client.member.queue:
+        if sent and client.member.queue and client.member.replayed is None:
             self._fill(client)
             sent = self._send(client)
-        if not sent:
+        if not sent or client.member.replayed is not None:
             client.shed()
         idle = client.state == "idle" and client.question is None and client.number not in self._more
         if sent and idle and (client.doomed or client.ended or self._draining):

@@ -311,7 +311,8 @@ class Topics:
             if stored and subscriber.replayed is not None:
                 continue  # it comes with what is stored
             subscriber.put(reply, delivery.attached)
-            self.fresh[subscriber] = None
+            if subscriber.replayed is None:  # else what is stored comes first
+                self.fresh[subscriber] = None
 
     def _recipient(self, topic: Topic, to: str) -> int:
         """The uid that `to` names. Raises NoSuchRecipient when it may not subscribe, as far as we know."""

@@ -488,3 +488,41 @@ def test_a_oneway_acknowledgement_is_one(stored_inbox):
         info, received = replies(client, 2)
         assert "vendor" in info["parameters"]
         assert received["parameters"]["messages"] == []
+
+
+def test_a_client_for_which_no_descriptor_is_left_is_given_up_and_the_service_goes_on():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with inbox() as opener, opener.client() as client:
+        client.sendall(INFO)
+        replies(client, 1)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            try:
+                socket.send_fds(opener.sock, [encode_connected(9, Sender(0, 0, 1, ""), NOTHING)], [theirs.fileno()])
+                assert opener.next() == link.Closed(9, 0)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        client.sendall(INFO)
+        assert "vendor" in replies(client, 1)[0]["parameters"]
+
+
+def test_what_is_stored_comes_before_what_is_sent_meanwhile(stored_inbox):
+    opener, store = stored_inbox
+    for _ in range(99):
+        store.go.release()
+    with opener.client(MAY) as client, opener.client(MAY) as subscriber:
+        for _ in range(12):
+            client.sendall(call("Send", topic="inbox", payload="x" * 50_000))
+            assert replies(client, 1) == [{"parameters": {}}]
+        after = {"topics": ["inbox", "plain"], "after": 0}
+        subscriber.sendall(
+            json.dumps({"method": "io.fdbroker.Inbox.Subscribe", "parameters": after, "more": True}).encode() + b"\0"
+        )
+        subscriber.recv(1, socket.MSG_PEEK)  # a first page
+        client.sendall(call("Send", topic="plain", payload="x"))
+        assert replies(client, 1) == [{"parameters": {}}]
+        topics = [reply["parameters"]["message"]["topic"] for reply in replies(subscriber, 13)]
+        assert topics == ["inbox"] * 12 + ["plain"]
