@@ -33,6 +33,8 @@ _MESSAGES_PER_TURN = 64
 _LINGER_S = 1.0
 # Of one user, over all its connections: so a flood of one delays others by that many messages and no more.
 _MESSAGES_PER_USER = 16
+# So many rows of the store take as long as one message.
+_ROWS_PER_MESSAGE = 64
 
 
 class Inbox:
@@ -273,6 +275,11 @@ class Inbox:
                 client.answer(data)
             case dispatch.Publish():
                 self._publish(client, action, attached)
+                self._worked[client.uid] += self._topics.take_rows() // _ROWS_PER_MESSAGE
+            case dispatch.Receive(maximum, acknowledge):
+                rows = min(maximum, limits.RECEIVED_MESSAGES) + len(acknowledge)
+                self._worked[client.uid] += rows // _ROWS_PER_MESSAGE
+                client.question = action
             case _:
                 client.question = action
         return True

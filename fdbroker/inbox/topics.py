@@ -154,6 +154,7 @@ class Topics:
         self._listed: dict[str, set[int]] = {}  # topic -> those that may subscribe, by the policy
         self._uids: dict[str, int] = {}  # by name
         self._next_users: list[User] = []
+        self._rows = 0
         self._members: dict[int, dict[Member, None]] = {}  # of each connected user
         self._subscribers: dict[str, dict[Member, None]] = {}
         self._uncommitted: list[_Delivery] = []
@@ -253,9 +254,15 @@ class Topics:
             return False
         if recipients:
             expires_us = time_us + topic.keep_s * 1_000_000
+            self._rows += len(recipients)
             stored.put(Stored(self._number, sender.uid, topic.name, expires_us, delivery.data), recipients)
         self._uncommitted.append(delivery)
         return True
+
+    def take_rows(self) -> int:
+        """How many rows have been put into the store since this was asked last."""
+        rows, self._rows = self._rows, 0
+        return rows
 
     @staticmethod
     def _with_descriptors(topic: Topic, asked: Publish, attached: Attached) -> tuple[Publish, Attached | None]:

@@ -526,3 +526,20 @@ def test_what_is_stored_comes_before_what_is_sent_meanwhile(stored_inbox):
         assert replies(client, 1) == [{"parameters": {}}]
         topics = [reply["parameters"]["message"]["topic"] for reply in replies(subscriber, 13)]
         assert topics == ["inbox"] * 12 + ["plain"]
+
+
+def test_a_long_acknowledgement_counts_as_the_work_that_it_is(stored_inbox):
+    opener, store = stored_inbox
+    for _ in range(99):
+        store.go.release()
+    asked = []
+    store.acknowledge = lambda uid, numbers: asked.append(len(numbers))
+    with contextlib.ExitStack() as clients:
+        found = [clients.enter_context(opener.client(MAY)) for _ in range(8)]
+        take, most = opener.inbox._topics.commit, []
+        opener.inbox._topics.commit = lambda: (most.append(sum(asked)), asked.clear(), take())[-1]
+        for client in found:
+            client.sendall(call("Receive", maximum=1, acknowledge=list(range(1000))))
+        for client in found:
+            assert replies(client, 1)[0]["parameters"]["messages"] == []
+        assert max(most) <= 2000  # of one user in one turn
