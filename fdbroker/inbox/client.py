@@ -106,6 +106,13 @@ class Client:
         """How many descriptors are still to be sent."""
         return sum(len(one.numbers) for _, one in self.attached)
 
+    def fill(self, unread: Unread) -> None:
+        """Have all that waits for a subscriber sent."""
+        for data, attached in self.member.take(
+            lambda count: unread.may_send(self.uid, self.sock, count + self.count_attached())
+        ):
+            self.push(data, attached)
+
     def send(self, unread: Unread) -> None:
         """Send what there is room for. Raises BlockingIOError when there is none, OSError when the client is gone."""
         while self.out:

@@ -347,7 +347,7 @@ class Inbox:
             self._topics.allow(client.member, allowed)
         except TopicDenied as refusal:
             del self._subscribed[client.member]
-            self._fill(client)
+            client.fill(self._unread)
             client.out += client.message_refused(refusal)
             self._end_turn(client)
 
@@ -412,7 +412,7 @@ class Inbox:
         """After whatever happened: send, close if that was all, and wait for what can come next."""
         sent = self._send(client) and not client.uncommitted
         if sent and client.member.queue and client.member.replayed is None:
-            self._fill(client)
+            client.fill(self._unread)
             sent = self._send(client)
         if not sent or client.member.replayed is not None:
             client.shed()
@@ -426,13 +426,6 @@ class Inbox:
             self._partial.pop(client.number, None)
         readable = (idle and sent) or bool(client.events & select.EPOLLIN)
         self._interest(client, readable=readable and not client.ended)
-
-    def _fill(self, client: Client) -> None:
-        """Have all that waits for a subscriber sent."""
-        for data, attached in client.member.take(
-            lambda count: self._unread.may_send(client.uid, client.sock, count + client.count_attached())
-        ):
-            client.push(data, attached)
 
     def _interest(self, client: Client, *, readable: bool) -> None:
         events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if client.out else 0)

@@ -454,6 +454,8 @@ def test_a_client_for_whom_no_descriptor_is_left_is_closed_and_the_others_go_on(
                 assert len(replies(first, 1)) == 1
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
 def test_half_of_a_new_policy_is_not_in_force(stored_inbox):
     opener, store = stored_inbox
     may_send = Rights(frozenset({0}), frozenset(), 1000, 1000, 0, 100, 10_000)

@@ -377,12 +377,13 @@ def test_a_message_to_very_many_counts_like_several(stored, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     per = limits.RECIPIENTS_PER_TOKEN
-    stored.add_users([User(uid, f"u{uid}", frozenset({0})) for uid in range(1000, 1000 + 5 * per)])
+    stored.add_users([User(uid, f"u{uid}", frozenset({0})) for uid in (7, *range(1000, 1000 + 5 * per))])
+    stored.use(STORED)
     sender = member(
         stored, 5, QUEUE._replace(subscribe=frozenset(), messages_per_second=1, burst=10, stored_messages=9)
     )
     post(stored, sender)  # one and five
-    post(stored, sender, "bob")
+    post(stored, sender, "7")
     with pytest.raises(RateLimited):
         post(stored, sender)
     now[0] += 4.1
