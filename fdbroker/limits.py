@@ -56,7 +56,7 @@ LIMITS: dict[str, Limit] = {
     "SUBSCRIBER_MESSAGES": Limit(1000, "messages", "guess: that wait for one subscriber", "the oldest is lost"),
     "SUBSCRIBER_BYTES": Limit(1048576, "bytes", "guess: sixteen of the longest", "the oldest is lost"),
     "DESCRIPTORS_PER_MESSAGE": Limit(16, "descriptors", "design", "disconnect"),
-    "HELD_DESCRIPTORS": Limit(64, "descriptors", "guess: that one user's messages hold", "QuotaExceeded"),
+    "HELD_DESCRIPTORS": Limit(256, "descriptors", "guess: that one user's messages hold", "QuotaExceeded"),
     "HELD_BYTES": Limit(268435456, "bytes", "guess: of memfds that one user's messages hold", "QuotaExceeded"),
     "UNREAD_DESCRIPTORS": Limit(32, "descriptors", "guess: sent to a subscriber, not received", "the message is lost"),
     "UNREAD_OF_USER": Limit(512, "descriptors", "guess: sixteen subscribers, or ended ones", "the message is lost"),

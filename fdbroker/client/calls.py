@@ -318,7 +318,7 @@ class Continued:
         self._wait_s = RETRY_S
         if self._earlier and message.time_us < self._began_us:
             return False
-        self.after, self._earlier = message.number, False
+        self.after, self._earlier = max(self.after or 0, message.number), False
         return True
 
 

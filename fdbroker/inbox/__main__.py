@@ -6,6 +6,7 @@ Runs in: inbox, as root until `obey` returns. Everything is imported before that
 from __future__ import annotations
 
 import socket
+import sqlite3
 import sys
 
 from fdbroker import errors
@@ -24,7 +25,11 @@ def main() -> int:
     records = Records(socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None)
     store, damage = None, ""
     for folder, _ in order.files or ():  # the one where messages are stored, if they are
-        store, damage = opened(folder)
+        try:
+            store, damage = opened(folder)
+        except sqlite3.Error as error:
+            Topics(records).say(f"the stored messages in {folder} cannot be opened: {error}")
+            return errors.EX_OSERR
     topics = Topics(records, store)
     if damage:
         topics.say(damage)

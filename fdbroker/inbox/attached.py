@@ -90,8 +90,12 @@ class Ledger:
         """Whether as many as one message may carry may be let in from that user."""
         with self._lock:
             held = self._held.get(uid)
+            if held is not None and held.to_close:
+                self._start(uid, held)
             most = limits.DESCRIPTORS_PER_MESSAGE
-            return self._count + most <= self._most and (held is None or held.count + most <= _HELD)
+            # of a small table, one user gets half
+            each = min(_HELD, self._most // 2)
+            return self._count + most <= self._most and (held is None or held.count + most <= each)
 
     def take(self, uid: int, numbers: Sequence[int]) -> Attached:
         """Own these, which came from that user, once `has_room` said so."""
@@ -115,9 +119,12 @@ class Ledger:
         with self._lock:
             held = self._held[uid]
             held.to_close.append((numbers, size))
-            if held.closing:
-                return
-            held.closing = True
+            self._start(uid, held)
+
+    def _start(self, uid: int, held: _Held) -> None:
+        if held.closing:
+            return
+        held.closing = True
         try:
             threading.Thread(target=self._close, args=(uid, held), daemon=True).start()
         except RuntimeError:  # no thread to be had: the next one closes these as well

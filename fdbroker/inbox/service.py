@@ -311,7 +311,7 @@ class Inbox:
                     client.out += answer
                 elif answer is not None and answer.silent:
                     continue
-                elif refusal is not None:
+                elif refusal is not None and (answer is None or answer.acknowledge):
                     client.out += client.message_refused(refusal)
                 elif answer is None:
                     client.out += client.sent

@@ -133,6 +133,7 @@ class _Delivery(NamedTuple):
     to: int | None
     data: bytes
     attached: Attached | None
+    stored: bool
 
 
 def _reply(data: bytes) -> bytes:
@@ -237,8 +238,8 @@ class Topics:
             **({} if asked.file is None else {"fileDescriptor": asked.file}),
             **({"fileDescriptors": asked.others} if asked.others else {}),
         }
-        delivery = _Delivery(topic.name, to, _encode(message).encode(), attached)
-        stored = self._store if "queue" in topic.deliver else None
+        delivery = _Delivery(topic.name, to, _encode(message).encode(), attached, "queue" in topic.deliver)
+        stored = self._store if delivery.stored else None
         recipients: frozenset[int] = frozenset()
         if stored is not None:
             maxima = member.maxima
@@ -250,7 +251,10 @@ class Topics:
             self._record(message, asked.payload)
         self._number += 1
         if stored is None:
-            self._deliver(delivery)
+            if self._uncommitted:  # behind those with smaller numbers
+                self._uncommitted.append(delivery)
+            else:
+                self._deliver(delivery)
             return False
         if recipients:
             expires_us = time_us + topic.keep_s * 1_000_000
@@ -287,15 +291,17 @@ class Topics:
     def commit(self) -> QueueFull | None:
         """Write down what waits for it, then deliver it. A refusal is for all of it: nothing is stored."""
         delivered, self._uncommitted = self._uncommitted, []
+        refusal = None
         if self._store is not None:
             try:
                 self._store.commit()
             except NotStored as error:
                 self.say(f"messages cannot be stored: {error}")
-                return QueueFull("store_bytes", limits.STORE_BYTES)
+                refusal = QueueFull("store_bytes", limits.STORE_BYTES)
         for delivery in delivered:
-            self._deliver(delivery, stored=True)
-        return None
+            if refusal is None or not delivery.stored:
+                self._deliver(delivery)
+        return refusal
 
     def say(self, text: str) -> None:
         """Tell the admin what is wrong with the stored messages, at most once in ten seconds."""
@@ -307,7 +313,7 @@ class Topics:
         with contextlib.suppress(NotRecorded):
             self._records.write(fields)
 
-    def _deliver(self, delivery: _Delivery, *, stored: bool = False) -> None:
+    def _deliver(self, delivery: _Delivery) -> None:
         topic = self._topics.get(delivery.topic)  # a policy since then may have none of that name
         if topic is None or "subscribers" not in topic.deliver:
             return
@@ -315,7 +321,7 @@ class Topics:
         for subscriber in self._subscribers.get(delivery.topic, ()):
             if delivery.to is not None and delivery.to != subscriber.sender.uid:
                 continue
-            if stored and subscriber.replayed is not None:
+            if delivery.stored and subscriber.replayed is not None:
                 continue  # it comes with what is stored
             subscriber.put(reply, delivery.attached)
             if subscriber.replayed is None:  # else what is stored comes first

@@ -130,3 +130,15 @@ class Process:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def main_thread_ended(pid: int) -> bool:
+    """Whether that process has ended but for threads that cannot: it is no zombie to wait for, and serves nobody.
+
+    False when there is no such process. Source: proc_pid_stat(5).
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] == b"Z"
+    except OSError:
+        return False

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
-from fdbroker.kernel import capabilities, confine, landlock, memfd
+from fdbroker.kernel import capabilities, confine, landlock, memfd, processes
 from fdbroker.launcher import listen, start
 from fdbroker.launcher.needs import Needs, check_reload, needs
 from fdbroker.launcher.notify import Notify
@@ -33,6 +33,8 @@ _SAYS = {
     "namespaces": link.WORKER_TO_LAUNCHER,
 }
 _STOP_LOOK_S = 0.05
+# How often we look whether a child has ended that does not say so by its link.
+_LOOK_S = 5.0
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
@@ -168,18 +170,28 @@ class Launcher:
 
     # ---- run
 
+    def _look(self) -> None:
+        """A process can end without its links: when one of its threads waits in the kernel. Raises ServiceFailed."""
+        for child in self._children:
+            if child.process.poll() is None and processes.main_thread_ended(child.process.pid):
+                raise ServiceFailed(f"the {child.name} has ended, but for a thread that waits in the kernel")
+
     def _loop(self) -> None:
         watchdog_s = self._notify.watchdog_s
+        look_at_s = time.monotonic()
         ping_at_s = time.monotonic() if watchdog_s else 0.0
         while True:
             now_s = time.monotonic()
             if watchdog_s and now_s >= ping_at_s:
                 ping_at_s = now_s + watchdog_s
                 self._opener.link.send(link.PING)
-            ends_s = [at_s for at_s in (ping_at_s, self._stop_at_s) if at_s]
+            if now_s >= look_at_s:
+                look_at_s = now_s + _LOOK_S
+                self._look()
+            ends_s = [at_s for at_s in (look_at_s, ping_at_s, self._stop_at_s) if at_s]
             if self._stop_at_s:
                 ends_s.append(now_s + _STOP_LOOK_S)  # a child's link has ended a moment before it
-            self._epoll.poll(max(0.0, min(ends_s) - now_s) if ends_s else -1)
+            self._epoll.poll(max(0.0, min(ends_s) - now_s))
             for number in self._signals():
                 if number == signal.SIGHUP:
                     self._reload()

@@ -253,7 +253,10 @@ def test_one_users_messages_hold_so_many_and_another_user_does_not_notice(broker
                 client.send("inbox", "without any")
         return [mine, theirs]
 
-    assert hold(broker.socket) == [["QuotaExceeded", {"limit": "held_descriptors", "maximum": 64}], ["granted", {}]]
+    assert hold(broker.socket) == [
+        ["QuotaExceeded", {"limit": "held_descriptors", "maximum": limits.HELD_DESCRIPTORS}],
+        ["granted", {}],
+    ]
 
 
 def test_a_subscriber_that_does_not_read_loses_messages_and_others_get_theirs(broker):
