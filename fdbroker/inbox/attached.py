@@ -157,6 +157,8 @@ class Unread:
     def __init__(self) -> None:
         self._sent: dict[int, dict[socket.socket, int]] = {}  # by uid
         self._ended: set[socket.socket] = set()
+        # with more of all users we would rather lose count than descriptors
+        self._ended_max = limits.held_in_all(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 4
 
     def may_send(self, uid: int, sock: socket.socket, count: int) -> bool:
         """Whether so many more may be sent on that user's socket."""
@@ -175,7 +177,7 @@ class Unread:
 
     def end(self, uid: int, sock: socket.socket) -> None:
         """The connection is over: close our copy, once its other end has received, or closed, what it was sent."""
-        if sock in self._sent.get(uid, {}) and sockets.unread_bytes(sock):
+        if len(self._ended) < self._ended_max and sock in self._sent.get(uid, {}) and sockets.unread_bytes(sock):
             self._ended.add(sock)
             sockets.hang_up(sock)
         else:

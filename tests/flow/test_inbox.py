@@ -545,3 +545,15 @@ def test_a_long_acknowledgement_counts_as_the_work_that_it_is(stored_inbox):
         for client in found:
             assert replies(client, 1)[0]["parameters"]["messages"] == []
         assert max(most) <= 2000  # of one user in one turn
+
+
+def test_who_acknowledges_nothing_is_served_while_nothing_can_be_stored(stored_inbox):
+    opener, store = stored_inbox
+    with opener.client(MAY) as sender, opener.client(MAY) as receiver:
+        store.broken = True
+        for _ in range(3):
+            store.go.release()
+        sender.sendall(call("Send", topic="inbox", payload="x") + call("Receive", maximum=5, acknowledge=[1]))
+        receiver.sendall(call("Receive", maximum=5) * 5)
+        assert replies(receiver, 5) == [{"parameters": {"messages": []}}] * 5
+        assert [reply.get("error") for reply in replies(sender, 2)] == ["io.fdbroker.Inbox.QuotaExceeded"] * 2

@@ -296,3 +296,21 @@ def test_an_ended_connection_stays_until_its_other_end_has_them_or_is_gone():
         assert not unread.lingering
         assert ours.fileno() < 0
         assert unread.may_send(5, theirs, 1)
+
+
+def test_so_many_ended_connections_stay_and_not_one_more():
+    unread = Unread()
+    unread._ended_max = 2
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
+    for uid, (ours, _) in enumerate(pairs):
+        numbers = null(1)
+        sockets.send(ours, b"x", numbers)
+        os.close(numbers[0])
+        unread.add(uid, ours, 1)
+        unread.end(uid, ours)
+    assert [ours.fileno() >= 0 for ours, _ in pairs] == [True, True, False]
+    for _, theirs in pairs:
+        theirs.close()
+    unread.sweep()
+    assert not unread.lingering
+    assert unread._sent == {}

@@ -292,3 +292,30 @@ TestModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=
 
 def test_the_clock_of_the_test_is_the_real_one():
     assert abs(module.time.time_ns() - time.time_ns()) < 10**10
+
+
+def test_numbers_are_remembered_when_their_messages_are_gone(folder):
+    store, _ = opened(folder)
+    put(store, 1 << 60)
+    store.commit()
+    store.acknowledge(1, [1 << 60])
+    store.commit()
+    store.close()
+    store, _ = opened(folder)
+    assert store.last_number == 1 << 60
+    store.close()
+
+
+def test_what_is_over_is_removed_in_pieces(store, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for number in range(1, 121):
+        put(store, number, expires_us=1000)
+    store.commit()
+    left = []
+    for _ in range(4):
+        now[0] += 1
+        store.check(9, 1, 1000, 1000)
+        left.append(store._database.execute("SELECT count(*) FROM waiting").fetchone()[0])
+    assert left == [70, 20, 0, 0]
+    assert store._used == {}

@@ -390,3 +390,25 @@ def test_a_message_to_very_many_counts_like_several(stored, monkeypatch):
     post(stored, sender)
     stored.commit()
     assert received(stored, member(stored, 1000 + 5 * per - 1, QUEUE)) == ["hello", "hello"]
+
+
+def test_messages_of_one_turn_keep_their_order_stored_or_not(journal):
+    store = Store(":memory:")
+    topics = Topics(journal, store)
+    topics.use((*STORED, Topic("plain", ("subscribers",), 100)))
+    three = QUEUE._replace(send=frozenset({0, 1, 2}), subscribe=frozenset({0, 1, 2}))
+    sender, one = member(topics, 5, three), member(topics, 7, three)
+    topics.subscribe(one, ["open", "plain"], None, 0)
+    for name in ("plain", "open", "plain"):
+        post(topics, sender, topic=name)
+    assert [message["topic"] for message in taken(one)] == ["plain"]
+    topics.commit()
+    messages = taken(one)
+    assert [message["topic"] for message in messages] == ["open", "plain"]
+    assert messages[0]["number"] < messages[1]["number"]
+    post(topics, sender, topic="open")
+    post(topics, sender, topic="plain")
+    store._database.execute("PRAGMA query_only = ON")
+    assert topics.commit() is not None
+    assert [message["topic"] for message in taken(one)] == ["plain"]  # what is not stored is not lost with the others
+    store.close()
