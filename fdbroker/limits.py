@@ -63,7 +63,7 @@ LIMITS: dict[str, Limit] = {
     "ATTACHED_BYTES": Limit(67108864, "bytes", "design: a payload in a memfd, where a topic says nothing", "EMSGSIZE"),
     "ATTACHED_BYTES_MAX": Limit(268435456, "bytes", "as HELD_BYTES", "load fails"),
     "USERS": Limit(4096, "users", "guess: each broadcast that is stored has a row for each", "load fails"),
-    "RECIPIENTS_PER_TOKEN": Limit(16, "users", "measured: takes as long as a message", "a message counts more"),
+    "ROWS_PER_MESSAGE": Limit(16, "rows", "measured: of the store, take as long as a message", "it counts as more"),
     "KEEP_SECONDS": Limit(604800, "seconds", "design: 7d, where a topic says nothing", "the message is removed"),
     "STORE_BYTES": Limit(1073741824, "bytes", "guess: a thousand users with 1 MiB each", "ENOSPC"),
     "RECEIVED_MESSAGES": Limit(1000, "messages", "guess: in one reply to Receive", "the next Receive has them"),
@@ -92,9 +92,14 @@ LIMITS: dict[str, Limit] = {
 }
 
 
+def reserved(descriptors: int) -> int:
+    """Of a process that may have so many descriptors open, how many are not for connections."""
+    return max(LIMITS["DESCRIPTORS_RESERVED"].value, descriptors // 16)
+
+
 def held_in_all(descriptors: int) -> int:
-    """Of a process that may have so many descriptors open, how many the messages of all users may hold."""
-    return max(LIMITS["DESCRIPTORS_RESERVED"].value, descriptors // 16) - 64
+    """Of these, how many the messages of all users may hold: the others are for links, files, and what just came."""
+    return reserved(descriptors) - 64
 
 
 def __getattr__(name: str) -> int:

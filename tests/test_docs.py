@@ -13,7 +13,9 @@ from pathlib import Path
 import click
 import pytest
 
-from fdbroker.cli.commands import app
+from fdbroker import limits
+from fdbroker.cli.commands import DEFAULT_STATE, app
+from fdbroker.inbox import topics
 from fdbroker.policy import names
 from fdbroker.policy.compile import failed_tests, load_policy
 from fdbroker.policy.schema import json_schema
@@ -215,3 +217,24 @@ def test_no_document_names_the_machine_where_it_was_written(path):
         text = text.replace("such as `/tmp`", "")
     assert not ELSEWHERE.findall(text)
     assert str(ROOT) not in text
+
+
+def test_what_the_documents_say_of_messages_is_what_the_code_has():
+    """Numbers and names that stand in sentences, and so twice."""
+    protocol, operating = ((ROOT / "docs" / name).read_text() for name in ("protocol.md", "operating.md"))
+    for text in (
+        f"Up to {limits.DESCRIPTORS_PER_MESSAGE} descriptors",
+        f"{limits.ATTACHED_BYTES >> 20} MiB where the policy",
+        f"at most {limits.SUBSCRIBER_MESSAGES:,} messages and {limits.SUBSCRIBER_BYTES >> 20} MiB",
+    ):
+        assert text in protocol
+    assert f"up to {limits.ATTACHED_BYTES >> 20} MiB without a copy" in (ROOT / "README.md").read_text()
+    for number in (topics.MESSAGE_ID, topics.STORE_MESSAGE_ID):
+        assert f"MESSAGE_ID={number}" in operating
+    assert topics.MESSAGE_ID != topics.STORE_MESSAGE_ID
+    folder = DEFAULT_STATE
+    assert f"ReadWritePaths=-{folder}\n" in (ROOT / "units/fdbroker.service").read_text()
+    assert re.search(
+        rf"^d {folder} +0700 fdbroker-inbox ", (ROOT / "units/tmpfiles.d/fdbroker.conf").read_text(), re.MULTILINE
+    )
+    assert f"`{folder}/messages.sqlite`" in operating

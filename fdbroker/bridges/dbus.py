@@ -6,10 +6,11 @@ Runs in: `fdbroker bridge dbus`. Others on the bus control the signals, other us
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from dbus_fast import Message, MessageType, Variant
@@ -96,20 +97,27 @@ async def _run(bus: str, matches: Sequence[tuple[str, str]], notify: Sequence[st
     await until_one_ends(*parts)
 
 
-async def _connected(address: str) -> MessageBus:
+@contextlib.contextmanager
+def _unavailable(why: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Whatever the library raises in here means that the bus is not there: it promises no class of errors."""
     try:
+        yield
+    except but:
+        raise
+    except Exception as error:  # noqa: BLE001 -- EOFError, OSError, AuthError, ValueError and others are all seen
+        raise BusUnavailable(f"{why}: {error or type(error).__name__}") from None
+
+
+async def _connected(address: str) -> MessageBus:
+    with _unavailable(f"no bus answers at {address}"):
         async with asyncio.timeout(limits.BUS_SECONDS):
             # Without negotiate_unix_fd the bus sends us no descriptors.
             return await MessageBus(bus_address=address).connect()
-    except Exception as error:  # noqa: BLE001 -- the library promises no class
-        raise BusUnavailable(f"no bus answers at {address}: {error or type(error).__name__}") from None
 
 
 async def _end_of(bus: MessageBus) -> None:
-    try:
+    with _unavailable("the bus is gone"):
         await bus.wait_for_disconnect()
-    except Exception as error:  # noqa: BLE001 -- likewise
-        raise BusUnavailable(f"the bus is gone: {error or type(error).__name__}") from None
     raise BusUnavailable("the bus is gone")
 
 
@@ -118,13 +126,12 @@ async def _called(bus: MessageBus, destination: str, path: str, member: str, sig
     message = Message(destination, path, destination, member, signature=signature, body=body)
     try:
         async with asyncio.timeout(limits.BUS_SECONDS):
-            reply = await bus.call(message)
+            with _unavailable("the bus is gone", but=ValueError):
+                reply = await bus.call(message)
     except TimeoutError:
         raise _Failed(f"{destination} does not answer") from None
     except ValueError as error:  # a word that is no text
         raise _Failed(str(error)) from None
-    except Exception as error:  # noqa: BLE001 -- likewise
-        raise BusUnavailable(f"the bus is gone: {error or type(error).__name__}") from None
     if reply.message_type is MessageType.ERROR:
         raise _Failed(": ".join([str(reply.error_name), *(one for one in reply.body if isinstance(one, str))]))
 

@@ -16,14 +16,13 @@ from typing import Self
 
 from fdbroker.client import calls
 from fdbroker.client.descriptor import Descriptor
-from fdbroker.client.sync import HasFileno, outgoing
+from fdbroker.client.sync import HasFileno, outgoing, ping
 from fdbroker.errors import BrokerUnavailable, FdbrokerError, ProtocolViolation
 from fdbroker.kernel import sockets
 from fdbroker.terms import Offer
-from fdbroker.wire import frame, varlink
+from fdbroker.wire import varlink
 
 _READ_BYTES = 65536
-_PONG = frame.encode_frame(frame.PONG)
 
 
 class _Waiting:
@@ -100,23 +99,7 @@ class Client:
 
     async def ping(self) -> float:
         """Send PING on a connection of its own; returns the round trip in seconds. Raises BrokerUnavailable."""
-        sock = await _connected(self._address)
-        began_s = self._loop.time()
-        try:
-            await self._loop.sock_sendall(sock, frame.encode_frame(frame.PING))
-            answer = b""
-            while len(answer) < len(_PONG):
-                data = await self._loop.sock_recv(sock, len(_PONG) - len(answer))
-                if not data:
-                    break
-                answer += data
-        except OSError as error:
-            raise BrokerUnavailable(f"no answer to PING: {error}") from None
-        finally:
-            sock.close()
-        if answer != _PONG:
-            raise BrokerUnavailable("who answers at that address is no fdbroker, or closed the connection")
-        return self._loop.time() - began_s
+        return await asyncio.to_thread(ping, self._address)
 
     async def send(
         self,

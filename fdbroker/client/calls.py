@@ -352,7 +352,7 @@ class Replies:
     @property
     def spent(self) -> bool:
         """Whether nothing waits: what is left once every call has its answer belongs to none."""
-        return not self._descriptors and not self._reader.partial
+        return not self._descriptors and not self._reader.held
 
     def close(self) -> None:
         """Close the descriptors that no reply has taken."""

@@ -98,10 +98,11 @@ class Ledger:
             return self._count + most <= self._most and (held is None or held.count + most <= each)
 
     def take(self, uid: int, numbers: Sequence[int]) -> Attached:
-        """Own these, which came from that user, once `has_room` said so."""
-        with self._lock:
-            self._held.setdefault(uid, _Held()).count += len(numbers)
-            self._count += len(numbers)
+        """Own these, which came from that user, once `has_room` said so; none of them stands for those not let in."""
+        if numbers:
+            with self._lock:
+                self._held.setdefault(uid, _Held()).count += len(numbers)
+                self._count += len(numbers)
         return Attached(self, uid, numbers)
 
     def add_bytes(self, uid: int, size: int) -> None:

@@ -33,7 +33,7 @@ class Decoder:
     @property
     def partial(self) -> bool:
         """Whether the beginning of a message waits for its end."""
-        return self._reader is not None and self._reader.partial
+        return self._reader is not None and self._reader.held > 0
 
     def feed(self, data: bytes, attached: Attached | None = None) -> None:
         """Add what arrived, at least one byte; `attached` came with the last of them."""

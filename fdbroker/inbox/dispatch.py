@@ -330,7 +330,7 @@ def message_refused(refusal: Refused, *, framed: bool) -> bytes:
 
 def messages_reply(messages: Sequence[bytes]) -> bytes:
     """The reply of Receive: messages that are JSON already."""
-    return b'{"parameters":{"messages":[%s]}}\0' % b",".join(messages)
+    return varlink.encode_reply({"messages": list(map(varlink.Raw, messages))})
 
 
 def offers_reply(offers: Sequence[Offer], *, continues: bool) -> bytes:

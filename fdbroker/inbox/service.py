@@ -33,8 +33,7 @@ _MESSAGES_PER_TURN = 64
 _LINGER_S = 1.0
 # Of one user, over all its connections: so a flood of one delays others by that many messages and no more.
 _MESSAGES_PER_USER = 16
-# So many rows of the store take as long as one message.
-_ROWS_PER_MESSAGE = 64
+_ROWS_PER_MESSAGE = limits.ROWS_PER_MESSAGE
 
 
 class Inbox:

@@ -10,6 +10,7 @@ can fill another sender's share.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import time
@@ -49,6 +50,17 @@ _SCHEMA = f"""
     CREATE INDEX waiting_by_number ON waiting (number);
     PRAGMA user_version = {_VERSION};
     COMMIT;
+"""
+
+
+_REMOVE = """
+    DELETE FROM messages WHERE number = ? AND NOT EXISTS (SELECT 1 FROM waiting WHERE number = messages.number)
+    RETURNING sender, length(data)
+"""
+_WAITING = """
+    SELECT number, data FROM waiting JOIN messages USING (number)
+    WHERE uid = ? AND number > ? AND expires_us > ? AND topic IN (SELECT value FROM json_each(?))
+    ORDER BY number LIMIT ?
 """
 
 
@@ -140,8 +152,7 @@ class Store:
                 self._database.executemany("INSERT INTO waiting VALUES (?, ?)", rows)
             for one in done:
                 if self._database.execute("DELETE FROM waiting WHERE uid = ? AND number = ?", one).rowcount:
-                    nobody = "NOT EXISTS (SELECT 1 FROM waiting WHERE number = messages.number)"
-                    self._remove(f"number = ? AND {nobody}", one[1])
+                    self._remove(one[1])
 
     def _expire(self) -> None:
         """Remove what has not been acknowledged in time, some of it: nobody should wait for all."""
@@ -151,14 +162,11 @@ class Store:
             with contextlib.suppress(NotStored), self._transaction():
                 for (number,) in gone:
                     self._database.execute("DELETE FROM waiting WHERE number = ?", (number,))
-                    self._remove("number = ?", number)
+                    self._remove(number)
 
-    def _remove(self, which: str, value: int) -> None:
-        gone = self._database.execute(
-            f"DELETE FROM messages WHERE {which} RETURNING sender, length(data)",  # noqa: S608 -- ours
-            (value,),
-        )
-        for sender, size in gone.fetchall():
+    def _remove(self, number: int) -> None:
+        """Remove a message for which nobody waits any more."""
+        for sender, size in self._database.execute(_REMOVE, (number,)).fetchall():
             messages, used = self._used[sender]
             self._used[sender] = (messages - 1, used - size)
             if messages == 1:
@@ -183,15 +191,10 @@ class Store:
 
         At most `messages_max` and RECEIVED_BYTES, but always one.
         """
-        names = sorted(topics)
         found: list[tuple[int, bytes]] = []
         room = limits.RECEIVED_BYTES
-        marks = ",".join("?" * len(names))
-        rows = self._database.execute(
-            "SELECT number, data FROM waiting JOIN messages USING (number)"  # noqa: S608 -- question marks
-            f" WHERE uid = ? AND number > ? AND expires_us > ? AND topic IN ({marks}) ORDER BY number LIMIT ?",
-            (uid, after, time.time_ns() // 1000, *names, messages_max),
-        )
+        names = json.dumps(sorted(topics))
+        rows = self._database.execute(_WAITING, (uid, after, time.time_ns() // 1000, names, messages_max))
         for number, data in rows:
             room -= len(data)
             if room < 0 and found:

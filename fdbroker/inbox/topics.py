@@ -6,7 +6,6 @@ Runs in: inbox. An attacker controls payloads and the names of topics; who sends
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,19 +27,18 @@ from fdbroker.inbox.dispatch import Publish, text_of
 from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.kernel.records import NotRecorded, Records
 from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Topic, User
+from fdbroker.wire import varlink
 from fdbroker.wire.rights import Rights, Sender
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
-_RECIPIENTS = limits.RECIPIENTS_PER_TOKEN
+_ROWS = limits.ROWS_PER_MESSAGE
 _BUCKETS_KEPT = 4096
 MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a08"
 STORE_MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a09"
 # how every message begins: where `lost` is put, when there is something to say
 _BEGIN = b'{"parameters":{"message":{'
 _IDENTIFIER = "fdbroker-inbox"
-_encode = json.JSONEncoder(separators=(",", ":")).encode
-
 
 Waiting = tuple[bytes, Attached | None]  # bytes to send, and the descriptors that go with the first of them
 
@@ -138,7 +136,7 @@ class _Delivery(NamedTuple):
 
 def _reply(data: bytes) -> bytes:
     """A message as a reply to Subscribe; `data` is its JSON object."""
-    return b'{"parameters":{"message":%s},"continues":true}\0' % data
+    return varlink.encode_reply({"message": varlink.Raw(data)}, continues=True)
 
 
 class Topics:
@@ -238,15 +236,15 @@ class Topics:
             **({} if asked.file is None else {"fileDescriptor": asked.file}),
             **({"fileDescriptors": asked.others} if asked.others else {}),
         }
-        delivery = _Delivery(topic.name, to, _encode(message).encode(), attached, "queue" in topic.deliver)
+        delivery = _Delivery(topic.name, to, varlink.encode_object(message), attached, "queue" in topic.deliver)
         stored = self._store if delivery.stored else None
         recipients: frozenset[int] = frozenset()
         if stored is not None:
             maxima = member.maxima
             stored.check(sender.uid, len(delivery.data), maxima.stored_messages, maxima.stored_bytes)
             recipients = frozenset({to}) if to is not None else self._recipients(topic)
-            if len(recipients) > _RECIPIENTS:
-                self._take_token(member, len(recipients) // _RECIPIENTS)
+            if len(recipients) > _ROWS:
+                self._take_token(member, len(recipients) // _ROWS)
         if "journal" in topic.deliver:  # the last one that can refuse by itself
             self._record(message, asked.payload)
         self._number += 1

@@ -14,6 +14,7 @@ import stat
 
 from fdbroker.errors import EX_CONFIG, EX_UNAVAILABLE, FdbrokerError
 from fdbroker.kernel import sockets
+from fdbroker.policy.load import untrusted
 from fdbroker.terms import INVALID_ID
 
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
@@ -101,8 +102,9 @@ def bound(path: str, mode: int, group: str | None) -> Listener:
         status = os.stat(folder)
     except OSError as error:
         raise CannotListen(f"{folder}: {error.strerror}; make it: install -d -m 0755 {folder}") from None
-    if status.st_uid != 0 or (status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX):
-        raise CannotListen(f"{folder} must be root's and not writable by others, or they could replace the socket")
+    trouble = untrusted(status, sticky_is_fine=True)
+    if trouble:
+        raise CannotListen(f"{folder} {trouble}, or others could replace the socket")
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     gid_before = os.getegid()

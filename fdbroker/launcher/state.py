@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from fdbroker import errors
 from fdbroker.errors import FdbrokerError
+from fdbroker.policy.load import untrusted
 
 _MAKE = "`systemd-tmpfiles --create` makes it for an installed service"
 
@@ -40,11 +41,13 @@ def prepare(folder: str, uid: int, gid: int) -> None:
     try:
         for parent in _parents(folder):
             status = os.lstat(parent)
-            writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or writable:
-                raise StateUnusable(f"{folder} cannot hold messages: {parent} must be a folder that is root's alone")
-            if not status.st_mode & stat.S_IXOTH:
-                raise StateUnusable(f"{folder} cannot hold messages: the inbox may not enter {parent}, chmod o+x")
+            trouble = untrusted(status, sticky_is_fine=True)
+            if not stat.S_ISDIR(status.st_mode):
+                trouble = "must be a folder, and no link to one"
+            elif not status.st_mode & stat.S_IXOTH:
+                trouble = "must let the inbox in: chmod o+x"
+            if trouble:
+                raise StateUnusable(f"{folder} cannot hold messages: {parent} {trouble}")
         if owner(folder) is None:
             os.mkdir(folder, 0o700)
             os.chown(folder, uid, gid)

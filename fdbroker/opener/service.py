@@ -89,7 +89,7 @@ class Opener:
         self._inbox_full = False
         self._epoll = select.epoll()
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._connections_max = descriptors - limits.held_in_all(descriptors) - 64
+        self._connections_max = descriptors - limits.reserved(descriptors)
 
     def serve(self) -> None:
         """Serve until the launcher says stop, or goes. Raises LinkViolation and OSError: then the process must end."""

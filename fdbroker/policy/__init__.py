@@ -4,6 +4,7 @@
 |---|---|---|
 | load | YAML text to a tree with positions, judged by schema | launcher, command line |
 | compile | names to ids, globs checked, one flat Policy | launcher, command line |
+| recipients | for whom messages are stored, by the group database | launcher, command line |
 | compiled | the Policy itself, to bytes and back | launcher, opener, command line |
 | decide | Policy, subject and path to allow or deny | opener, command line |
 | explain | why, what came near, and the smallest change | command line |

@@ -89,7 +89,8 @@ def in_order(findings: list[Finding]) -> list[Finding]:
 # ---- files
 
 
-def _untrusted(status: os.stat_result, *, sticky_is_fine: bool) -> str:
+def untrusted(status: os.stat_result, *, sticky_is_fine: bool) -> str:
+    """Why somebody else than root could change what stands there, "" when nobody could."""
     if status.st_uid != 0:
         return f"must belong to root, belongs to uid {status.st_uid}"
     if status.st_mode & 0o022 and not (sticky_is_fine and status.st_mode & stat.S_ISVTX):
@@ -120,11 +121,11 @@ def _read(file: str, findings: list[Finding], *, trusted: bool) -> str | None:
             wrong("is not a regular file")
             return None
         if trusted:
-            trouble = _untrusted(status, sticky_is_fine=False)
+            trouble = untrusted(status, sticky_is_fine=False)
             if trouble:
                 wrong(trouble, hint=f"chown root:root {file} && chmod 0644 {file}")
             for folder, sticky_is_fine in _folders_above(file):
-                trouble = _untrusted(os.stat(folder), sticky_is_fine=sticky_is_fine)
+                trouble = untrusted(os.stat(folder), sticky_is_fine=sticky_is_fine)
                 if trouble:
                     wrong(f"its folder {folder} {trouble}")
         data = b""

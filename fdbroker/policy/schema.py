@@ -85,6 +85,7 @@ class Later(NamedTuple):
 
 Kind = Text | Integer | Flag | Choice | Sequence | OneOrMore | Mapping | Named | Later
 
+_KEEP = f"{limits.KEEP_SECONDS // 86_400}d"
 _GLOB = Text("an absolute path below /dev; * ? [..] never match a slash", "^/dev/[^/](.|\n)*$")
 _NAME = Text("a name or a number")
 _NAMES = Sequence(_NAME)
@@ -281,12 +282,13 @@ POLICY = Mapping(
                         ),
                         "maximum_bytes": Field(
                             Integer(1, limits.ATTACHED_BYTES_MAX),
-                            "How long a message may be; above 65,536, the default where it goes to the journal or the "
-                            "queue, only in a memfd and to subscribers alone. Default for these: 67,108,864.",
+                            f"How long a message may be; above {limits.MESSAGE_BYTES:,}, the default where it goes to "
+                            "the journal or the queue, only in a memfd and to subscribers alone. Default for these: "
+                            f"{limits.ATTACHED_BYTES:,}.",
                         ),
                         "keep": Field(
                             Text("a number and one of s, m, h, d, w, such as 7d", "^[1-9][0-9]{0,4}[smhdw]$"),
-                            "How long the queue keeps a message that nobody acknowledges. Default: `7d`.",
+                            f"How long the queue keeps a message that nobody acknowledges. Default: `{_KEEP}`.",
                         ),
                     },
                 ),

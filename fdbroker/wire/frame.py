@@ -63,10 +63,5 @@ class FrameReader:
 
     @property
     def held(self) -> int:
-        """How many bytes wait."""
+        """How many bytes wait: once there is no whole message any more, those of the beginning of one."""
         return len(self._buffer)
-
-    @property
-    def partial(self) -> bool:
-        """Whether the beginning of a message waits for its end."""
-        return bool(self._buffer)

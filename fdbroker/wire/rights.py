@@ -154,7 +154,9 @@ def encode_users(users: Sequence[User]) -> Iterator[bytes]:
         some = users[first : first + _USERS_PER_MESSAGE]
         parts = [_COUNT.pack(8, len(some))]
         for user in some:
-            name = user.name.encode(errors="replace")[:_TEXT_BYTES]
+            name = user.name.encode(errors="replace")
+            if len(name) > _TEXT_BYTES:
+                name = b""  # then by number only: cut, it could be another's
             parts += (_USER.pack(user.uid, _bits(user.topics), len(name)), name)
         yield b"".join(parts)
 

@@ -21,6 +21,7 @@ _CALL_MEMBERS = frozenset({"method", "parameters", "oneway", "more", "upgrade"})
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
+Raw = msgspec.Raw  # bytes that are JSON already, as a value of what is to be encoded
 
 
 class VarlinkError(Exception):
@@ -86,13 +87,8 @@ class VarlinkReader:
 
     @property
     def held(self) -> int:
-        """How many bytes wait."""
+        """How many bytes wait: once there is no whole message any more, those of the beginning of one."""
         return len(self._buffer)
-
-    @property
-    def partial(self) -> bool:
-        """Whether the beginning of a message waits for its end."""
-        return bool(self._buffer)
 
 
 def _object(message: bytes) -> dict[str, Any]:
@@ -140,6 +136,11 @@ def encode_call(name: str, parameters: dict[str, Any], *, more: bool = False) ->
     if len(message) > _MESSAGE_BYTES:
         raise ValueError(f"a call of {len(message)} bytes, at most {_MESSAGE_BYTES}")
     return message + b"\0"
+
+
+def encode_object(value: dict[str, Any]) -> bytes:
+    """A value of a reply by itself, to be put into several: as `Raw`."""
+    return _encode(value)
 
 
 def encode_reply(parameters: dict[str, Any], *, continues: bool = False) -> bytes:

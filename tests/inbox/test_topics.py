@@ -376,7 +376,7 @@ def test_numbers_go_on_above_those_that_are_stored(journal):
 def test_a_message_to_very_many_counts_like_several(stored, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    per = limits.RECIPIENTS_PER_TOKEN
+    per = limits.ROWS_PER_MESSAGE
     stored.add_users([User(uid, f"u{uid}", frozenset({0})) for uid in (7, *range(1000, 1000 + 5 * per))])
     stored.use(STORED)
     sender = member(

@@ -18,7 +18,7 @@ def test_frames_come_out_as_they_went_in_however_they_are_cut():
             while (payload := reader.next_message()) is not None:
                 got.append(payload)
         assert got == payloads
-        assert not reader.partial
+        assert not reader.held
 
 
 def test_the_limit_is_judged_by_the_length_alone():
@@ -35,9 +35,9 @@ def test_the_limit_is_judged_by_the_length_alone():
 
 def test_partial_means_that_something_waits_for_its_end():
     reader = FrameReader()
-    assert not reader.partial
+    assert not reader.held
     reader.feed(b"\0")
-    assert reader.partial
+    assert reader.held
 
 
 def test_a_status_is_four_bytes():
