@@ -55,16 +55,16 @@ class Facts:
 
 @pytest.fixture(scope="session")
 def boot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
-    """`boot(machine, commands)` runs shell commands in a machine ("nspawn" or "vm") and returns their facts."""
+    """`boot(machine, commands, …)` runs shell commands in a machine ("nspawn" or "vm") and returns their facts."""
 
-    def boot(machine: str, commands: str, limit_s: int, **environment: str) -> Facts:
+    def boot(machine: str, commands: str, limit_s: int, *words: str, **environment: str) -> Facts:
         if os.geteuid() != 0:
             unavailable("only root can start machines")
         out = tmp_path_factory.mktemp(machine)
         test = out / "test"
         test.write_text(f"set -eu\ncd {shlex.quote(str(CHECKOUT))}\n{commands}\n")
         ended = subprocess.run(
-            [LAB / machine, out, test],
+            [LAB / machine, out, test, *words],
             env={**os.environ, **environment, "LIMIT": str(limit_s)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -93,18 +93,37 @@ def nspawn(boot: Callable[..., Facts]) -> Callable[..., Facts]:
 
 @pytest.fixture(scope="session")
 def vm(boot: Callable[..., Facts]) -> Callable[..., Facts]:
-    """Boot a virtual machine with sound and input devices; `vm(script)` runs a script of inside/ there."""
+    """Boot a virtual machine with sound and input devices; `vm(script)` runs a script of inside/ there.
+
+    With `modules` the kernel has these security modules, and the script what scripts/install installs, under a real
+    systemd unless `mode` is "init".
+    """
     if shutil.which("qemu-system-x86_64") is None:
         unavailable("no qemu-system-x86_64: install the package qemu-system-x86")
     made("mkkernel", CACHE / "kernel")
 
-    def run(script: str) -> Facts:
+    def run(script: str, modules: str = "", mode: str = "systemd") -> Facts:
+        kernel = str(CACHE / "kernel")
+        if modules:
+            inside = f"scripts/install\nexec /opt/fdbroker/bin/python3 -B tests/system/inside/{script}"
+            return boot("vm", inside, 300, mode, KDIR=kernel, LSM=modules)
         # where every user can read it, wherever the checkout lies
         program = "mkdir /run/program\nmount --bind . /run/program\nexport PYTHONPATH=/run/program"
         inside = f"exec /run/program/.venv/bin/python /run/program/tests/system/inside/{script}"
-        return boot("vm", f"{program}\n{inside}", 240, KDIR=str(CACHE / "kernel"))
+        return boot("vm", f"{program}\n{inside}", 240, KDIR=kernel)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cache() -> Callable[[str], Path]:
+    """`cache(script)` is the folder that a script of scripts/lab makes."""
+
+    def cache(script: str) -> Path:
+        made(script, CACHE / script)
+        return CACHE / script
+
+    return cache
 
 
 @pytest.fixture(scope="session")
