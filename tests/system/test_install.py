@@ -69,6 +69,15 @@ def test_nobody_else_writes(installed):
     assert not [file for file in files if (folder / file).lstat().st_mode & 0o022 and not (folder / file).is_symlink()]
 
 
+def test_apparmor(tmp_path):
+    """The profile is copied where AppArmor is, and only there (test_places); of SELinux nothing is."""
+    (tmp_path / "etc/apparmor.d").mkdir(parents=True)
+    found = {file for file in install(tmp_path) if "apparmor" in file or "selinux" in file}
+    assert found == {"etc/apparmor.d/fdbroker"}
+    profile = CHECKOUT / "policy/apparmor/fdbroker"
+    assert (tmp_path / "etc/apparmor.d/fdbroker").read_bytes() == profile.read_bytes()
+
+
 def test_again(installed):
     """Installed again, it is the same, and the admin's policy is as it was."""
     folder, files = installed

@@ -1,0 +1,165 @@
+"""Inside the virtual machine, whose kernel has AppArmor: the installed service under its profile.
+
+The unit starts it; the profile is loaded as docs/operating.md says.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from steps import (
+    GROUP,
+    MEMBER,
+    as_user,
+    make_node,
+    outcome,
+    report,
+    run,
+    said,
+    show,
+    start_with,
+    wait_for,
+    write_policy,
+)
+
+OLD_KERNEL = (Path(__file__).parent / "oldkernel.py").read_text()
+PYTHON = "/opt/fdbroker/bin/python3"
+PROFILE = "/etc/apparmor.d/fdbroker"
+LOADED = Path("/sys/kernel/security/apparmor/profiles")
+DROP_IN = "/usr/share/doc/fdbroker/namespaces.conf"
+IN_FORCE = Path("/etc/systemd/system/fdbroker.service.d/namespaces.conf")
+MAY_CONNECT = grp.getgrnam("fdbroker").gr_gid
+RULES = f"""\
+version: 1
+groups:
+  {GROUP}:
+    devices:
+      - {{path: "/dev/lab/zero*", access: rw, class: mem, device: "1:5"}}
+    send: [mail]
+    subscribe: [mail]
+topics: {{mail: {{deliver: [queue]}}}}
+"""
+TRIES = (Path(__file__).parent / "tries.py").read_text()
+
+
+def member(*command: str | Path) -> tuple[str, ...]:
+    return (*as_user(MEMBER, [GROUP, MAY_CONNECT]), *map(str, command))
+
+
+def main_pid() -> int:
+    return int(show("MainPID")["MainPID"])
+
+
+def labels() -> dict[str, str]:
+    """The profile of each process of the service, by its name."""
+    launcher = main_pid()
+    found = {"launcher": Path(f"/proc/{launcher}/attr/current").read_text().strip()}
+    for word in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        words = Path(f"/proc/{word}/cmdline").read_bytes().split(b"\0")
+        name = words[words.index(b"-m") + 1].decode().removeprefix("fdbroker.")
+        found[name] = Path(f"/proc/{word}/attr/current").read_text().strip()
+    return found
+
+
+def denials() -> list[str]:
+    """What the kernel says that AppArmor refused."""
+    return [line for line in run("dmesg").stdout.splitlines() if 'apparmor="DENIED"' in line]
+
+
+def ask(path: str) -> dict[str, Any]:
+    return outcome(
+        run(*member("fdbroker", "open", path, "--access", "rw", "--", "sh", "-c", "head -c 4 <&3 | od -An -tx1"))
+    )
+
+
+# ---- the steps, in their order
+
+
+def loaded() -> dict[str, Any]:
+    Path("/proc/sys/kernel/printk_ratelimit").write_text("0")  # every refusal counts
+    before = LOADED.read_text()
+    done = outcome(run("apparmor_parser", "--replace", PROFILE))
+    return {
+        "modules": Path("/sys/kernel/security/lsm").read_text().split(","),
+        "before": before,
+        "parser": done,
+        "after": LOADED.read_text(),
+    }
+
+
+def served() -> dict[str, Any]:
+    make_node("/dev/lab/zero", 1, 5)
+    make_node("/dev/lab/secret", 1, 5)
+    run("systemctl", "start", "fdbroker.socket", check=True)
+    started = start_with(RULES)
+    return {
+        "started": started,
+        "said": said()[-10:],
+        "labels": labels(),
+        "granted": ask("/dev/lab/zero"),
+        "denied": ask("/dev/lab/secret"),
+        "client": outcome(run(*member("cat", "/proc/self/attr/current"))),
+    }
+
+
+def messages() -> dict[str, Any]:
+    send = outcome(run(*member("fdbroker", "send", "--to", str(MEMBER), "mail", "under a profile")))
+    return {"sent": send, "received": outcome(run(*member("timeout", "30", "fdbroker", "receive")))}
+
+
+def reloaded() -> dict[str, Any]:
+    pid = main_pid()
+    write_policy(RULES.replace("zero*", "*"))
+    done = outcome(run("systemctl", "reload", "fdbroker.service"))
+    wait_for("the new policy", lambda: any("reloaded" in one for one in said()))
+    return {**done, "after": ask("/dev/lab/secret"), "same": main_pid() == pid}
+
+
+def namespaces() -> dict[str, Any]:
+    """With the drop-in; the kernel is too old for new ones."""
+    IN_FORCE.parent.mkdir(parents=True)
+    IN_FORCE.write_text(Path(DROP_IN).read_text())
+    run("systemctl", "daemon-reload", check=True)
+    run("ip", "netns", "add", "vpn-a", check=True)
+    run("ip", "-n", "vpn-a", "link", "set", "lo", "up", check=True)
+    started = start_with(
+        RULES.replace(
+            "    send:",
+            "    namespaces:\n      - {type: net, name: 'vpn-*'}\n"
+            "      - {type: [net, uts], of: caller}\n      - {type: net, create: true}\n"
+            "    sockets:\n      - {namespace: 'vpn-*', bind: [80]}\n    send:",
+        )
+    )
+    asked = outcome(run(*member(PYTHON, "-I", "-c", OLD_KERNEL, str(os.getpid()))))
+    return {
+        "started": started,
+        "said": said()[-10:],
+        "labels": labels(),
+        "asked": json.loads(asked["stdout"]) if asked["code"] == 0 else asked,
+        "inode": os.stat("/run/netns/vpn-a").st_ino,
+    }
+
+
+def nothing_refused() -> dict[str, Any]:
+    """Of all that the service did until here."""
+    stopped = outcome(run("systemctl", "stop", "fdbroker.service"))
+    return {"stopped": stopped, "result": show("Result", "ExecMainStatus"), "denials": denials()}
+
+
+def taken_over() -> dict[str, Any]:
+    """Root itself, with every capability, under the profile and without."""
+    found = {}
+    for name, words in (("confined", ("aa-exec", "--profile", "fdbroker", "--")), ("free", ())):
+        with subprocess.Popen(["sleep", "1000"]) as other:
+            done = outcome(run(*words, PYTHON, "-I", "-B", "-c", TRIES, str(other.pid)))
+            other.kill()
+        found[name] = json.loads(done["stdout"]) if done["code"] == 0 else done
+    return {**found, "denials": denials()}
+
+
+report([loaded, served, messages, reloaded, namespaces, nothing_refused, taken_over])

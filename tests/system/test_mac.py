@@ -1,0 +1,292 @@
+"""The AppArmor profile: the real compiler takes it, and it says what the rest of us says.
+
+And it is loaded into a kernel in a virtual machine, with the service under it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdbroker.cli.commands import DEFAULT_STATE
+from fdbroker.cli.policy import DEFAULT_POLICY
+from fdbroker.kernel import namespaces
+from fdbroker.launcher import filters, listen, start
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PROFILE = CHECKOUT / "policy/apparmor/fdbroker"
+UNITS = [CHECKOUT / "units/fdbroker.service", CHECKOUT / "units/fdbroker.service.d/namespaces.conf"]
+TMPFILES = (CHECKOUT / "units/tmpfiles.d/fdbroker.conf").read_text()
+FOLDERS = re.findall(r"^d (\S+)", TMPFILES, re.MULTILINE)
+SOCKET = re.search(r"^ListenStream=(\S+)", (CHECKOUT / "units/fdbroker.socket").read_text(), re.MULTILINE)[1]
+
+# so that each class of rules is compiled, whatever the kernel here has
+FEATURES = "/etc/apparmor.d/abi/3.0"
+
+
+def unavailable(reason: str) -> None:
+    """As in conftest.py, which a test module cannot import."""
+    import os
+
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI=true, and this machine cannot run it: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def of_units(setting: str) -> set[str]:
+    """What the unit and its drop-in give, without the kernel's prefix."""
+    found = "\n".join(unit.read_text() for unit in UNITS)
+    words = " ".join(re.findall(rf"^{setting}=(.*)$", found, re.MULTILINE)).split()
+    return {word.partition("_")[2].lower() for word in words}
+
+
+def families() -> set[str]:
+    """The address families of the seccomp filters, and that of the service's own sockets."""
+    narrowed = filters.NARROWED["namespaces"]
+    numbers = {*narrowed["socket"][1], *narrowed["socketpair"][1], socket.AF_UNIX}
+    return {socket.AddressFamily(number).name.removeprefix("AF_").lower() for number in numbers}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The files that scripts/install installs, in a root that has AppArmor."""
+    root = tmp_path_factory.mktemp("root")
+    (root / "etc/apparmor.d").mkdir(parents=True)
+    subprocess.run([CHECKOUT / "scripts/install", root], check=True)
+    return {f"/{file.relative_to(root)}" for file in root.rglob("*") if not file.is_dir()}
+
+
+def test_units_and_filters_agree():
+    """What is compared below is itself said twice."""
+    assert of_units("RestrictAddressFamilies") == families()
+    assert SOCKET == listen.DEFAULT_ADDRESS
+    assert {DEFAULT_STATE, str(Path(SOCKET).parent), str(Path(DEFAULT_POLICY).parent)} < set(FOLDERS)
+
+
+# ---- AppArmor
+
+
+def parse(profile: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Compile it, and load nothing."""
+    parser = shutil.which("apparmor_parser", path="/usr/sbin:/sbin:/usr/bin:/bin")
+    if parser is None:
+        unavailable("no apparmor_parser: install the package apparmor")
+    common = ("--skip-kernel-load", "--skip-cache", "--kernel-features", FEATURES)
+    return subprocess.run([parser, *common, *words, profile], capture_output=True, text=True, check=False)
+
+
+def expression(pattern: str) -> str:
+    """A regular expression for a path pattern of AppArmor. Source: apparmor.d(5), "Globbing"."""
+    found, depth = "", 0
+    for token in re.findall(r"\*\*|\*|\?|\[[^]]*\]|\{|\}|,|.", re.sub("//+", "/", pattern)):
+        if token == "{":
+            depth += 1
+            found += "(?:"
+        elif token == "}":
+            depth -= 1
+            found += ")"
+        elif token == "," and depth:
+            found += "|"
+        elif token.startswith("["):
+            found += token
+        else:
+            found += {"**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token) or re.escape(token)
+    return found
+
+
+class Profile:
+    """What the compiler understood, without the denials."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        entries = re.findall(r"^(?:Mode|Perms):\t(\w*):.*\tName:\t\((.*)\)$", text, re.MULTILINE)
+        self.entries = [(set(mode), re.compile(expression(pattern))) for mode, pattern in entries]
+
+    def line(self, name: str) -> str:
+        return re.search(rf"^{name}:\s*(.*)$", self.text, re.MULTILINE)[1].strip()
+
+    def modes(self, path: str) -> set[str]:
+        """What may be done to what is at a path; a folder ends with a slash."""
+        return {mode for modes, pattern in self.entries if pattern.fullmatch(path) for mode in modes}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    allowing = tmp_path_factory.mktemp("apparmor") / "fdbroker"
+    allowing.write_text(re.sub(r"^ *deny .*\n", "", PROFILE.read_text(), flags=re.MULTILINE))
+    done = parse(allowing, "--debug")
+    assert done.returncode == 0, done.stderr
+    return Profile(done.stdout + done.stderr)
+
+
+def test_profile_compiles():
+    """As one profile, enforced, with the name that the unit has."""
+    done = parse(PROFILE)
+    assert done.returncode == 0, done.stderr
+    (name,) = parse(PROFILE, "--names").stdout.split()
+    assert f"\nAppArmorProfile=-{name}\n" in UNITS[0].read_text()
+    flags = re.search(rf"^profile {name} flags=\((.*)\) {{$", PROFILE.read_text(), re.MULTILINE)[1]
+    assert flags == "attach_disconnected"
+
+
+@pytest.mark.parametrize(
+    "old, new", [("capability setuid,", "capability setuid"), ("setpcap", "setpkap"), ("abi <abi/3.0>", "abi <abi/0>")]
+)
+def test_a_broken_profile_would_be_noticed(tmp_path, old, new):
+    """The compiler that is asked here does look."""
+    broken = tmp_path / "fdbroker"
+    broken.write_text(PROFILE.read_text().replace(old, new, 1))
+    assert parse(broken).returncode != 0
+
+
+def test_profile_capabilities(profile):
+    """Exactly those of the unit and its drop-in."""
+    assert set(profile.line("Capabilities").split()) == of_units("CapabilityBoundingSet")
+
+
+def test_profile_sockets(profile):
+    """Exactly the families of the filters; of packets, none but rtnetlink's."""
+    lines = re.findall(r"^[Nn]etwork.*", profile.text, re.MULTILINE)
+    found = [pair for line in lines for pair in re.findall(r"(\w+) \{ ([\w ]+) \}", line)]
+    assert {family for family, _ in found} == families()
+    assert {family for family, kinds in found if "raw" in kinds} == {"netlink"}
+    assert {kinds for family, kinds in found if family == "netlink"} == {"raw"}
+
+
+def test_profile_other_processes(profile):
+    """It may look at others, and signal itself alone; it mounts nothing, and changes into no profile."""
+    rules = re.findall(r"^(\w+) (.*),$", profile.text, re.MULTILINE)
+    assert {kind for kind, _ in rules} <= {"ptrace", "signal", "unix", "network"}
+    looks = {word for kind, rule in rules if kind == "ptrace" for word in re.findall(r"\((.*)\)", rule)[0].split()}
+    assert looks == {"read", "readby", "tracedby"}
+    signals = {rule.strip() for kind, rule in rules if kind == "signal"}
+    assert signals == {"(receive ) unconfined", "fdbroker", "set=(exists)"}
+
+
+def test_profile_files(profile, installed):
+    """What the service reads, writes and runs is covered, at the places where it is installed."""
+    for path in installed:
+        if path.startswith(("/opt/", "/usr/bin/", "/etc/fdbroker/")):
+            assert "r" in profile.modes(path), path
+        if re.search(r"\.so(\.|$)", path):
+            assert "m" in profile.modes(path), path
+    assert set("rmx") <= profile.modes(str(Path(sys.executable).resolve()))
+    for folder in FOLDERS:
+        assert "r" in profile.modes(f"{folder}/"), folder
+    for path in (DEFAULT_POLICY, "/etc/fdbroker/policy.d/one.yaml", f"{namespaces.FOLDER}/vpn-a"):
+        assert profile.modes(path) == {"r"}
+    for path in (SOCKET, "/dev/snd/pcmC0D0p", "/dev/null", f"{DEFAULT_STATE}/messages.sqlite-wal"):
+        assert set("rw") <= profile.modes(path), path
+    assert "k" in profile.modes(f"{DEFAULT_STATE}/messages.sqlite")
+    for path in (start._JOURNAL, "/run/systemd/notify"):
+        assert "w" in profile.modes(path), path
+
+
+def test_profile_has_no_more(profile, installed):
+    """Nothing that is installed may be written, secrets not read, and nothing run but the interpreter and ldconfig."""
+    assert not [path for path in installed if profile.modes(path) & set("walx")]
+    for path in (
+        "/etc/shadow",
+        "/root/.ssh/id_rsa",
+        "/home/alice/file",
+        "/proc/kcore",
+        "/boot/vmlinuz",
+        "/sys/kernel/debug/x",
+    ):
+        unwanted = profile.modes(path)
+        assert not unwanted, (path, unwanted)
+    for path in ("/usr/bin/sh", "/bin/dash", "/usr/bin/mount", "/usr/bin/fdbroker", "/usr/bin/env"):
+        assert "x" not in profile.modes(path), path
+    assert profile.modes("/dev/snd/") == profile.modes("/dev/") == {"r"}
+    homes = [rule for rule in re.findall(r"^ *deny (.*),$", PROFILE.read_text(), re.MULTILINE) if "@{HOME}/**" in rule]
+    assert homes == ["@{HOME}/** mrwklx"]
+
+
+# ---- AppArmor, in force
+
+
+@pytest.fixture(scope="module")
+def facts(vm: Callable[..., Any]) -> Any:
+    if shutil.which("apparmor_parser", path="/usr/sbin:/sbin") is None:
+        unavailable("no apparmor_parser: install the package apparmor")
+    return vm("apparmor.py", "landlock,apparmor,bpf")
+
+
+@pytest.mark.lab
+def test_loaded(facts):
+    """scripts/install loads nothing; the document's command does, and it is enforced."""
+    found = facts["loaded"]
+    assert "apparmor" in found["modules"]
+    assert found["before"] == ""
+    assert found["parser"]["code"] == 0, found["parser"]["stderr"]
+    assert found["after"] == "fdbroker (enforce)\n"
+
+
+@pytest.mark.lab
+def test_served_under_the_profile(facts):
+    """Each process has the profile, a client has not; what a rule allows is granted, and nothing else."""
+    found = facts["served"]
+    assert found["started"] == 0, found["said"]
+    assert set(found["labels"]) == {"launcher", "opener", "inbox"}
+    assert set(found["labels"].values()) == {"fdbroker (enforce)"}
+    assert found["granted"]["stdout"] == " 00 00 00 00\n", found["granted"]["stderr"]
+    assert found["denied"]["code"] == 77
+    assert found["client"]["stdout"] == "unconfined\n"
+
+
+@pytest.mark.lab
+def test_messages_under_the_profile(facts):
+    """A stored message is kept and received."""
+    found = facts["messages"]
+    assert found["sent"]["code"] == 0, found["sent"]["stderr"]
+    assert "under a profile" in found["received"]["stdout"]
+
+
+@pytest.mark.lab
+def test_reload_under_the_profile(facts):
+    """A reload goes, whose `kill` has the profile as well."""
+    found = facts["reloaded"]
+    assert found["code"] == 0, found["stderr"]
+    assert found["same"]
+    assert found["after"]["stdout"] == " 00 00 00 00\n", found["after"]["stderr"]
+
+
+@pytest.mark.lab
+def test_namespaces_under_the_profile(facts):
+    """With the drop-in: a named one, one of the caller's, a socket in another; nothing of another user's."""
+    found = facts["namespaces"]
+    assert found["started"] == 0, found["said"]
+    assert set(found["labels"].values()) == {"fdbroker (enforce)"}
+    assert "namespaces" in found["labels"]
+    asked = found["asked"]
+    assert asked["named"] == [found["inode"], None]
+    assert asked["mine"] == [asked["own"], None], found["said"]
+    assert asked["foreign"] == ["Denied", 0]
+    assert asked["through"] == "through"
+
+
+@pytest.mark.lab
+def test_nothing_is_refused_that_the_service_does(facts):
+    """From its start to its end the kernel has reported no denial."""
+    found = facts["nothing_refused"]
+    assert found["stopped"]["code"] == 0
+    assert (found["result"]["Result"], found["result"]["ExecMainStatus"]) == ("success", "0")
+    assert found["denials"] == []
+
+
+@pytest.mark.lab
+def test_what_a_taken_over_process_may_not(facts):
+    """Root with all capabilities, but under the profile, can do none of what it can without."""
+    found = facts["taken_over"]
+    assert set(found["free"].values()) == {0}, found["free"]
+    assert found["confined"] == dict.fromkeys(found["free"], errno.EACCES) | {"node": errno.EPERM}
+    assert len(found["denials"]) >= len(found["free"])
