@@ -1,6 +1,6 @@
-"""The AppArmor profile: the real compiler takes it, and it says what the rest of us says.
+"""The AppArmor profile and the SELinux module: the real compilers take them, and they say what the rest of us says.
 
-And it is loaded into a kernel in a virtual machine, with the service under it.
+And each is loaded into a kernel in a virtual machine, with the service under it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fdbroker.launcher import filters, listen, start
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROFILE = CHECKOUT / "policy/apparmor/fdbroker"
+MODULE = CHECKOUT / "policy/selinux"
 UNITS = [CHECKOUT / "units/fdbroker.service", CHECKOUT / "units/fdbroker.service.d/namespaces.conf"]
 TMPFILES = (CHECKOUT / "units/tmpfiles.d/fdbroker.conf").read_text()
 FOLDERS = re.findall(r"^d (\S+)", TMPFILES, re.MULTILINE)
@@ -31,6 +32,9 @@ SOCKET = re.search(r"^ListenStream=(\S+)", (CHECKOUT / "units/fdbroker.socket").
 
 # so that each class of rules is compiled, whatever the kernel here has
 FEATURES = "/etc/apparmor.d/abi/3.0"
+REFPOLICY = "/usr/share/selinux/devel/Makefile"
+# of a .pp, the rules as text: Debian and Ubuntu; Fedora
+TO_TEXT = ("/usr/libexec/selinux/hll/pp", "/usr/lib/selinux/hll/pp")
 
 
 def unavailable(reason: str) -> None:
@@ -290,3 +294,235 @@ def test_what_a_taken_over_process_may_not(facts):
     assert set(found["free"].values()) == {0}, found["free"]
     assert found["confined"] == dict.fromkeys(found["free"], errno.EACCES) | {"node": errno.EPERM}
     assert len(found["denials"]) >= len(found["free"])
+
+
+# ---- SELinux
+
+
+def build(folder: Path, name: str = "fdbroker") -> subprocess.CompletedProcess[str]:
+    """Compile a module as the distribution does: m4, checkmodule, semodule_package."""
+    if not Path(REFPOLICY).exists():
+        unavailable("no refpolicy: install the package selinux-policy-dev")
+    command = ["make", "-f", REFPOLICY, "NAME=default", f"{name}.pp"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def rules(package: Path) -> str:
+    """What is in a compiled module, as CIL."""
+    program = next(path for path in TO_TEXT if Path(path).exists())
+    return subprocess.run([program, package], capture_output=True, text=True, check=True).stdout
+
+
+def allowed(text: str, source: str) -> dict[tuple[str, str], set[str]]:
+    """The permissions of a domain by target and class."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for target, kind, permissions in re.findall(rf"\(allow {source} (\S+) \((\w+) \(([^)]*)\)\)\)", text):
+        found.setdefault((target, kind), set()).update(permissions.split())
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("selinux")
+    for file in MODULE.iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def module(sources: Path) -> str:
+    done = build(sources)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower()
+    return rules(sources / "fdbroker.pp")
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("fdbroker.te", "type fdbroker_etc_t;", "type fdbroker_etc_t"),
+        ("fdbroker.te", "net_bind_service }", "net_bind_servise }"),
+        ("fdbroker.te", "type fdbroker_var_lib_t;", ""),
+        ("fdbroker.te", "corecmd_exec_bin(", "corecmd_exec_bim("),
+    ],
+)
+def test_a_broken_module_would_be_noticed(tmp_path, file, old, new):
+    """The compiler that is asked here does look."""
+    for one in MODULE.iterdir():
+        shutil.copy(one, tmp_path)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new, 1))
+    assert build(tmp_path).returncode != 0
+
+
+def test_module_types(module):
+    """Its types, of which none is permissive; systemd starts it in its own domain, with no_new_privs too."""
+    types = {"fdbroker_t", "fdbroker_exec_t", "fdbroker_var_run_t", "fdbroker_var_lib_t", "fdbroker_etc_t"}
+    assert set(re.findall(r"^\(type (\w+)\)", module, re.MULTILINE)) == types | {"fdbroker_tmpfs_t"}
+    assert "typepermissive" not in module
+    assert "(typetransition init_t fdbroker_exec_t process fdbroker_t)" in module
+    assert "nnp_transition" in allowed(module, "init_t")["fdbroker_t", "process2"]
+
+
+def test_module_capabilities(module):
+    """Exactly those of the unit and its drop-in."""
+    found = {key: value for key, value in allowed(module, "fdbroker_t").items() if "cap" in key[1]}
+    assert found == {("self", "capability"): of_units("CapabilityBoundingSet")}
+
+
+def test_module_sockets(module):
+    """Of its own it makes exactly sockets of the filters' families."""
+    kinds = {"unix": "unix", "tcp": "inet", "udp": "inet", "netlink": "netlink"}
+    made = {
+        kind.partition("_")[0]
+        for (target, kind), permissions in allowed(module, "fdbroker_t").items()
+        if kind.endswith("_socket") and "create" in permissions
+    }
+    # of inet6 SELinux makes no class of its own
+    assert {kinds[one] for one in made} == families() - {"inet6"}
+
+
+def test_module_has_no_more(module):
+    """It traces nobody, mounts nothing, makes no memory executable, and reads no raw memory or disk."""
+    found = allowed(module, "fdbroker_t")
+    for (target, kind), permissions in found.items():
+        assert not permissions & {
+            "ptrace",
+            "mount",
+            "remount",
+            "unmount",
+            "mounton",
+            "execmem",
+            "execstack",
+            "relabelto",
+        }, (target, kind)
+        if target != "self" and kind == "process":
+            assert permissions <= {"getattr", "sigchld", "signull"}, target
+    writes = {target for (target, kind), permissions in found.items() if kind == "file" and "write" in permissions}
+    # the last one by init_daemon_domain(): what systemd passes
+    assert writes == {"fdbroker_tmpfs_t", "fdbroker_var_lib_t", "init_tmpfs_t"}
+    assert found["fdbroker_etc_t", "file"].isdisjoint({"write", "append", "create"})
+    (nodes,) = (
+        target
+        for (target, kind), permissions in found.items()
+        if kind == "chr_file" and target.startswith("fdbroker_typeattr")
+    )
+    meant = re.search(rf"\(typeattributeset {nodes} \((.*)\)\)", module)[1]
+    assert "device_node" in meant
+    for raw in ("memory_device_t", "fixed_disk_device_t", "removable_device_t", "scsi_generic_device_t"):
+        assert raw in meant.partition("not")[2]
+    assert not [target for (target, kind), permissions in found.items() if kind == "blk_file" and "open" in permissions]
+
+
+def test_module_file_contexts(module, installed):
+    """Each path of the service's own has its type; all others are where the machine's policy has one."""
+    contexts = re.findall(r'\(filecon "(\S+)" \w+ \(system_u object_r (\w+) ', module)
+
+    def type_of(path: str) -> str:
+        return next((name for pattern, name in contexts if re.fullmatch(pattern, path)), "")
+
+    for folder in FOLDERS:
+        top = "/".join(folder.split("/")[:4]).removesuffix("/policy.d").removesuffix("/bridges")
+        wanted = {
+            "/run/fdbroker": "fdbroker_var_run_t",
+            "/var/lib/fdbroker": "fdbroker_var_lib_t",
+            "/etc/fdbroker": "fdbroker_etc_t",
+        }[top]
+        assert type_of(folder) == type_of(f"{folder}/anything") == wanted
+    assert type_of(SOCKET) == "fdbroker_var_run_t"
+    assert type_of(f"{DEFAULT_STATE}/messages.sqlite") == "fdbroker_var_lib_t"
+    assert type_of(DEFAULT_POLICY) == "fdbroker_etc_t"
+    assert type_of("/usr/bin/fdbroker") == "fdbroker_exec_t"
+    for path in installed:
+        if re.search(r"\.so(\.|$)", path):
+            assert type_of(path) == "lib_t", path
+        # programs and data: bin_t, lib_t, usr_t, systemd's and man pages' types
+        assert type_of(path) or path.startswith(("/opt/fdbroker/", "/usr/lib/", "/usr/share/", "/etc/apparmor.d/")), (
+            path
+        )
+
+
+def test_module_interface(sources, module):
+    """A client's domain may connect and use descriptors; what these lead to is its own policy's business."""
+    (sources / "client.te").write_text(
+        "policy_module(client, 1.0)\ntype client_t;\ndomain_type(client_t)\nfdbroker_stream_connect(client_t)\n"
+    )
+    (sources / "client.fc").touch()
+    (sources / "client.if").write_text("## <summary>A client.</summary>\n")
+    done = build(sources, "client")
+    assert done.returncode == 0, done.stdout + done.stderr
+    client = rules(sources / "client.pp")
+    found = allowed(client, "client_t")
+    assert found["fdbroker_t", "unix_stream_socket"] == {"connectto"}
+    assert found["fdbroker_t", "fd"] == {"use"}
+    assert "write" in found["fdbroker_var_run_t", "sock_file"]
+    ours = {kind for target, kind in found if target.startswith("fdbroker_")}
+    assert ours == {"unix_stream_socket", "fd", "dir", "sock_file"}
+    assert not [target for target, kind in found if kind in ("chr_file", "blk_file")]
+    assert allowed(client, "fdbroker_t") == {("client_t", "fd"): {"use"}}
+
+
+# ---- SELinux, in force
+
+
+@pytest.fixture(scope="module")
+def enforced(sources: Path, module: str, vm: Callable[..., Any], cache: Callable[[str], Path]) -> Any:
+    """The module, linked with the distribution's base policy as semodule would, in a kernel."""
+    base = cache("sebase")
+    shutil.copy(CHECKOUT / "tests/system/inside/lab.te", sources)
+    (sources / "lab.fc").touch()
+    (sources / "lab.if").write_text("## <summary>The lab.</summary>\n")
+    done = build(sources, "lab")
+    assert done.returncode == 0, done.stdout + done.stderr
+    modules = [base / "base.pp", base / "unconfined.pp", sources / "fdbroker.pp", sources / "lab.pp"]
+    linked, policy = sources / "linked.pp", sources / "policy"
+    subprocess.run(["semodule_link", "-o", linked, *modules], check=True, capture_output=True)
+    # this one also checks what the base policy forbids every module
+    subprocess.run(["semodule_expand", linked, policy], check=True, capture_output=True)
+    return vm(f"selinux.py {policy}", "landlock,selinux,bpf", "init")
+
+
+@pytest.mark.lab
+def test_served_in_the_domain(enforced):
+    """Each process is in it, and what a rule allows is granted, but no node with the label of raw memory."""
+    assert enforced["loaded"]["label"] == "system_u:system_r:kernel_t:s0"
+    found = enforced["served"]
+    assert found["enforced"] == "1"
+    assert len(found["labels"]) == 4
+    assert set(found["labels"]) == {"system_u:system_r:fdbroker_t:s0"}
+    assert found["granted"]["stdout"] == "00000000\n", found["granted"]["stderr"]
+    assert found["memory"]["code"] == 75
+    assert "EACCES" in found["memory"]["stderr"]
+    (denial,) = found["denials"]
+    assert "memory_device_t" in denial
+
+
+@pytest.mark.lab
+def test_namespaces_and_messages_in_the_domain(enforced):
+    """A named namespace, one of the caller's, sockets in another, a stored message."""
+    found = enforced["more"]
+    asked = found["asked"]
+    assert asked["named"] == [found["inode"], None]
+    assert asked["mine"] == [asked["own"], None]
+    assert asked["foreign"] == ["Denied", 0]
+    assert asked["through"] == "through"
+    assert found["sent"]["code"] == 0, found["sent"]["stderr"]
+    assert "in a domain" in found["received"]["stdout"]
+
+
+@pytest.mark.lab
+def test_nothing_else_is_refused_that_the_service_does(enforced):
+    """From its start to its end the kernel has reported no other denial."""
+    found = enforced["stopped"]
+    assert (found["code"], found["socket"]) == (0, False)
+    assert found["denials"] == enforced["served"]["denials"]
+
+
+@pytest.mark.lab
+def test_what_a_taken_over_process_may_not_in_the_domain(enforced):
+    """Root with all capabilities can do less; that it can run /bin/true is the lab's, where it has no label."""
+    found = enforced["taken_over"]
+    assert set(found["free"].values()) == {0}, found["free"]
+    refused = dict.fromkeys(found["free"], errno.EACCES) | {"node": errno.EPERM}
+    assert found["confined"] == refused | {"exec": 0}
