@@ -59,23 +59,23 @@ class Inbox:
 
     def serve(self) -> None:
         """Serve. Raises LinkViolation when the opener breaks its rules, OSError when it is gone in mid-sentence."""
-        poll = self._epoll
-        poll.register(self._launcher.fileno(), select.EPOLLIN)
-        poll.register(self._opener.fileno(), select.EPOLLIN)
+        poll, launcher, opener = self._epoll, self._launcher.fileno(), self._opener.fileno()
+        poll.register(launcher, select.EPOLLIN)
+        poll.register(opener, select.EPOLLIN)
         self._launcher.send(link.READY)
         while not (self._draining and not self._by_number):
             full = bool(self._opener.waiting)
             if full != self._opener_full:
                 self._opener_full = full
-                poll.modify(self._opener.fileno(), select.EPOLLIN | (select.EPOLLOUT if full else 0))
+                poll.modify(opener, select.EPOLLIN | (select.EPOLLOUT if full else 0))
             ready = dict(poll.poll(self._timeout_s()))
             # first the opener: a client that has its answer asks again, and should find itself idle
-            events = ready.pop(self._opener.fileno(), 0)
+            events = ready.pop(opener, 0)
             if events & select.EPOLLOUT:
                 self._opener.flush()
             if events & ~select.EPOLLOUT and not self._read_opener():
                 return
-            if ready.pop(self._launcher.fileno(), 0) and self._launcher.receive() == b"":
+            if ready.pop(launcher, 0) and self._launcher.receive() == b"":
                 return
             for descriptor, client_events in ready.items():
                 client = self._by_descriptor.get(descriptor)
@@ -92,7 +92,8 @@ class Inbox:
         self._opener.send(link.DRAINED)
 
     def _timeout_s(self) -> float:
-        if self._more or self._uncommitted or any(not client.out for client in self._replaying.values()):
+        replay = self._replaying and not all(client.out for client in self._replaying.values())
+        if self._more or self._uncommitted or replay:
             return 0
         if self._partial:
             began_s = next(iter(self._partial.values()))
@@ -142,6 +143,7 @@ class Inbox:
                             client.out += client.refused(refusal)
                             client.doomed |= isinstance(refusal, ClientNotReading)
                         self._end_turn(client)
+                    return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
                 case link.Offered(number, last, offers):
                     if number in self._by_number:
                         self._offered(self._by_number[number], offers, last=last)

@@ -16,6 +16,7 @@ from fdbroker.kernel import sockets
 
 _LINK_BYTES = limits.LINK_BYTES
 _LINK_WAITING = limits.LINK_WAITING
+_WHOLE = sockets.DONT_WAIT | int(socket.MSG_TRUNC)  # MSG_TRUNC: the size of the message, also when it was cut
 
 
 class Link:
@@ -76,7 +77,7 @@ class Link:
         message above LINK_BYTES.
         """
         try:
-            size = self._sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT | socket.MSG_TRUNC)
+            size = self._sock.recv_into(self._buffer, 0, _WHOLE)
         except BlockingIOError:
             return None
         except ConnectionResetError:
@@ -98,7 +99,7 @@ class Link:
         Raises LinkViolation when more than `most` descriptors came or the message was cut.
         """
         try:
-            size, descriptors = sockets.receive_into(self._sock, self._view, most, socket.MSG_DONTWAIT)
+            size, descriptors = sockets.receive_into(self._sock, self._view, most, sockets.DONT_WAIT)
         except BlockingIOError:
             return None
         except ConnectionResetError:

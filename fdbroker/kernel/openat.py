@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
 
 from fdbroker.kernel import libc
 
@@ -25,16 +26,23 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
+_HOW_BYTES = ctypes.sizeof(_OpenHow)
+
+
+@cache
+def _how(flags: int, resolve: int) -> _OpenHow:
+    """The kernel only reads it, so one is enough for each of the few combinations."""
+    return _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+
+
 def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     """Open `path` below the borrowed `directory`; returns an owned descriptor, always close-on-exec.
 
     `resolve` holds RESOLVE_ bits. Raises OSError: ELOOP for a link that they forbid, EXDEV for an escape.
     Source: openat2(2).
     """
-    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
-    descriptor: int = libc.SYSCALL_OPENAT2(
-        _SYS_OPENAT2, directory, os.fsencode(path), ctypes.addressof(how), ctypes.sizeof(how)
-    )
+    name, how = os.fsencode(path), ctypes.addressof(_how(flags, resolve))
+    descriptor: int = libc.SYSCALL_OPENAT2(_SYS_OPENAT2, directory, name, how, _HOW_BYTES)
     if descriptor < 0:
         libc.fail("openat2")
     return descriptor

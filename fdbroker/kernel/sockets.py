@@ -25,6 +25,10 @@ SO_PASSRIGHTS = 83
 _SO_PEERSEC = 31
 _SO_PEERGROUPS = 59
 _UCRED = struct.Struct("iII")  # struct ucred: pid, uid, gid
+# As plain numbers: each `|` or `&` of the socket module's flags makes an enum member, which takes as long as the call.
+DONT_WAIT = int(socket.MSG_DONTWAIT)
+_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_CLOEXEC, _CTRUNC, _TRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
 _FD_SIZE = array.array("i").itemsize
 _CREDENTIALS_SPACE = socket.CMSG_LEN(_UCRED.size)  # exactly: nothing else has room, so no descriptor comes in
 
@@ -108,6 +112,11 @@ def unread_bytes(sock: socket.socket) -> int:
     return int.from_bytes(buffer, sys.byteorder)
 
 
+def _descriptors(value: bytes) -> list[int]:
+    """What a control message of the kind SCM_RIGHTS brings; a last number that was cut is none."""
+    return array.array("i", value[: len(value) - len(value) % _FD_SIZE]).tolist()
+
+
 def receive_with_sender(sock: socket.socket, size: int, room: int = 0) -> tuple[bytes, int, list[int], bool]:
     """Read at most `size` bytes of one sender: the bytes, its uid, its descriptors, and whether there were more.
 
@@ -118,22 +127,23 @@ def receive_with_sender(sock: socket.socket, size: int, room: int = 0) -> tuple[
     """
     # exactly: CMSG_LEN at the end, for padding would let one more in
     space = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_LEN(room * _FD_SIZE) if room else _CREDENTIALS_SPACE
-    data, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-    uid, numbers = -1, array.array("i")
+    data, ancillary, flags, _ = sock.recvmsg(size, space, DONT_WAIT | _CLOEXEC)
+    uid = -1
+    numbers: list[int] = []
     for level, kind, value in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
             uid = _UCRED.unpack(value)[1]
         elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers.frombytes(value[: len(value) - len(value) % _FD_SIZE])
-    return data, uid, numbers.tolist(), bool(flags & socket.MSG_CTRUNC)
+            numbers += _descriptors(value)
+    return data, uid, numbers, bool(flags & _CTRUNC)
 
 
 def send(sock: socket.socket, data: bytes | bytearray, descriptors: Sequence[int] = ()) -> int:
     """sendmsg(2) without blocking, with `descriptors`, which are borrowed. Returns how many bytes were taken."""
     if not descriptors:
-        return sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        return sock.send(data, _SEND)
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-    return sock.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    return sock.sendmsg([data], ancillary, _SEND)
 
 
 def receive_into(
@@ -146,18 +156,18 @@ def receive_into(
     """
     # CMSG_LEN, not CMSG_SPACE: its padding would let one descriptor more in
     space = socket.CMSG_LEN(descriptors * _FD_SIZE) if descriptors else 0
-    size, ancillary, received_flags, _ = sock.recvmsg_into([buffer], space, flags | socket.MSG_CMSG_CLOEXEC)
-    owned = array.array("i")
+    size, ancillary, received_flags, _ = sock.recvmsg_into([buffer], space, flags | _CLOEXEC)
+    owned: list[int] = []
     for level, kind, value in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            owned.frombytes(value[: len(value) - len(value) % _FD_SIZE])
-    if received_flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            owned += _descriptors(value)
+    if received_flags & (_CTRUNC | _TRUNC):
         for descriptor in owned:
             os.close(descriptor)
-        if len(owned) < descriptors and not received_flags & socket.MSG_TRUNC:
+        if len(owned) < descriptors and not received_flags & _TRUNC:
             raise NoRoomLeft(size)  # there was room in the buffer: this process has no descriptor left
         raise OSError(errno.EMSGSIZE, "recvmsg: message or descriptors were cut")
-    return size, owned.tolist()
+    return size, owned
 
 
 def hang_up(sock: socket.socket) -> None:

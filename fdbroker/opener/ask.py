@@ -67,6 +67,11 @@ class Asking:
         return -1 if self._link is None else self._link.fileno()
 
     @property
+    def busy(self) -> bool:
+        """Whether anybody waits for the worker."""
+        return bool(self._asked or self._waiting)
+
+    @property
     def timeout_s(self) -> float:
         """Until somebody has waited too long; -1 for ever."""
         ends = [asked.until_s for asked in self._asked.values() if asked.opening not in self._gone]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections import deque
+from functools import lru_cache
 from typing import NamedTuple
 
 from fdbroker import limits
@@ -99,13 +100,8 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
     }
     who = what = ""
     if record.subject is not None:
-        subject = record.subject
-        values["FDBROKER_UID"] = str(subject.uid)
-        values["FDBROKER_GID"] = str(subject.gid)
-        values["FDBROKER_PID"] = str(subject.pid)
-        values["FDBROKER_COMM"] = escaped(subject.comm)
-        values["FDBROKER_LABEL"] = escaped(subject.label)
-        who = f"uid {subject.uid} pid {subject.pid} "
+        values |= _subject_fields(record.subject)
+        who = f"uid {record.subject.uid} pid {record.subject.pid} "
     if record.resource is not None:
         text = cut(escaped(record.resource.text), _CHARACTERS)
         values["FDBROKER_RESOURCE"] = text
@@ -116,6 +112,18 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
     again = f" ({repeated} times more)" if repeated else ""
     values["MESSAGE"] = f"{who}{record.kind}{what}{why}{again}"
     return {name: value for name, value in values.items() if value}
+
+
+@lru_cache(maxsize=_USERS)
+def _subject_fields(subject: Subject) -> dict[str, str]:
+    """The same for all that a connection asks."""
+    return {
+        "FDBROKER_UID": str(subject.uid),
+        "FDBROKER_GID": str(subject.gid),
+        "FDBROKER_PID": str(subject.pid),
+        "FDBROKER_COMM": escaped(subject.comm),
+        "FDBROKER_LABEL": escaped(subject.label),
+    }
 
 
 def cut(text: str, characters: int) -> str:

@@ -94,11 +94,13 @@ class Nodes:
             if by is not None:
                 raise Denied(f"it leads to {name}, denied to {by.source}", index=index, rule=by.where)
             status = os.fstat(node)
+            kind = stat.S_IFMT(status.st_mode)
+            number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
             reasons = []
             for rule in rules:
-                reason = self._misfit(rule, name, status)
+                reason = self._misfit(rule, name, kind, number)
                 if not reason:
-                    return Found(node, rule, _number(status), status)
+                    return Found(node, rule, number, status)
                 reasons.append(reason)
             raise NotWhatItWas(reasons[0], index=index)
         except BaseException:
@@ -155,9 +157,8 @@ class Nodes:
                 names.extendleft(reversed(target.split("/")))
         raise NotWhatItWas("a link leads to a folder")
 
-    def _misfit(self, rule: DeviceRule, name: str, status: os.stat_result) -> str:
-        """Why the node `name` with `status` is not what `rule` says, or ""."""
-        kind = stat.S_IFMT(status.st_mode)
+    def _misfit(self, rule: DeviceRule, name: str, kind: int, number: str) -> str:
+        """Why the node `name` of that type and device number is not what `rule` says, or ""."""
         if kind not in (stat.S_IFCHR, stat.S_IFBLK):
             return f"it is {_KINDS.get(kind, 'no device')}, not a device node"
         if not rule.dangerous:
@@ -165,7 +166,6 @@ class Nodes:
                 return "it is a block device, and the rule is not marked dangerous"
             if is_dangerous(name):
                 return f"it leads to {name}, and the rule is not marked dangerous"
-        number = _number(status)
         if rule.device and not _number_fits(rule.device, number):
             return f"its device number is {number}, not {rule.device}"
         if rule.kernel_class:
@@ -198,9 +198,7 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return stat.S_IFMT(status.st_mode), status.st_rdev, status.st_dev, status.st_ino
 
 
-def _number(status: os.stat_result) -> str:
-    return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-
-
 def _number_fits(pattern: str, number: str) -> bool:
-    return all(want in ("*", have) for want, have in zip(pattern.split(":"), number.split(":"), strict=True))
+    return pattern == number or all(
+        want in ("*", have) for want, have in zip(pattern.split(":"), number.split(":"), strict=True)
+    )

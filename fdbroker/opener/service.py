@@ -44,7 +44,6 @@ from fdbroker.wire.rights import Sender
 
 _ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
-_MESSAGES_PER_TURN = 8
 # Several nodes come together, each is made, renamed, given its owner: one listing for all of them.
 _SETTLE_S = 0.1
 # How often we look whether what an ended connection left unread is gone.
@@ -101,18 +100,20 @@ class Opener:
             poll.register(self._asking.fileno(), select.EPOLLIN)
         self._tell_topics()
         self._launcher.send(link.READY)
+        inbox, launcher, asking = self._inbox.fileno(), self._launcher.fileno(), self._asking.fileno()
+        timeout_s = -1.0
         while True:
             self._arm()
-            for descriptor, events in poll.poll(self._timeout_s()):
-                if descriptor == self._inbox.fileno():
+            for descriptor, events in poll.poll(timeout_s):
+                if descriptor == inbox:
                     if events & select.EPOLLOUT:
                         self._flush_inbox()
                     if events & ~select.EPOLLOUT and not self._read_inbox():
                         return
-                elif descriptor == self._launcher.fileno():
+                elif descriptor == launcher:
                     if not self._read_launcher():
                         return
-                elif descriptor == self._asking.fileno():
+                elif descriptor == asking:
                     self._asking.read()
                     self._finish_ready()
                 elif descriptor == self._inotify:
@@ -120,7 +121,7 @@ class Opener:
                     self._changed_at_s = self._changed_at_s or time.monotonic()
                 elif self._acceptor is not None:
                     self._accept(self._acceptor)
-            self._timers()
+            timeout_s = self._timers()
 
     def _arm(self) -> None:
         """Poll for what can be used: room in the inbox's link if messages wait for it, and else new connections."""
@@ -143,8 +144,27 @@ class Opener:
 
     # ---- timers
 
-    def _timeout_s(self) -> float:
-        """Until when nothing but a message can happen; -1 for ever."""
+    def _timers(self) -> float:
+        """Do what is due now, and return in how many seconds something will be; -1: nothing before a message comes."""
+        watched = self._changed_at_s is not None and self._watching
+        if not (watched or self._paused_until_s or self._lingering or self._audit.counting or self._asking.busy):
+            return -1
+        now_s = time.monotonic()
+        if self._changed_at_s is not None and now_s - self._changed_at_s >= _SETTLE_S:
+            self._changed_at_s = None
+            self._list_again()
+        if self._lingering and now_s >= self._linger_at_s:
+            self._linger_at_s = now_s + _LINGER_S
+            for account in tuple(self._lingering):
+                account.count_connections()
+                if not account.lingering:
+                    self._lingering.discard(account)
+        if self._audit.counting:
+            self._audit.flush(now_s)
+        if self._asking.timeout_s == 0:
+            if self._asking.expire():
+                self._launcher.send(link.WORKER_STUCK)
+            self._finish_ready()
         ends_s = [self._asking.timeout_s]
         if self._paused_until_s:
             ends_s.append(_ACCEPT_PAUSE_S)
@@ -155,23 +175,6 @@ class Opener:
         if self._audit.counting:
             ends_s.append(float(limits.AUDIT_REPEAT_SECONDS))
         return min((end_s for end_s in ends_s if end_s >= 0), default=-1)
-
-    def _timers(self) -> None:
-        if self._changed_at_s is not None and time.monotonic() - self._changed_at_s >= _SETTLE_S:
-            self._changed_at_s = None
-            self._list_again()
-        if self._lingering and time.monotonic() >= self._linger_at_s:
-            self._linger_at_s = time.monotonic() + _LINGER_S
-            for account in tuple(self._lingering):
-                account.count_connections()
-                if not account.lingering:
-                    self._lingering.discard(account)
-        if self._audit.counting:
-            self._audit.flush(time.monotonic())
-        if self._asking.timeout_s == 0:
-            if self._asking.expire():
-                self._launcher.send(link.WORKER_STUCK)
-            self._finish_ready()
 
     # ---- accept, identify
 
@@ -251,18 +254,15 @@ class Opener:
             self._hand_on(*held)
 
     def _read_inbox(self) -> bool:
-        """Answer what the inbox asks; false when it is gone as it should be."""
-        for _ in range(_MESSAGES_PER_TURN):
-            data = self._inbox.receive()
-            if data is None:
-                return True
-            if not data:
-                if self._acceptor is None:  # it was told to drain
-                    return False
-                raise LinkViolation("the inbox is gone")
-            self._answer(link.decode(link.INBOX_TO_OPENER, data))
-            if self._inbox.waiting:
-                return True
+        """Answer one message of the inbox; false when it is gone as it should be."""
+        data = self._inbox.receive()
+        if data is None:
+            return True
+        if not data:
+            if self._acceptor is None:  # it was told to drain
+                return False
+            raise LinkViolation("the inbox is gone")
+        self._answer(link.decode(link.INBOX_TO_OPENER, data))
         return True
 
     def _answer(self, message: link.Message) -> None:

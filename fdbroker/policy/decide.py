@@ -165,4 +165,4 @@ def decide(seen: View, resource: Resource | TopicUse) -> Decision:
             rules = seen.topics
         case _:
             rules = seen.others
-    return Decision(tuple(rule for rule in rules if covers(rule, resource)), None)
+    return Decision(tuple([rule for rule in rules if covers(rule, resource)]), None)

@@ -30,9 +30,10 @@ escaped("\n")  # loads the codec now: a confined process can load nothing later
 
 def encode_fields(fields: Mapping[str, str]) -> bytes:
     """One datagram. A value with a newline takes the protocol's binary form, so it cannot begin a field."""
-    if any("\n" in text for text in fields.values()):
+    lines = "".join([f"{name}={text}\n" for name, text in fields.items()])
+    if lines.count("\n") != len(fields):  # a value has one
         return b"".join(_binary(name, text.encode(errors="backslashreplace")) for name, text in fields.items())
-    return "".join([f"{name}={text}\n" for name, text in fields.items()]).encode(errors="backslashreplace")
+    return lines.encode(errors="backslashreplace")
 
 
 def _binary(name: str, value: bytes) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from fdbroker import limits
@@ -73,6 +74,7 @@ class DeniedUse(NamedTuple):
     use: TopicUse
 
 
+_RIGHTS_KEPT = 256  # most connections have the rights of some other
 _RIGHTS = struct.Struct(f"!{_BITS}s{_BITS}s5I")
 _CONNECTED = struct.Struct(f"!BQIII32s{_RIGHTS.size}s")
 _CHANGED = struct.Struct(f"!BQ{_RIGHTS.size}s")
@@ -83,10 +85,12 @@ _USERS_PER_MESSAGE = 256
 _DENIED_USE = struct.Struct("!BQB")  # verb; then the topic
 
 
+@lru_cache(maxsize=_RIGHTS_KEPT)
 def _bits(positions: frozenset[int]) -> bytes:
     return sum(1 << position for position in positions).to_bytes(_BITS, "big")
 
 
+@lru_cache(maxsize=_RIGHTS_KEPT)
 def _positions(bits: bytes) -> frozenset[int]:
     number = int.from_bytes(bits, "big")
     return frozenset(position for position in range(limits.TOPICS) if number >> position & 1)
