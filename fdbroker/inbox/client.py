@@ -115,6 +115,9 @@ class Client:
 
     def send(self, unread: Unread) -> None:
         """Send what there is room for. Raises BlockingIOError when there is none, OSError when the client is gone."""
+        if not self.attached:
+            del self.out[: sockets.send(self.sock, self.out)]
+            return
         while self.out:
             numbers: tuple[int, ...] = ()
             end = len(self.out)

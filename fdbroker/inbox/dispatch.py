@@ -108,7 +108,7 @@ def dispatch_frame(payload: bytes, attached: Attached | None = None) -> Action:
     What is no message needs none of the descriptors that came with it: they are closed.
     """
     if payload == frame.PING:
-        return Answer(frame.encode_frame(frame.PONG))
+        return _PONG
     if payload == frame.SHUTDOWN:
         return AskShutdown()
     return Publish(FRAMED_TOPIC, payload, **text_of(payload), others=tuple(range(_count(attached))))
@@ -155,6 +155,7 @@ def _only(call: Call, *names: str) -> None:
 
 
 # encoded once: whoever asks in a loop costs no more than it must
+_PONG = Answer(frame.encode_frame(frame.PONG))
 _INFO = Answer(
     varlink.encode_reply(
         {
