@@ -91,7 +91,9 @@ class Connection:
     def unread_grants(self) -> int:
         """How many descriptors wait unread, never too few: the newest messages that fill the socket's queue."""
         self._queued = queued = sockets.unread_bytes(self.sock)
-        if not self._sent:
+        if not queued:
+            self._sent.clear()
+            self.account.unread.discard(self)
             return 0
         unread = 0
         kept: deque[tuple[int, int]] = deque()

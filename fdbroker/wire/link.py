@@ -196,7 +196,7 @@ def encode_open(connection: int, asked: Sequence[Resource]) -> bytes:
 
 def _decode_open(data: bytes) -> Open:
     cursor = Cursor(data)
-    _, connection, count = cursor.numbers(_OPEN)
+    _, connection, count = cursor.fields(_OPEN)
     if not 1 <= count <= _RESOURCES:
         raise LinkViolation(f"{count} resources")
     asked = [resources.take(cursor) for _ in range(count)]
@@ -258,7 +258,7 @@ def encode_outcome(connection: int, refusal: Refused | None, *, why: bool = Fals
 def decode_outcome(data: bytes) -> Outcome:
     """Also what the namespaces worker refuses. Raises LinkViolation."""
     cursor = Cursor(data)
-    _, connection, code, position, number = cursor.numbers(_OUTCOME)
+    _, connection, code, position, number = cursor.fields(_OUTCOME)
     text = cursor.rest()
     index = None if position == _NO_INDEX else position
     refusal: Refused | None
@@ -304,11 +304,11 @@ def split_offers(connection: int, offers: Sequence[Offer]) -> list[bytes]:
 
 def _decode_offered(data: bytes) -> Offered:
     cursor = Cursor(data)
-    _, connection, last, count = cursor.numbers(_OFFERED)
+    _, connection, last, count = cursor.fields(_OFFERED)
     offers = []
     for _ in range(count):
         resource = resources.take(cursor)
-        (length,) = cursor.numbers(_WHERE)
+        (length,) = cursor.fields(_WHERE)
         offers.append(Offer(resource, cursor.text(length)))
     cursor.end()
     return Offered(connection, flag(last), offers)

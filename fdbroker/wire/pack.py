@@ -48,17 +48,11 @@ class Cursor:
         self._at += form.size
         return values
 
-    def numbers(self, form: struct.Struct) -> tuple[int, ...]:
-        """The same, where all of them are numbers."""
-        return self.fields(form)
-
-    def peek(self, form: struct.Struct) -> tuple[int, ...]:
-        """The same, and they are still to be read."""
-        at = self._at
-        try:
-            return self.numbers(form)
-        finally:
-            self._at = at
+    def kind(self) -> int:
+        """The next byte, which is still to be read: it says by which format."""
+        if self._at >= len(self._data):
+            raise LinkViolation(f"message type {self._data[0]} cut at {len(self._data)} bytes")
+        return self._data[self._at]
 
     def text(self, length: int) -> str:
         """The next `length` bytes, which are UTF-8."""

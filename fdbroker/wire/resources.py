@@ -125,7 +125,6 @@ def _socket(value: Any) -> Socket:
 _DEVICE = struct.Struct("!BBH")  # 0, access, length of path
 _NAMESPACE = struct.Struct("!BBIH")  # 1, type, pid, length of name
 _SOCKET = struct.Struct("!BBBHH")  # 2, family, type, port, length of name
-_KIND = struct.Struct("!B")
 _TEXT_BYTES = 0xFFFF
 
 
@@ -149,19 +148,19 @@ def _name(resource: Namespace | Socket) -> str:
 
 def take(cursor: Cursor) -> Resource:
     """The next resource of a message. Raises LinkViolation."""
-    (kind,) = cursor.peek(_KIND)
+    kind = cursor.kind()
     match kind:
         case 0:
-            _, access, length = cursor.numbers(_DEVICE)
+            _, access, length = cursor.fields(_DEVICE)
             return Device(cursor.text(length), word(ACCESS_NAMES, access))
         case 1:
-            _, type_, pid, length = cursor.numbers(_NAMESPACE)
+            _, type_, pid, length = cursor.fields(_NAMESPACE)
             name = cursor.text(length)
             if pid > PID_MAX or (pid and name):
                 raise LinkViolation("a namespace that cannot be")
             return Namespace(word(NAMESPACE_TYPES, type_), name, pid)
         case 2:
-            _, family, type_, port, length = cursor.numbers(_SOCKET)
+            _, family, type_, port, length = cursor.fields(_SOCKET)
             return Socket(cursor.text(length), word(FAMILIES, family), word(SOCKET_TYPES, type_), port)
         case _:
             raise LinkViolation(f"a resource of kind {kind}")

@@ -142,10 +142,10 @@ def encode_topics(topics: Sequence[Topic]) -> bytes:
 def decode_topics(data: bytes) -> Topics:
     """Raises LinkViolation."""
     cursor = Cursor(data)
-    _, count = cursor.numbers(_COUNT)
+    _, count = cursor.fields(_COUNT)
     topics = []
     for _ in range(count):
-        bits, everyone, maximum, keep_s, length = cursor.numbers(_TOPIC)
+        bits, everyone, maximum, keep_s, length = cursor.fields(_TOPIC)
         deliver = tuple(handler for number, handler in enumerate(HANDLERS) if bits >> number & 1)
         topics.append(Topic(cursor.text(length), deliver, maximum, keep_s, bool(everyone)))
     cursor.end()
@@ -168,7 +168,7 @@ def encode_users(users: Sequence[User]) -> Iterator[bytes]:
 def decode_users(data: bytes) -> Users:
     """Raises LinkViolation."""
     cursor = Cursor(data)
-    _, count = cursor.numbers(_COUNT)
+    _, count = cursor.fields(_COUNT)
     users = []
     for _ in range(count):
         uid, bits, length = cursor.fields(_USER)
@@ -186,7 +186,7 @@ def encode_denied_use(connection: int, use: TopicUse) -> bytes:
 def decode_denied_use(data: bytes) -> DeniedUse:
     """Raises LinkViolation."""
     cursor = Cursor(data)
-    _, connection, verb = cursor.numbers(_DENIED_USE)
+    _, connection, verb = cursor.fields(_DENIED_USE)
     if len(data) - _DENIED_USE.size > _TEXT_BYTES:
         raise LinkViolation("a topic that is too long")
     text = data[_DENIED_USE.size :].decode(errors="replace")

@@ -17,7 +17,8 @@ from fdbroker.wire.frame import TooLong
 
 SERVICE = "org.varlink.service"
 _MESSAGE_BYTES = limits.MESSAGE_BYTES
-_CALL_MEMBERS = frozenset({"method", "parameters", "oneway", "more", "upgrade"})
+_FLAGS = frozenset({"oneway", "more", "upgrade"})
+_CALL_MEMBERS = _FLAGS | {"method", "parameters"}
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
@@ -110,12 +111,9 @@ def decode_call(message: bytes) -> Call:
     name = value.get("method")
     if not isinstance(name, str):
         raise ProtocolViolation("a message without a method")
-    for member in value:
-        if member not in _CALL_MEMBERS:
+    for member, given in value.items():
+        if member not in _CALL_MEMBERS or (member in _FLAGS and type(given) is not bool and given is not None):
             raise invalid_parameter(member)
-    for flag in ("oneway", "more", "upgrade"):
-        if not isinstance(value.get(flag), bool | None):
-            raise invalid_parameter(flag)
     if value.get("upgrade"):
         raise invalid_parameter("upgrade")
     parameters = value.get("parameters")
