@@ -14,14 +14,15 @@ import socket
 import time
 
 from fdbroker import limits
-from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation, Refused, TopicDenied
+from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation
 from fdbroker.inbox import dispatch
-from fdbroker.inbox.attached import Attached, Ledger, Unread
+from fdbroker.inbox.attached import Ledger, Unread
 from fdbroker.inbox.client import BROKE, DEAF, ENDED, FOREIGN, SLOW, Client
-from fdbroker.inbox.topics import Member, Topics
+from fdbroker.inbox.messages import Messages
+from fdbroker.inbox.topics import Topics
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
-from fdbroker.terms import Offer, TopicUse
+from fdbroker.terms import Offer
 from fdbroker.wire import frame, link, rights
 from fdbroker.wire.frame import TooLong
 
@@ -45,9 +46,7 @@ class Inbox:
         self._topics = topics
         self._ledger = Ledger()
         self._unread = Unread()
-        self._subscribed: dict[Member, Client] = {}
-        self._uncommitted: dict[int, Client] = {}  # whose answers wait for the commit
-        self._replaying: dict[int, Client] = {}  # subscribers that still get what is stored
+        self._messages = Messages(topics, opener, self._unread)
         self._opener_full = False
         self._by_number: dict[int, Client] = {}
         self._by_descriptor: dict[int, Client] = {}
@@ -83,8 +82,11 @@ class Inbox:
                     self._client_event(client, client_events)
             for client in list(self._more.values()):
                 self._work(client)
-            self._commit()
-            self._deliver()
+            for client in self._messages.commit():
+                if client.number in self._by_number:
+                    self._work(client)
+            for client in self._messages.deliver():
+                self._settle(client)
             self._worked.clear()
             self._end_slow()
             if self._unread.lingering:
@@ -92,8 +94,7 @@ class Inbox:
         self._opener.send(link.DRAINED)
 
     def _timeout_s(self) -> float:
-        replay = self._replaying and not all(client.out for client in self._replaying.values())
-        if self._more or self._uncommitted or replay:
+        if self._more or self._messages.pressing:
             return 0
         if self._partial:
             began_s = next(iter(self._partial.values()))
@@ -131,7 +132,9 @@ class Inbox:
                     self._opener.send(link.encode_closed(number, ENDED))
                 case rights.RightsChanged(number, allowed):
                     if number in self._by_number:
-                        self._allow(self._by_number[number], allowed)
+                        client = self._by_number[number]
+                        if not self._messages.allow(client, allowed):
+                            self._end_turn(client)
                 case rights.Topics(topics):
                     self._topics.use(topics)
                 case rights.Users(users):
@@ -275,7 +278,7 @@ class Inbox:
             case dispatch.Answer(data):
                 client.answer(data)
             case dispatch.Publish():
-                self._publish(client, action, attached)
+                self._messages.publish(client, action, attached)
                 self._worked[client.uid] += self._topics.take_rows() // _ROWS_PER_MESSAGE
             case dispatch.Receive(maximum, acknowledge):
                 rows = min(maximum, limits.RECEIVED_MESSAGES) + len(acknowledge)
@@ -284,92 +287,6 @@ class Inbox:
             case _:
                 client.question = action
         return True
-
-    # ---- messages
-
-    def _publish(self, client: Client, message: dispatch.Publish, attached: Attached | None) -> None:
-        answer: bytes | None
-        try:
-            to_commit = self._topics.publish(client.member, message, attached)
-            answer = None if to_commit else client.sent
-        except Refused as refusal:
-            self._note(client, refusal, "send")
-            answer = client.message_refused(refusal)
-        if answer is None:
-            self._uncommitted[client.number] = client
-        client.answer(answer if not message.silent else b"")
-
-    def _commit(self) -> None:
-        """Write down what this turn brought to be stored, once for all, and then give its answers."""
-        waiting, self._uncommitted = self._uncommitted, {}
-        refusal = self._topics.commit()
-        for client in waiting.values():
-            if client.number not in self._by_number:
-                continue
-            answers, client.uncommitted = client.uncommitted, []
-            for answer in answers:
-                if isinstance(answer, bytes):
-                    client.out += answer
-                elif answer is not None and answer.silent:
-                    continue
-                elif refusal is not None and (answer is None or answer.acknowledge):
-                    client.out += client.message_refused(refusal)
-                elif answer is None:
-                    client.out += client.sent
-                else:
-                    client.out += dispatch.messages_reply(self._topics.receive(client.member, answer.maximum))
-            self._work(client)
-
-    def _subscribe(self, client: Client, topics: list[str], after: int | None) -> None:
-        others = sum(member.sender.uid == client.uid for member in self._subscribed)
-        try:
-            self._topics.subscribe(client.member, topics, after, others)
-        except Refused as refusal:
-            self._note(client, refusal, "subscribe")
-            client.answer(client.message_refused(refusal))
-        else:
-            client.state = "subscribed"
-            self._subscribed[client.member] = client
-            if client.member.replayed is not None:
-                self._replaying[client.number] = client
-
-    def _receive(self, client: Client, asked: dispatch.Receive) -> None:
-        try:
-            self._topics.acknowledge(client.member, asked.acknowledge)
-        except Refused as refusal:
-            client.answer(b"" if asked.silent else client.message_refused(refusal))
-        else:
-            client.answer(asked)
-            self._uncommitted[client.number] = client
-
-    def _allow(self, client: Client, allowed: rights.Rights) -> None:
-        """Other rights for a client; one that has subscribed to what it may not have any more is told so."""
-        try:
-            self._topics.allow(client.member, allowed)
-        except TopicDenied as refusal:
-            del self._subscribed[client.member]
-            client.fill(self._unread)
-            client.out += client.message_refused(refusal)
-            self._end_turn(client)
-
-    def _note(self, client: Client, refusal: Refused, verb: str) -> None:
-        """Have a denial recorded, unless the opener has more to read than it can already."""
-        if isinstance(refusal, TopicDenied) and not self._opener.waiting:
-            self._opener.send(rights.encode_denied_use(client.number, TopicUse(verb, refusal.topic)))
-
-    def _deliver(self) -> None:
-        """Send on what has come in this turn, and what is stored: of each subscriber all of it at once."""
-        while self._topics.fresh:
-            member, _ = self._topics.fresh.popitem()
-            client = self._subscribed.get(member)
-            if client is not None:
-                self._settle(client)
-        for client in list(self._replaying.values()):
-            if not client.out:
-                client.out += self._topics.replay(client.member)
-                if client.member.replayed is None:
-                    del self._replaying[client.number]
-                self._settle(client)
 
     def _put(self, client: Client) -> bool:
         """Put the question, mostly to the opener, once all answers before it are sent; false when they are not."""
@@ -390,9 +307,9 @@ class Inbox:
                 client.state = link.TURNS[client.state, "Shutdown"]
                 self._opener.send(link.encode_shutdown(client.number))
             case dispatch.Subscribe(topics, after):
-                self._subscribe(client, topics, after)
+                self._messages.subscribe(client, topics, after)
             case dispatch.Receive():
-                self._receive(client, question)
+                self._messages.receive(client, question)
         return True
 
     def _send(self, client: Client) -> bool:
@@ -439,10 +356,7 @@ class Inbox:
         del self._by_descriptor[client.sock.fileno()]
         self._more.pop(client.number, None)
         self._partial.pop(client.number, None)
-        self._uncommitted.pop(client.number, None)
-        self._replaying.pop(client.number, None)
-        self._subscribed.pop(client.member, None)
-        self._topics.forget(client.member)
+        self._messages.forget(client)
         # taken out by hand: epoll would keep it for as long as the opener's copy is open
         self._epoll.unregister(client.sock.fileno())
         client.let_go()

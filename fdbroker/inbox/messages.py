@@ -1,0 +1,130 @@
+"""Messages of clients: what each is answered and when, who has subscribed, what is sent on at the end of a turn.
+
+Runs in: inbox. An attacker controls what is sent, and how many subscribe. `topics.py` knows topics and rights, and
+`client.py` one connection; here they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fdbroker.errors import Refused, TopicDenied
+from fdbroker.inbox import dispatch
+from fdbroker.inbox.attached import Attached, Unread
+from fdbroker.inbox.client import Client
+from fdbroker.inbox.topics import Member, Topics
+from fdbroker.kernel.link import Link
+from fdbroker.terms import TopicUse
+from fdbroker.wire import rights
+
+
+class Messages:
+    """Borrows the link to the opener, which writes down who was denied."""
+
+    def __init__(self, topics: Topics, opener: Link, unread: Unread) -> None:
+        self._topics = topics
+        self._opener = opener
+        self._unread = unread
+        self._subscribed: dict[Member, Client] = {}
+        self._uncommitted: dict[int, Client] = {}  # whose answers wait for the commit
+        self._replaying: dict[int, Client] = {}  # subscribers that still get what is stored
+
+    @property
+    def pressing(self) -> bool:
+        """Whether there is something to do although nothing comes."""
+        if self._uncommitted:
+            return True
+        return bool(self._replaying) and not all(client.out for client in self._replaying.values())
+
+    def publish(self, client: Client, message: dispatch.Publish, attached: Attached | None) -> None:
+        """Hand a message to the handlers of its topic, and answer it."""
+        answer: bytes | None
+        try:
+            to_commit = self._topics.publish(client.member, message, attached)
+            answer = None if to_commit else client.sent
+        except Refused as refusal:
+            self._note(client, refusal, "send")
+            answer = client.message_refused(refusal)
+        if answer is None:
+            self._uncommitted[client.number] = client
+        client.answer(answer if not message.silent else b"")
+
+    def commit(self) -> Iterator[Client]:
+        """Write down what this turn brought to be stored, once for all, and then give its answers: to these clients."""
+        waiting, self._uncommitted = self._uncommitted, {}
+        refusal = self._topics.commit()
+        for client in waiting.values():
+            answers, client.uncommitted = client.uncommitted, []
+            for answer in answers:
+                if isinstance(answer, bytes):
+                    client.out += answer
+                elif answer is not None and answer.silent:
+                    continue
+                elif refusal is not None and (answer is None or answer.acknowledge):
+                    client.out += client.message_refused(refusal)
+                elif answer is None:
+                    client.out += client.sent
+                else:
+                    client.out += dispatch.messages_reply(self._topics.receive(client.member, answer.maximum))
+            yield client
+
+    def subscribe(self, client: Client, topics: list[str], after: int | None) -> None:
+        """From now on the client gets these topics' messages, or is told why not."""
+        others = sum(member.sender.uid == client.uid for member in self._subscribed)
+        try:
+            self._topics.subscribe(client.member, topics, after, others)
+        except Refused as refusal:
+            self._note(client, refusal, "subscribe")
+            client.answer(client.message_refused(refusal))
+        else:
+            client.state = "subscribed"
+            self._subscribed[client.member] = client
+            if client.member.replayed is not None:
+                self._replaying[client.number] = client
+
+    def receive(self, client: Client, asked: dispatch.Receive) -> None:
+        """Acknowledge; what is stored for the client comes once that is committed."""
+        try:
+            self._topics.acknowledge(client.member, asked.acknowledge)
+        except Refused as refusal:
+            client.answer(b"" if asked.silent else client.message_refused(refusal))
+        else:
+            client.answer(asked)
+            self._uncommitted[client.number] = client
+
+    def allow(self, client: Client, allowed: rights.Rights) -> bool:
+        """Other rights for a client; false when they ended its subscription, which it is told."""
+        try:
+            self._topics.allow(client.member, allowed)
+        except TopicDenied as refusal:
+            del self._subscribed[client.member]
+            client.fill(self._unread)
+            client.out += client.message_refused(refusal)
+            return False
+        return True
+
+    def _note(self, client: Client, refusal: Refused, verb: str) -> None:
+        """Have a denial recorded, unless the opener has more to read than it can already."""
+        if isinstance(refusal, TopicDenied) and not self._opener.waiting:
+            self._opener.send(rights.encode_denied_use(client.number, TopicUse(verb, refusal.topic)))
+
+    def deliver(self) -> Iterator[Client]:
+        """Those that something waits for, of each all of it at once; also what is stored, for those who asked."""
+        while self._topics.fresh:
+            member, _ = self._topics.fresh.popitem()
+            client = self._subscribed.get(member)
+            if client is not None:
+                yield client
+        for client in list(self._replaying.values()):
+            if not client.out:
+                client.out += self._topics.replay(client.member)
+                if client.member.replayed is None:
+                    del self._replaying[client.number]
+                yield client
+
+    def forget(self, client: Client) -> None:
+        """Its connection has ended."""
+        self._uncommitted.pop(client.number, None)
+        self._replaying.pop(client.number, None)
+        self._subscribed.pop(client.member, None)
+        self._topics.forget(client.member)
