@@ -7,47 +7,28 @@ raises LinkViolation, which ends the service.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import resource
 import select
 import socket
 import time
 
 from fdbroker import limits
-from fdbroker.errors import LinkViolation, QuotaExceeded, RateLimited, Refused
+from fdbroker.errors import LinkViolation, RateLimited, Refused
 from fdbroker.kernel import inotify, memfd, sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded
-from fdbroker.opener.accept import Acceptor, OutOfDescriptors
 from fdbroker.opener.ask import Asking
 from fdbroker.opener.audit import Audit, Record
-from fdbroker.opener.authorize import (
-    Account,
-    Accounts,
-    Connection,
-    authorize_administrator,
-    authorize_connection,
-    authorize_request,
-    message_rights,
-)
-from fdbroker.opener.identify import Identifier
+from fdbroker.opener.authorize import Connection, authorize_administrator, authorize_request, message_rights
+from fdbroker.opener.door import Door
 from fdbroker.opener.listing import Listed, listing
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.request import Opening, finish_open, refuse_open, start_open
-from fdbroker.opener.send import say_refusal
 from fdbroker.policy.compiled import Policy, from_bytes
-from fdbroker.policy.decide import view
-from fdbroker.terms import Subject
 from fdbroker.wire import link, rights
-from fdbroker.wire.rights import Sender
 
-_ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
-_ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
 # Several nodes come together, each is made, renamed, given its owner: one listing for all of them.
 _SETTLE_S = 0.1
-# How often we look whether what an ended connection left unread is gone.
-_LINGER_S = 1.0
 _RETRY_MS = limits.JOURNAL_RETRY_MS
 
 
@@ -64,31 +45,22 @@ class Opener:
         nodes: Nodes,
         audit: Audit,
     ) -> None:
-        self._acceptor: Acceptor | None = Acceptor(listener)
         self._launcher = launcher
         self._inbox = inbox
         self._asking = asking
         self._policy = policy
         self._nodes = nodes
         self._audit = audit
-        self._identifier = Identifier()
-        self._accounts = Accounts()
         self._connections: dict[int, Connection] = {}
+        self._door = Door(listener, inbox, policy, audit, self._connections)
         self._watching: dict[int, list[bytes]] = {}  # connection -> the listing that it was sent last
-        self._last_number = 0
-        self._held: tuple[socket.socket, Subject, Account] | None = None  # accepted, not yet handed on
-        self._lingering: set[Account] = set()  # whose ended connections have grants unread
-        self._linger_at_s = 0.0
         self._pings = 0  # sent to the inbox and not answered
         self._inotify = inotify.create()
         self._spare = os.dup(self._inotify)
         self._changed_at_s: float | None = None
-        self._paused_until_s = 0.0
         self._accepting = False
         self._inbox_full = False
         self._epoll = select.epoll()
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._connections_max = descriptors - limits.reserved(descriptors)
 
     def serve(self) -> None:
         """Serve until the launcher says stop, or goes. Raises LinkViolation and OSError: then the process must end."""
@@ -119,139 +91,57 @@ class Opener:
                 elif descriptor == self._inotify:
                     inotify.drain(self._inotify)
                     self._changed_at_s = self._changed_at_s or time.monotonic()
-                elif self._acceptor is not None:
-                    self._accept(self._acceptor)
+                else:
+                    self._door.accept()
             timeout_s = self._timers()
 
     def _arm(self) -> None:
         """Poll for what can be used: room in the inbox's link if messages wait for it, and else new connections."""
-        full = bool(self._inbox.waiting or self._held)
+        full = bool(self._inbox.waiting or self._door.holds)
         if full != self._inbox_full:
             self._inbox_full = full
             # while it does not take our answers, its next questions wait: what waits for it stays bounded
             self._epoll.modify(self._inbox.fileno(), select.EPOLLOUT if full else select.EPOLLIN)
-        if self._acceptor is None:
+        if self._door.closed:
             return
-        if self._paused_until_s and time.monotonic() >= self._paused_until_s:
-            self._paused_until_s = 0.0
-        wanted = not full and not self._paused_until_s
+        wanted = not full and not self._door.paused()
         if wanted != self._accepting:
             self._accepting = wanted
             if wanted:
-                self._epoll.register(self._acceptor.fileno(), select.EPOLLIN)
+                self._epoll.register(self._door.fileno(), select.EPOLLIN)
             else:
-                self._epoll.unregister(self._acceptor.fileno())
+                self._epoll.unregister(self._door.fileno())
 
     # ---- timers
 
     def _timers(self) -> float:
         """Do what is due now, and return in how many seconds something will be; -1: nothing before a message comes."""
         watched = self._changed_at_s is not None and self._watching
-        if not (watched or self._paused_until_s or self._lingering or self._audit.counting or self._asking.busy):
+        if not (watched or self._door.busy or self._audit.counting or self._asking.busy):
             return -1
         now_s = time.monotonic()
         if self._changed_at_s is not None and now_s - self._changed_at_s >= _SETTLE_S:
             self._changed_at_s = None
             self._list_again()
-        if self._lingering and now_s >= self._linger_at_s:
-            self._linger_at_s = now_s + _LINGER_S
-            for account in tuple(self._lingering):
-                account.count_connections()
-                if not account.lingering:
-                    self._lingering.discard(account)
+        self._door.sweep(now_s)
         if self._audit.counting:
             self._audit.flush(now_s)
         if self._asking.timeout_s == 0:
             if self._asking.expire():
                 self._launcher.send(link.WORKER_STUCK)
             self._finish_ready()
-        ends_s = [self._asking.timeout_s]
-        if self._paused_until_s:
-            ends_s.append(_ACCEPT_PAUSE_S)
+        ends_s = [self._asking.timeout_s, self._door.timeout_s]
         if self._changed_at_s is not None and self._watching:
             ends_s.append(_SETTLE_S)
-        if self._lingering:
-            ends_s.append(_LINGER_S)
         if self._audit.counting:
             ends_s.append(float(limits.AUDIT_REPEAT_SECONDS))
         return min((end_s for end_s in ends_s if end_s >= 0), default=-1)
-
-    # ---- accept, identify
-
-    def _accept(self, acceptor: Acceptor) -> None:
-        for _ in range(_ACCEPTS_PER_TURN):
-            try:
-                if len(self._connections) + self._count_lingering() >= self._connections_max:
-                    acceptor.turn_one_away()
-                    raise OutOfDescriptors
-                sock = acceptor.accept()
-            except OutOfDescriptors:
-                self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
-                self._turned_away("accept", None, "no descriptors left")
-                return
-            if sock is None:
-                return
-            self._welcome(sock)
-            if self._inbox.waiting or self._held:
-                return
-
-    def _count_lingering(self) -> int:
-        return sum(len(account.lingering) for account in self._lingering)
-
-    def _welcome(self, sock: socket.socket) -> None:
-        """Identify one client and hand its socket on; `sock` is taken, and closed if the client is turned away."""
-        try:
-            subject = self._identifier.identify(sock)
-            seen = view(self._policy, subject)
-            account = self._accounts.of(subject.uid, seen.limits["burst"], time.monotonic())
-            authorize_connection(account, seen)
-            subject = self._identifier.describe(sock, subject)
-        except QuotaExceeded as refusal:
-            self._turn_away(sock, refusal, subject)
-        except OSError as error:
-            # EMFILE, or the kernel does not say who it is: this client alone is refused
-            self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), None, error.strerror or "")
-            self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
-        else:
-            self._hand_on(sock, subject, account)
-
-    def _hand_on(self, sock: socket.socket, subject: Subject, account: Account) -> None:
-        """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
-        seen = view(self._policy, subject)
-        sender = Sender(subject.uid, subject.gid, subject.pid, subject.session)
-        allowed = message_rights(seen, self._policy.topics)
-        sockets.let_descriptors(sock, allowed=bool(allowed.send))
-        message = rights.encode_connected(self._last_number + 1, sender, allowed)
-        try:
-            if not self._inbox.send_with_descriptors(message, [sock.fileno()]):
-                self._held = (sock, subject, account)
-                return
-        except OSError as error:
-            if error.errno not in (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM):
-                raise
-            self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), subject, error.strerror or "")
-            self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
-            return
-        self._last_number += 1
-        self._connections[self._last_number] = Connection(self._last_number, sock, subject, seen, account)
-
-    def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded, subject: Subject | None, why: str = "") -> None:
-        """Say the refusal and hang up; takes `sock`."""
-        self._turned_away("identify" if subject is None else "accept", subject, why or str(refusal))
-        say_refusal(sock, refusal)
-        sockets.hang_up(sock)
-        sock.close()
-
-    def _turned_away(self, stage: str, subject: Subject | None, reason: str) -> None:
-        self._audit.refuse(Record("turned-away", stage, 0, subject, None, reason), time.monotonic())
 
     # ---- the inbox's link
 
     def _flush_inbox(self) -> None:
         self._inbox.flush()
-        if self._held is not None and not self._inbox.waiting:
-            held, self._held = self._held, None
-            self._hand_on(*held)
+        self._door.hand_on_held()
 
     def _read_inbox(self) -> bool:
         """Answer one message of the inbox; false when it is gone as it should be."""
@@ -259,7 +149,7 @@ class Opener:
         if data is None:
             return True
         if not data:
-            if self._acceptor is None:  # it was told to drain
+            if self._door.closed:  # it was told to drain
                 return False
             raise LinkViolation("the inbox is gone")
         self._answer(link.decode(link.INBOX_TO_OPENER, data))
@@ -285,7 +175,7 @@ class Opener:
                 self._pings -= 1
                 self._launcher.send(link.PONG)
             case link.Drained():
-                if self._acceptor is not None:
+                if not self._door.closed:
                     raise LinkViolation("the inbox drained without being told to")
 
     def _turn(self, number: int, event: str) -> Connection:
@@ -337,8 +227,7 @@ class Opener:
         self._watching.pop(connection.number, None)
         self._asking.drop(connection)
         connection.close()
-        if connection.account.lingering:
-            self._lingering.add(connection.account)
+        self._door.note_ended(connection.account)
 
     def _shutdown(self, connection: Connection) -> None:
         """Have the launcher stop the service, if an administrator asks for it."""
@@ -415,6 +304,7 @@ class Opener:
     def _use(self, policy: Policy) -> None:
         """Judge by `policy` from the next request on."""
         self._policy = policy
+        self._door.policy = policy
         self._tell_topics()
         for connection in self._connections.values():
             connection.see(policy)
@@ -429,16 +319,11 @@ class Opener:
         self._inbox.send(rights.encode_topics(self._policy.topics))  # now all of it is in force
 
     def _stop(self) -> None:
-        if self._acceptor is not None:
+        if not self._door.closed:
             if self._accepting:
-                self._epoll.unregister(self._acceptor.fileno())
-            self._acceptor.close()
-            self._acceptor = None
-            self._accepting = False
-            if self._held is not None:
-                self._held[0].close()
-                self._held = None
-            self._paused_until_s = 0.0
+                self._epoll.unregister(self._door.fileno())
+                self._accepting = False
+            self._door.close()
             self._asking.hurry()
             self._inbox.send(link.DRAIN)
 

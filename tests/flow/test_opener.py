@@ -99,13 +99,12 @@ def world(tmp_path):
         opener = one.opener
         for connection in opener._connections.values():
             connection.sock.close()
-        if opener._acceptor is not None:
-            opener._acceptor.close()
+        opener._door.close()
         opener._epoll.close()
         for number in (
             opener._inotify,
             opener._spare,
-            opener._identifier._proc,
+            opener._door._identifier._proc,
             one.nodes._dev,
             one.nodes._proc_self_fd,
             one.nodes._sys_dev,

@@ -32,6 +32,7 @@ OURS = {
             "ask",
             "audit",
             "authorize",
+            "door",
             "identify",
             "listing",
             "open",
