@@ -161,6 +161,8 @@ def take(cursor: Cursor) -> Resource:
             return Namespace(word(NAMESPACE_TYPES, type_), name, pid)
         case 2:
             _, family, type_, port, length = cursor.fields(_SOCKET)
+            if not length:
+                raise LinkViolation("a socket in no namespace")
             return Socket(cursor.text(length), word(FAMILIES, family), word(SOCKET_TYPES, type_), port)
         case _:
             raise LinkViolation(f"a resource of kind {kind}")

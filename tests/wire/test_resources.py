@@ -142,8 +142,9 @@ def test_whatever_bytes_they_are_a_resource_or_a_violation(data):
         b"\x01\x08\0\0\0\0\0\0",
         b"\x01\0\0\0\0\x01\0\x01a",  # a name and a pid
         b"\x01\0\xff\xff\xff\xff\0\0",
-        b"\x02\x02\0\0\0\0\0",
-        b"\x02\0\x02\0\0\0\0",
+        b"\x02\x02\0\0\0\0\x01a",
+        b"\x02\0\x02\0\0\0\x01a",
+        b"\x02\0\0\0\0\0\0",  # in no namespace
         b"\0\0\0\x01\xff",
     ],
 )
