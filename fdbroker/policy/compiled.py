@@ -58,8 +58,18 @@ def to_bytes(policy: Policy) -> bytes:
 
 def from_bytes(data: bytes) -> Policy:
     """The inverse of `to_bytes`. Raises ValueError, TypeError or LookupError for anything else."""
+    try:
+        policy = _policy(json.loads(data))
+    except (AttributeError, RecursionError) as error:
+        raise ValueError(f"no compiled policy: {error}") from None
+    if to_bytes(policy) != data:
+        raise ValueError("no compiled policy: it would be written in another way")
+    return policy
+
+
+def _policy(parts: Any) -> Policy:
     uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits, topics, users = (
-        json.loads(data)
+        parts
     )
 
     def rules(items: list[list[Any]]) -> tuple[Any, ...]:
