@@ -111,9 +111,10 @@ def name_glob_error(pattern: str) -> str:
 def _set_regex(text: str) -> str:
     negated = text.startswith("!")
     body = text[1:] if negated else text
-    # only a range's hyphen keeps a meaning; the slash is never in a set
+    # only a range's hyphen keeps a meaning; the slash, which no set matches, stands apart: beside a hyphen it would
+    # begin or end a range
     body = "".join(re.escape(one) if one != "-" else "-" for one in body)
-    return f"[^/{body}]" if negated else f"(?!/)[{body}]"
+    return f"(?!/)[{'^' if negated else ''}{body}]"
 
 
 def _set_error(text: str) -> bool:
