@@ -15,7 +15,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fdbroker import limits
 from fdbroker.errors import QueueFull
@@ -52,6 +52,19 @@ _SCHEMA = f"""
     COMMIT;
 """
 
+# as they were made; in hexadecimal, for in a damaged file a name may be no text
+_COLUMNS = """
+    SELECT hex(tables.name), hex(columns.name), hex(columns.type), columns.pk
+    FROM sqlite_schema AS tables, pragma_table_xinfo(tables.name) AS columns WHERE tables.type = 'table'
+    ORDER BY tables.name, columns.cid
+"""
+_LAST_NUMBER = """
+    SELECT max(
+        (SELECT ifnull(max(CAST(seq AS INTEGER)), 0) FROM sqlite_sequence WHERE name = 'messages'),
+        (SELECT ifnull(max(number), 0) FROM messages)
+    )
+"""
+_NUMBER_MAX = 1 << 62  # in microseconds since 1970, 146,000 years
 
 _REMOVE = """
     DELETE FROM messages WHERE number = ? AND NOT EXISTS (SELECT 1 FROM waiting WHERE number = messages.number)
@@ -78,6 +91,16 @@ class NotStored(Exception):
     """The disk is full or broken: nothing of what was to be committed is stored."""
 
 
+def _columns(database: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    return database.execute(_COLUMNS).fetchall()
+
+
+def _made_columns() -> list[tuple[Any, ...]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(_SCHEMA)
+        return _columns(database)
+
+
 class Store:
     """The messages in the file `path`, whose folder must be ours alone. Raises sqlite3.Error."""
 
@@ -96,6 +119,10 @@ class Store:
                 raise sqlite3.DatabaseError(said)
             if version == 0:
                 self._database.executescript(_SCHEMA)
+            elif _columns(self._database) != _made_columns():
+                raise sqlite3.DatabaseError("its tables are not ours")
+            if not 0 <= self.last_number < _NUMBER_MAX:
+                raise sqlite3.DatabaseError("the last number")
             self._count()
         except BaseException:
             self._database.close()
@@ -104,8 +131,9 @@ class Store:
     @property
     def last_number(self) -> int:
         """The largest number that was ever stored, 0 for none."""
-        row = self._database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetchone()
-        return row[0] if row else 0
+        # CAST: this table is SQLite's own, which checks no types in it
+        (number,) = self._database.execute(_LAST_NUMBER).fetchone()
+        return int(number)
 
     def _count(self) -> None:
         rows = self._database.execute("SELECT sender, count(*), sum(length(data)) FROM messages GROUP BY sender")
@@ -216,9 +244,12 @@ def opened(folder: str) -> tuple[Store, str]:
     path = os.path.join(folder, _NAME)
     try:
         return Store(path), ""
-    except sqlite3.OperationalError:
-        raise  # no access, another process, no room: nothing is wrong with the file
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        # but for SQLITE_ERROR, which says that a table is not what it was made as: no access, another process, no
+        # room, a newer version; nothing is wrong with the file. What is no text stands in a schema that SQLite quotes.
+        code = getattr(error, "sqlite_errorcode", None)
+        if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
+            raise
         aside = f"{path}.damaged-{time.time_ns() // 1000}"
         for end in ("", "-wal"):
             if os.path.exists(path + end):

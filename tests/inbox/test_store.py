@@ -185,6 +185,50 @@ def test_a_damaged_file_is_set_aside_and_said(folder, tmp_path, where):
         store.close()
 
 
+@pytest.mark.parametrize(
+    ("what", "becomes"),
+    [
+        ("TABLE messages", "T\xffBLE messages"),  # SQLite's word for it is no text then
+        ("topic TEXT", "\xffopic TEXT"),
+        ("topic TEXT", "tapic TEXT"),
+        ("data BLOB", "data TEXT"),
+        ("uid INTEGER", "gid INTEGER"),
+    ],
+)
+def test_a_damaged_description_of_the_tables_is_noticed_at_the_start(folder, tmp_path, what, becomes):
+    store, _ = opened(folder)
+    put(store, 1)
+    store.commit()
+    store.close()
+    path = tmp_path / "messages.sqlite"
+    data, old, new = path.read_bytes(), what.encode(), becomes.encode("latin-1")
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    store, said = opened(folder)
+    assert "the stored messages are damaged" in said
+    assert numbers(store, 1) == []
+    put(store, 2)
+    store.commit()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("sequence", "said_or_last"), [("1", 7), ("'x'", 7), ("NULL", 7), ("1 << 62", ""), ("1e300", "")]
+)
+def test_a_damaged_sequence_never_gives_a_number_twice_nor_one_that_cannot_be_stored(folder, sequence, said_or_last):
+    store, _ = opened(folder)
+    put(store, 7)
+    store.commit()
+    store._database.execute(f"UPDATE sqlite_sequence SET seq = {sequence}")
+    store.close()
+    store, said = opened(folder)
+    if said_or_last:
+        assert (said, store.last_number) == ("", said_or_last)
+    else:
+        assert "the stored messages are damaged (the last number)" in said
+    store.close()
+
+
 def test_a_torn_end_of_the_log_costs_what_was_not_committed_whole(folder, tmp_path):
     store, _ = opened(folder)
     put(store, 1)
