@@ -6,14 +6,11 @@ import sqlite3
 import time
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fdbroker import limits
 from fdbroker.errors import QueueFull
 from fdbroker.inbox import store as module
-from fdbroker.inbox.store import NotStored, Store, Stored, opened
+from fdbroker.inbox.store import NotStored, Stored, opened
 
 FAR_US = 1 << 60
 ALL = frozenset({"news", "mail"})
@@ -268,70 +265,6 @@ def test_what_was_acknowledged_does_not_stay_on_the_disk(folder, tmp_path):
     store.close()
     assert b"a secret word" not in (tmp_path / "messages.sqlite").read_bytes()
     assert not (tmp_path / "messages.sqlite-wal").exists()
-
-
-class Model(RuleBasedStateMachine):
-    """Invariant: what waits for whom, and what each sender has used, are what a plain dictionary says."""
-
-    def __init__(self):
-        super().__init__()
-        self.store = Store(":memory:")
-        self.number = 0
-        self.kept: dict[int, tuple[int, bytes, set[int]]] = {}
-        self.new: list[tuple[int, int, bytes, set[int]]] = []
-        self.done: list[tuple[int, int]] = []
-
-    uids = st.integers(1, 4)
-
-    @rule(sender=uids, recipients=st.frozensets(uids, min_size=1), data=st.binary(max_size=20))
-    def put(self, sender, recipients, data):
-        self.number += 1
-        put(self.store, self.number, recipients, sender, data=data)
-        self.new.append((self.number, sender, data, set(recipients)))
-
-    @rule(uid=uids, number=st.integers(0, 30))
-    def acknowledge(self, uid, number):
-        self.store.acknowledge(uid, [number])
-        self.done.append((uid, number))
-
-    @rule()
-    def commit(self):
-        self.store.commit()
-        for number, sender, data, recipients in self.new:
-            self.kept[number] = (sender, data, recipients)
-        for uid, number in self.done:
-            if number in self.kept:
-                self.kept[number][2].discard(uid)
-                if not self.kept[number][2]:
-                    del self.kept[number]
-        self.new, self.done = [], []
-
-    @precondition(lambda self: self.new)
-    @rule()
-    def fail(self):
-        self.store._database.execute("PRAGMA query_only = ON")
-        with pytest.raises(NotStored):
-            self.store.commit()
-        self.store._database.execute("PRAGMA query_only = OFF")
-        self.new, self.done = [], []
-
-    @invariant()
-    def agrees(self):
-        for uid in range(1, 5):
-            expected = [(number, data) for number, (_, data, left) in sorted(self.kept.items()) if uid in left]
-            assert self.store.waiting(uid, ALL, 0, 1000) == expected
-        used: dict[int, tuple[int, int]] = {}
-        for sender, data in [(s, d) for s, d, _ in self.kept.values()] + [(s, d) for _, s, d, _ in self.new]:
-            count, size = used.get(sender, (0, 0))
-            used[sender] = (count + 1, size + len(data))
-        assert self.store._used == used
-
-    def teardown(self):
-        self.store.close()
-
-
-TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 def test_the_clock_of_the_test_is_the_real_one():

@@ -1,0 +1,177 @@
+"""Topics, queues and subscribers against a few lists: who gets what, in which order, and how much was lost."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from unittest import mock
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fdbroker.errors import MessageTooLong, NoSuchRecipient, QuotaExceeded, TopicDenied
+from fdbroker.inbox import topics as module
+from fdbroker.inbox.dispatch import Publish
+from fdbroker.inbox.topics import Member, Topics
+from fdbroker.terms import Topic
+from fdbroker.wire.rights import Rights, Sender
+
+MESSAGES, BYTES, LONGEST, SUBSCRIPTIONS = 4, 1400, 300, 2
+NAMES = ("inbox", "news", "mail")
+UIDS = st.integers(1, 3)
+POSITIONS = st.frozensets(st.integers(0, len(NAMES) - 1))
+
+
+class Part:
+    """What the model knows of a connection."""
+
+    def __init__(self, uid, may_send, may_subscribe):
+        self.member = Member(Sender(uid, uid, uid, ""))
+        self.uid = uid
+        self.may(may_send, may_subscribe)
+        self.subscribed = frozenset()
+        self.waiting = deque()  # (number, payload, bytes on the wire)
+        self.lost = 0
+
+    def may(self, send, subscribe):
+        self.may_send, self.may_subscribe = send, subscribe
+        self.rights = Rights(send, subscribe, 10**6, 10**6, SUBSCRIPTIONS)
+
+    def named(self, positions, names):
+        return {names[position] for position in positions if position < len(names)}
+
+
+class Machine(RuleBasedStateMachine):
+    """Invariant: each subscriber's queue has the newest messages to it that fit, in order, and knows what is missing."""
+
+    def __init__(self):
+        super().__init__()
+        self.patched = mock.patch.multiple(module, _MESSAGES=MESSAGES, _BYTES=BYTES)
+        self.patched.start()
+        self.topics = Topics(None)
+        self.parts: list[Part] = []
+        self.names = NAMES
+        self.last = self.topics._number
+
+    @initialize()
+    def begin(self):
+        self.use(NAMES)
+
+    def use(self, names):
+        self.names = names
+        self.topics.use(tuple(Topic(name, ("subscribers",), LONGEST) for name in names))
+
+    @rule(order=st.permutations(NAMES), count=st.integers(1, len(NAMES)))
+    def another_policy(self, order, count):
+        """The topics' positions change; who had subscribed to what may now be other topics' rights is told."""
+        self.use(tuple(order[:count]))
+        for part in self.parts:
+            self.allow(part)
+
+    @precondition(lambda self: len(self.parts) < 6)
+    @rule(uid=UIDS, send=POSITIONS, subscribe=POSITIONS)
+    def connect(self, uid, send, subscribe):
+        part = Part(uid, send, subscribe)
+        self.parts.append(part)
+        self.allow(part)
+
+    @precondition(lambda self: self.parts)
+    @rule(data=st.data(), send=POSITIONS, subscribe=POSITIONS)
+    def other_rights(self, data, send, subscribe):
+        part = data.draw(st.sampled_from(self.parts))
+        part.may(send, subscribe)
+        self.allow(part)
+
+    def allow(self, part):
+        if part.subscribed <= part.named(part.may_subscribe, self.names):
+            self.topics.allow(part.member, part.rights)
+            return
+        with pytest.raises(TopicDenied):
+            self.topics.allow(part.member, part.rights)
+        part.subscribed = frozenset()
+
+    @precondition(lambda self: self.parts)
+    @rule(data=st.data())
+    def disconnect(self, data):
+        part = data.draw(st.sampled_from(self.parts))
+        self.parts.remove(part)
+        self.topics.forget(part.member)
+
+    @precondition(lambda self: self.parts)
+    @rule(data=st.data(), names=st.frozensets(st.sampled_from(NAMES), min_size=1))
+    def subscribe(self, data, names):
+        part = data.draw(st.sampled_from(self.parts))
+        if part.subscribed:
+            return  # nothing else is answered on that connection
+        others = sum(bool(other.subscribed) for other in self.parts if other.uid == part.uid)
+        if not names <= part.named(part.may_subscribe, self.names):
+            with pytest.raises(TopicDenied):
+                self.topics.subscribe(part.member, names, None, others)
+        elif others >= SUBSCRIPTIONS:
+            with pytest.raises(QuotaExceeded):
+                self.topics.subscribe(part.member, names, None, others)
+        else:
+            self.topics.subscribe(part.member, names, None, others)
+            part.subscribed = names
+
+    @precondition(lambda self: self.parts)
+    @rule(data=st.data(), name=st.sampled_from(NAMES), size=st.integers(0, LONGEST + 1), to=st.one_of(st.none(), UIDS))
+    def send(self, data, name, size, to):
+        part = data.draw(st.sampled_from(self.parts))
+        asked = Publish(name, b"x" * size, "x" * size, "text", "" if to is None else str(to))
+        heard = [one for one in self.parts if to in (None, one.uid) and name in one.subscribed]
+        known = any(name in one.named(one.may_subscribe, self.names) for one in self.parts if one.uid == to)
+        wrong = None
+        if name not in part.named(part.may_send, self.names):
+            wrong = TopicDenied
+        elif size > LONGEST:
+            wrong = MessageTooLong
+        elif to is not None and not known:
+            wrong = NoSuchRecipient
+        if wrong is not None:
+            with pytest.raises(wrong):
+                self.topics.publish(part.member, asked)
+            return
+        assert self.topics.publish(part.member, asked) is False
+        self.last += 1
+        for one in heard:
+            length = len(one.member.queue[-1][0])
+            one.waiting.append((self.last, "x" * size, length))
+            while len(one.waiting) > MESSAGES or sum(row[2] for row in one.waiting) > BYTES:
+                one.waiting.popleft()
+                one.lost += 1
+        assert set(self.topics.fresh) >= {one.member for one in heard}
+
+    @precondition(lambda self: self.parts)
+    @rule(data=st.data())
+    def take(self, data):
+        part = data.draw(st.sampled_from(self.parts))
+        sent = b"".join(piece for piece, _ in part.member.take(lambda _: True))
+        got = [json.loads(one)["parameters"]["message"] for one in sent.split(b"\0")[:-1]]
+        assert [(one["number"], one["payload"]) for one in got] == [row[:2] for row in part.waiting]
+        assert [one.get("lost", 0) for one in got] == ([part.lost] + [0] * len(got))[: len(got)]
+        if got:
+            part.lost = 0
+        part.waiting.clear()
+
+    @invariant()
+    def agrees(self):
+        for part in self.parts:
+            member = part.member
+            assert member.subscribed == part.subscribed
+            assert [len(piece) for piece, _ in member.queue] == [row[2] for row in part.waiting]
+            assert member.queued_bytes == sum(row[2] for row in part.waiting) <= BYTES
+            assert (len(member.queue) <= MESSAGES, member.lost) == (True, part.lost)
+        for name, members in self.topics._subscribers.items():
+            assert set(members) == {part.member for part in self.parts if name in part.subscribed}
+        assert set(self.topics._members) == {part.uid for part in self.parts}
+        assert self.topics._number == self.last
+
+    def teardown(self):
+        self.patched.stop()
+
+
+TestTopics = Machine.TestCase
+TestTopics.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
