@@ -20,6 +20,7 @@ from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
 from fdbroker.kernel import capabilities, confine, landlock, memfd, processes
 from fdbroker.launcher import listen, start
+from fdbroker.launcher.journal import Journal
 from fdbroker.launcher.needs import Needs, check_reload, needs
 from fdbroker.launcher.notify import Notify
 from fdbroker.policy.compile import failed_tests, load_policy
@@ -33,7 +34,7 @@ _SAYS = {
     "namespaces": link.WORKER_TO_LAUNCHER,
 }
 _STOP_LOOK_S = 0.05
-# How often we look whether a child has ended that does not say so by its link.
+# How often we look whether a child has ended that does not say so by its link, and whether the journal is another one.
 _LOOK_S = 5.0
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
@@ -85,6 +86,7 @@ class Launcher:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._notify = Notify()
+        self._journal = Journal()
         self._generation = 1
         self._stop_at_s = 0.0
         self._children: list[start.Child] = []
@@ -105,12 +107,16 @@ class Launcher:
         if missing:
             hint = ": see /usr/share/doc/fdbroker/namespaces.conf" if self._given.worker is not None else ""
             raise CapabilitiesMissing(f"the policy needs {', '.join(missing)}, which this service may not have{hint}")
+        if not self._journal.await_place():
+            raise ServiceFailed("there is no journal, and standard error is /dev/null: nothing would be recorded")
         listener = listen.inherited() or listen.bound(options.address, options.mode, options.group)
         if not listener.asked_credentials:
             say("who connected already is disconnected: add PassCredentials=yes to the socket's unit", priority=4)
         try:
             self._catch_signals()
-            self._children = start.start_children(listener.sock, to_bytes(policy), self._given, options.state)
+            self._children = start.start_children(
+                listener.sock, to_bytes(policy), self._given, options.state, self._journal.sock
+            )
             listener.sock.close()  # the opener alone accepts
             self._await_ready()
             self._confine(listener.path)
@@ -123,6 +129,7 @@ class Launcher:
             for child in self._children:
                 child.link.close()
             self._notify.close()
+            self._journal.close()
 
     # ---- start
 
@@ -188,6 +195,7 @@ class Launcher:
             if now_s >= look_at_s:
                 look_at_s = now_s + _LOOK_S
                 self._look()
+                self._journal.look()
             ends_s = [at_s for at_s in (look_at_s, ping_at_s, self._stop_at_s) if at_s]
             if self._stop_at_s:
                 ends_s.append(now_s + _STOP_LOOK_S)  # a child's link has ended a moment before it

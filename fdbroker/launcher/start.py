@@ -21,8 +21,6 @@ from fdbroker.launcher import state
 from fdbroker.launcher.filters import compile_filter
 from fdbroker.launcher.needs import Needs
 
-_JOURNAL = "/run/systemd/journal/socket"
-_JOURNAL_BYTES = 8 * 1024 * 1024  # SO_SNDBUF, as sd_journal_send(3) sets it
 # the ids that systemd's DynamicUser= takes from: systemd.io, "Users, Groups, UIDs and GIDs"
 _DYNAMIC_IDS = range(61184, 65520)
 # what SQLite does in the folder of the stored messages
@@ -94,20 +92,10 @@ def _known(number: int) -> bool:
     return True
 
 
-def journal_socket() -> socket.socket | None:
-    """A socket connected to the journal, owned by the caller, or None where there is no journal."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        sock.connect(_JOURNAL)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _JOURNAL_BYTES)
-    except OSError:
-        sock.close()
-        return None
-    return sock
-
-
-def start_children(listener: socket.socket, policy: bytes, need: Needs, folder: str) -> list[Child]:
-    """Start opener and inbox, and the namespaces worker where needed; the caller owns them, and keeps `listener`.
+def start_children(
+    listener: socket.socket, policy: bytes, need: Needs, folder: str, journal: socket.socket | None
+) -> list[Child]:
+    """Start opener and inbox, and the namespaces worker where needed; the caller owns them, and keeps the sockets.
 
     `folder` is for stored messages. Raises StateUnusable before anything is started.
     """
@@ -129,7 +117,6 @@ def start_children(listener: socket.socket, policy: bytes, need: Needs, folder: 
         ours.enter_context(opener_inbox)
         policy_fd = memfd.sealed("policy", policy)
         ours.callback(os.close, policy_fd)
-        journal = journal_socket()
         opener = {
             "listener": listener.fileno(),
             "launcher": opener_end.fileno(),
@@ -138,7 +125,7 @@ def start_children(listener: socket.socket, policy: bytes, need: Needs, folder: 
         }
         inbox = {"launcher": inbox_end.fileno(), "opener": inbox_opener.fileno()}
         if journal is not None:
-            opener["journal"] = inbox["journal"] = ours.enter_context(journal).fileno()
+            opener["journal"] = inbox["journal"] = journal.fileno()
         children = []
         if need.worker is not None:
             to_worker, worker_end = pair()
