@@ -66,6 +66,7 @@ LIMITS: dict[str, Limit] = {
     "ROWS_PER_MESSAGE": Limit(16, "rows", "measured: of the store, take as long as a message", "it counts as more"),
     "KEEP_SECONDS": Limit(604800, "seconds", "design: 7d, where a topic says nothing", "the message is removed"),
     "STORE_BYTES": Limit(1073741824, "bytes", "guess: a thousand users with 1 MiB each", "ENOSPC"),
+    "STORE_RESERVE_BYTES": Limit(16777216, "bytes", "guess: four times SQLite's log", "without: ENOSPC"),
     "RECEIVED_MESSAGES": Limit(1000, "messages", "guess: in one reply to Receive", "the next Receive has them"),
     "RECEIVED_BYTES": Limit(262144, "bytes", "guess: four of the longest; one always fits", "likewise"),
     "ACKNOWLEDGED": Limit(1000, "messages", "as many as one reply has", "InvalidParameter"),

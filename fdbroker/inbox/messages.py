@@ -52,7 +52,7 @@ class Messages:
     def commit(self) -> Iterator[Client]:
         """Write down what this turn brought to be stored, once for all, and then give its answers: to these clients."""
         waiting, self._uncommitted = self._uncommitted, {}
-        refusal = self._topics.commit()
+        refusal, unacknowledged = self._topics.commit()
         for client in waiting.values():
             answers, client.uncommitted = client.uncommitted, []
             for answer in answers:
@@ -60,10 +60,10 @@ class Messages:
                     client.out += answer
                 elif answer is not None and answer.silent:
                     continue
-                elif refusal is not None and (answer is None or answer.acknowledge):
-                    client.out += client.message_refused(refusal)
                 elif answer is None:
-                    client.out += client.sent
+                    client.out += client.sent if refusal is None else client.message_refused(refusal)
+                elif unacknowledged is not None and answer.acknowledge:
+                    client.out += client.message_refused(unacknowledged)
                 else:
                     client.out += dispatch.messages_reply(self._topics.receive(client.member, answer.maximum))
             yield client

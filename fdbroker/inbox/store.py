@@ -5,6 +5,9 @@ Runs in: inbox, the only process that has the file open. An attacker controls pa
 Nothing is done until `commit`: one for all that one turn of the loop brought. A message is stored once, with a row for
 each recipient; it counts for its sender until the last of these has acknowledged it, or its time is over. So nobody
 can fill another sender's share.
+
+Even removing needs room on the disk, for SQLite writes down first what it changes. Where there is none, it is done in
+the room of the reserve, piece by piece; until the reserve is there again nothing new is stored.
 """
 
 from __future__ import annotations
@@ -14,17 +17,21 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from fdbroker import limits
 from fdbroker.errors import QueueFull
+from fdbroker.inbox.reserve import Reserve
 
 _NAME = "messages.sqlite"
+_T = TypeVar("_T")
 _VERSION = 1
 _PAGE_BYTES = 4096
 _EXPIRE_S = 0.1  # how often we look for messages whose time is over,
 _EXPIRE_AT_ONCE = 50  # and how many of them are removed then
+_RETRY_S = 1.0  # without a reserve: how often we try to have it again
+_PIECE = 16  # messages that are removed at once there: of the longest, 2 MiB are written first
 # One connection in exclusive mode needs no shared memory file; FULL: a commit is on the disk, not only in the kernel.
 _SETTINGS = f"""
     PRAGMA page_size = {_PAGE_BYTES};
@@ -88,7 +95,14 @@ class Stored(NamedTuple):
 
 
 class NotStored(Exception):
-    """The disk is full or broken: nothing of what was to be committed is stored."""
+    """The disk is full or broken: no message that was to be committed is stored.
+
+    `acknowledged`: what was to be acknowledged is.
+    """
+
+    def __init__(self, why: str, *, acknowledged: bool = False) -> None:
+        super().__init__(why)
+        self.acknowledged = acknowledged
 
 
 def _columns(database: sqlite3.Connection) -> list[tuple[Any, ...]]:
@@ -102,13 +116,16 @@ def _made_columns() -> list[tuple[Any, ...]]:
 
 
 class Store:
-    """The messages in the file `path`, whose folder must be ours alone. Raises sqlite3.Error."""
+    """The messages in the file `path`, whose folder must be ours alone, as `reserve`'s. Raises sqlite3.Error."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, reserve: Reserve) -> None:
         self._database = sqlite3.connect(path, isolation_level=None, timeout=0)
         self._new: list[tuple[Stored, frozenset[int]]] = []
         self._done: list[tuple[int, int]] = []  # uid, number
+        self._removed: list[tuple[int, int]] = []  # in this transaction: sender, bytes
         self._expire_at_s = 0.0
+        self._reserve = reserve
+        self._reserve_at_s = 0.0
         try:
             self._database.executescript(_SETTINGS)
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
@@ -123,10 +140,12 @@ class Store:
                 raise sqlite3.DatabaseError("its tables are not ours")
             if not 0 <= self.last_number < _NUMBER_MAX:
                 raise sqlite3.DatabaseError("the last number")
-            self._count()
+            rows = self._database.execute("SELECT sender, count(*), sum(length(data)) FROM messages GROUP BY sender")
+            self._used = {sender: (messages, size) for sender, messages, size in rows}
         except BaseException:
             self._database.close()
             raise
+        self._reserve.take()
 
     @property
     def last_number(self) -> int:
@@ -135,15 +154,13 @@ class Store:
         (number,) = self._database.execute(_LAST_NUMBER).fetchone()
         return int(number)
 
-    def _count(self) -> None:
-        rows = self._database.execute("SELECT sender, count(*), sum(length(data)) FROM messages GROUP BY sender")
-        self._used = {sender: (messages, size) for sender, messages, size in rows}
-        for message, _ in self._new:
-            self._add(message)
-
-    def _add(self, message: Stored) -> None:
-        messages, used = self._used.get(message.sender, (0, 0))
-        self._used[message.sender] = (messages + 1, used + len(message.data))
+    def _add(self, sender: int, messages: int, size: int) -> None:
+        """Count for a sender, or, with negative numbers, count no more."""
+        messages_before, size_before = self._used.get(sender, (0, 0))
+        if messages_before + messages:
+            self._used[sender] = (messages_before + messages, size_before + size)
+        else:
+            self._used.pop(sender, None)
 
     # ---- writing
 
@@ -161,47 +178,98 @@ class Store:
     def put(self, message: Stored, recipients: frozenset[int]) -> None:
         """Store a message, with the next commit, for these users."""
         self._new.append((message, recipients))
-        self._add(message)
+        self._add(message.sender, 1, len(message.data))
 
     def acknowledge(self, uid: int, numbers: Iterable[int]) -> None:
         """That user has these, with the next commit. Numbers that do not wait for it are left alone."""
         self._done += [(uid, number) for number in numbers]
 
     def commit(self) -> None:
-        """Write it down. Raises NotStored when it cannot be: then nothing of it is, as if it had not been asked."""
-        if not self._new and not self._done:
-            return
+        """Write it down. Raises NotStored when the messages cannot be: then none of them is, as if it never came."""
         new, self._new = self._new, []
         done, self._done = self._done, []
+        if new:
+            try:
+                self._insert(new, done)
+            except NotStored as error:
+                for message, _ in new:
+                    self._add(message.sender, -1, -len(message.data))
+                self._remove_all(done, self._acknowledged)
+                error.acknowledged = True
+                raise
+        else:
+            self._remove_all(done, self._acknowledged)
+
+    def _insert(self, new: list[tuple[Stored, frozenset[int]]], done: list[tuple[int, int]]) -> None:
+        if not self._reserve.held and not self._take_reserve():
+            raise NotStored("the disk is full: there is no room for the reserve")
         with self._transaction():
             for message, recipients in new:
                 self._database.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?)", message)
                 rows = [(uid, message.number) for uid in recipients]
                 self._database.executemany("INSERT INTO waiting VALUES (?, ?)", rows)
             for one in done:
-                if self._database.execute("DELETE FROM waiting WHERE uid = ? AND number = ?", one).rowcount:
-                    self._remove(one[1])
+                self._acknowledged(one)
 
     def _expire(self) -> None:
         """Remove what has not been acknowledged in time, some of it: nobody should wait for all."""
         old = "SELECT number FROM messages WHERE expires_us <= ? ORDER BY expires_us LIMIT ?"
         gone = self._database.execute(old, (time.time_ns() // 1000, _EXPIRE_AT_ONCE)).fetchall()
-        if gone:
-            with contextlib.suppress(NotStored), self._transaction():
-                for (number,) in gone:
-                    self._database.execute("DELETE FROM waiting WHERE number = ?", (number,))
-                    self._remove(number)
+        with contextlib.suppress(NotStored):
+            self._remove_all([number for (number,) in gone], self._expired)
+
+    def _acknowledged(self, one: tuple[int, int]) -> None:
+        if self._database.execute("DELETE FROM waiting WHERE uid = ? AND number = ?", one).rowcount:
+            self._remove(one[1])
+
+    def _expired(self, number: int) -> None:
+        self._database.execute("DELETE FROM waiting WHERE number = ?", (number,))
+        self._remove(number)
 
     def _remove(self, number: int) -> None:
         """Remove a message for which nobody waits any more."""
-        for sender, size in self._database.execute(_REMOVE, (number,)).fetchall():
-            messages, used = self._used[sender]
-            self._used[sender] = (messages - 1, used - size)
-            if messages == 1:
-                del self._used[sender]
+        self._removed += self._database.execute(_REMOVE, (number,)).fetchall()
+
+    def _remove_all(self, those: Sequence[_T], remove: Callable[[_T], None]) -> None:
+        """`remove` each of them: at once, or where the disk is full piece by piece, which may end in the middle."""
+        if not those:
+            return
+        try:
+            with self._transaction():
+                for one in those:
+                    remove(one)
+        except NotStored:
+            if not self._reserve.held and not self._take_reserve():
+                raise
+        else:
+            return
+        self._reserve.give()
+        try:
+            for first in range(0, len(those), _PIECE):
+                self._checkpoint()
+                with self._transaction():
+                    for one in those[first : first + _PIECE]:
+                        remove(one)
+        finally:
+            self._reserve_at_s = 0.0
+            self._take_reserve()
+
+    def _take_reserve(self) -> bool:
+        """Have the reserve again, where there is room for it now."""
+        if time.monotonic() >= self._reserve_at_s:
+            self._reserve_at_s = time.monotonic() + _RETRY_S
+            self._checkpoint()
+            self._reserve.take()
+        return self._reserve.held
+
+    def _checkpoint(self) -> None:
+        """Bring what was committed to its place: then the log, which had it until now, takes no room at all."""
+        with contextlib.suppress(sqlite3.OperationalError):  # no room for that either
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
+        self._removed = []
         try:
             self._database.execute("BEGIN IMMEDIATE")
             yield
@@ -209,8 +277,9 @@ class Store:
         except sqlite3.OperationalError as error:
             if self._database.in_transaction:  # some errors have ended it already
                 self._database.execute("ROLLBACK")
-            self._count()
             raise NotStored(str(error)) from None
+        for sender, size in self._removed:
+            self._add(sender, -1, -size)
 
     # ---- reading
 
@@ -243,7 +312,7 @@ def opened(folder: str) -> tuple[Store, str]:
     """
     path = os.path.join(folder, _NAME)
     try:
-        return Store(path), ""
+        return Store(path, Reserve(f"{path}-reserve")), ""
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         # but for SQLITE_ERROR, which says that a table is not what it was made as: no access, another process, no
         # room, a newer version; nothing is wrong with the file. What is no text stands in a schema that SQLite quotes.
@@ -254,4 +323,6 @@ def opened(folder: str) -> tuple[Store, str]:
         for end in ("", "-wal"):
             if os.path.exists(path + end):
                 os.rename(path + end, aside + end)
-        return Store(path), f"the stored messages are damaged ({error}): kept as {aside}; the queues are empty now"
+        return Store(
+            path, Reserve(f"{path}-reserve")
+        ), f"the stored messages are damaged ({error}): kept as {aside}; the queues are empty now"

@@ -286,20 +286,24 @@ class Topics:
         payload = attached.read(asked.file, size)
         return asked._replace(file=None, payload=payload, **text_of(payload)), None
 
-    def commit(self) -> QueueFull | None:
-        """Write down what waits for it, then deliver it. A refusal is for all of it: nothing is stored."""
+    def commit(self) -> tuple[QueueFull | None, QueueFull | None]:
+        """Write down what waits for it, then deliver it.
+
+        What is refused, if anything: all messages, of which then none is stored; and all acknowledgements.
+        """
         delivered, self._uncommitted = self._uncommitted, []
-        refusal = None
+        refusal = unacknowledged = None
         if self._store is not None:
             try:
                 self._store.commit()
             except NotStored as error:
                 self.say(f"messages cannot be stored: {error}")
                 refusal = QueueFull("store_bytes", limits.STORE_BYTES)
+                unacknowledged = None if error.acknowledged else refusal
         for delivery in delivered:
             if refusal is None or not delivery.stored:
                 self._deliver(delivery)
-        return refusal
+        return refusal, unacknowledged
 
     def say(self, text: str) -> None:
         """Tell the admin what is wrong with the stored messages, at most once in ten seconds."""

@@ -39,7 +39,7 @@ _INBOX = """
 """
 # What SQLite does for the inbox, where messages are stored: Landlock says in which folder.
 _STORE = """
-    openat pread64 pwrite64 fsync fdatasync ftruncate unlink access rename
+    openat pread64 pwrite64 fsync fdatasync ftruncate fallocate unlink access rename
 """
 
 # A process of ours that does one of these is not itself any more.

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from fdbroker.errors import ClientNotReading, Denied
+from fdbroker.inbox.reserve import Reserve
 from fdbroker.inbox.service import Inbox
 from fdbroker.inbox.store import Store
 from fdbroker.inbox.topics import Topics
@@ -284,7 +285,7 @@ class Slow(Store):
     """Counts commits, makes each wait for `go`, and fails while it is `broken`."""
 
     def __init__(self, path):
-        super().__init__(path)
+        super().__init__(path, Reserve(f"{path}-reserve"))
         self.sizes = []
         self.go = threading.Semaphore(0)
         self.broken = False

@@ -209,9 +209,18 @@ STORED = (
 QUEUE = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2, 3, 10_000)
 
 
+class Held:
+    """A database in memory needs no reserve."""
+
+    held = True
+
+    def take(self):
+        """It is there."""
+
+
 @pytest.fixture
 def stored(journal):
-    store = Store(":memory:")
+    store = Store(":memory:", Held())
     made = Topics(journal, store)
     made.add_users([User(7, "bob", frozenset({0})), User(8, "carol", frozenset({0, 1}))])
     made.use(STORED)
@@ -232,7 +241,7 @@ def test_a_stored_message_is_for_those_that_may_subscribe_and_there_after_the_co
     nobody = member(stored, 9, QUEUE._replace(subscribe=frozenset()))
     assert post(stored, sender) is True
     assert received(stored, bob) == []
-    assert stored.commit() is None
+    assert stored.commit() == (None, None)
     assert received(stored, bob) == received(stored, carol) == ["hello"]
     assert received(stored, sender) == ["hello"]  # it is here, and may subscribe
     assert received(stored, nobody) == []
@@ -302,17 +311,17 @@ def test_a_full_journal_or_disk_stores_nothing_and_says_so(stored, journal):
     with pytest.raises(RateLimited):
         post(stored, sender, topic="open")
     journal.full = False
-    assert stored.commit() is None
+    assert stored.commit() == (None, None)
     post(stored, sender, topic="open")
     stored._store._database.execute("PRAGMA query_only = ON")
-    refusal = stored.commit()
+    refusal, _ = stored.commit()
     assert isinstance(refusal, QueueFull)
     assert refusal.limit == "store_bytes"
     assert journal.records[-1]["MESSAGE"].startswith("messages cannot be stored: attempt to write")
     assert (journal.records[-1]["MESSAGE_ID"], journal.records[-1]["PRIORITY"]) == (module.STORE_MESSAGE_ID, "2")
     assert taken(bob) == received(stored, bob) == []
     post(stored, sender)
-    assert stored.commit() is not None
+    assert stored.commit() != (None, None)
     assert len([one for one in journal.records if one["PRIORITY"] == "2"]) == 1  # not with every message
 
 
@@ -360,7 +369,7 @@ def test_who_is_gone_is_no_recipient_any_more(stored):
 
 
 def test_numbers_go_on_above_those_that_are_stored(journal):
-    store = Store(":memory:")
+    store = Store(":memory:", Held())
     far = 1 << 61
     store.put(Stored(far, 5, "mail", 1 << 62, b"{}"), frozenset({7}))
     store.commit()
@@ -393,7 +402,7 @@ def test_a_message_to_very_many_counts_like_several(stored, monkeypatch):
 
 
 def test_messages_of_one_turn_keep_their_order_stored_or_not(journal):
-    store = Store(":memory:")
+    store = Store(":memory:", Held())
     topics = Topics(journal, store)
     topics.use((*STORED, Topic("plain", ("subscribers",), 100)))
     three = QUEUE._replace(send=frozenset({0, 1, 2}), subscribe=frozenset({0, 1, 2}))

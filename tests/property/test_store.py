@@ -97,11 +97,15 @@ class Machine(RuleBasedStateMachine):
         assert said == ""
         assert self.store.last_number >= max(self.kept, default=0)
         self.new, self.done = [], []
+        self.look()
 
     @rule(seconds=st.integers(1, 60))
     def time_passes(self, seconds):
-        """Then the next message makes us look for those that are over, and they count for nobody."""
         self.now_us += seconds * 10**6
+        self.look()
+
+    def look(self):
+        """The next message makes us look for those that are over, and they count for nobody."""
         self.store.check(9, 0, 1, 1)
         self.kept = {number: row for number, row in self.kept.items() if row[0].expires_us > self.now_us}
 
