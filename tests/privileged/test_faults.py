@@ -6,12 +6,19 @@ What a process that dies or hangs does under the shipped units is in tests/syste
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
+import signal
+import socket
+import threading
 import time
+from collections import Counter
 
 import harness
 import pytest
-from harness import ALICE, BOB, as_user, running
+from harness import ALICE, BOB, CAROL, as_user, running
+from system.inside.load import NAMESPACER, OPENERS, POLICY, RECEIVER, SENDERS, Load
 
 import fdbroker
 from fdbroker.errors import QuotaExceeded
@@ -24,6 +31,13 @@ users:
   {ALICE}: {{send: [mail, brief]}}
   {BOB}: {{subscribe: [mail, brief]}}
 """
+
+
+@pytest.fixture
+def state():
+    """Where messages are stored, in a folder that is root's alone."""
+    with harness.folder() as where:
+        yield str(where / "state")
 
 
 @contextlib.contextmanager
@@ -131,3 +145,233 @@ def test_without_room_for_the_reserve_nothing_new_is_stored(dev):
     with small_disk(8) as disk, running(MAIL, "--state", str(disk / "state")) as broker:
         assert as_user(ALICE, [], send_until_full, broker.socket, "mail", 10, 10) == 0
         assert "messages cannot be stored: the disk is full: there is no room for the reserve" in broker.text()
+
+
+# ---- the journal
+
+GIVES = "version: 1\neveryone: {devices: [{path: /dev/null, access: rw}]}\n"
+JOURNAL = "/run/systemd/journal/socket"
+
+
+@pytest.fixture
+def run_folder():
+    """An empty /run, in which a journal can come and go."""
+    harness.mount("run", "/run", "tmpfs", 0, "mode=0755")
+    try:
+        os.makedirs(os.path.dirname(JOURNAL))
+        yield
+    finally:
+        harness.unmount("/run")
+
+
+def journal():
+    """A journal in its place, where anybody may write."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.settimeout(5)
+    sock.bind(JOURNAL)
+    os.chmod(JOURNAL, 0o666)
+    return sock
+
+
+def test_what_the_journal_does_not_take_is_not_granted_and_one_with_a_new_socket_is_found(dev, run_folder):
+    first = journal()
+    with running(GIVES) as broker, harness.Raw(broker.socket) as client:
+        assert "error" not in client.open("/dev/null")
+        os.close(client.take())
+        assert b"granted ro /dev/null" in first.recv(65536)
+        # it is there, and reads nothing
+        count = 0
+        while "error" not in (reply := client.open("/dev/null")):
+            os.close(client.take())
+            count += 1
+            assert count < 100_000
+        assert reply["error"] == "io.fdbroker.Broker.RateLimited"
+        first.setblocking(False)
+        kept = 0
+        with pytest.raises(BlockingIOError):
+            while True:
+                kept += b"granted" in first.recv(65536)
+        assert kept == count
+        first.close()
+        for _ in range(3):
+            assert client.open("/dev/null")["error"] == "io.fdbroker.Broker.RateLimited"
+        os.unlink(JOURNAL)
+        with journal() as second:
+            end_s = time.monotonic() + 30
+            while "error" in client.open("/dev/null"):
+                assert time.monotonic() < end_s
+                time.sleep(0.2)
+            os.close(client.take())
+            assert b"granted ro /dev/null" in second.recv(65536)
+        assert client.descriptors == []
+
+
+# ---- what happens under load
+
+LOADED = POLICY.replace('"1:5"}]', '"1:5"}, {path: /dev/lab/other, class: mem}]')
+
+
+@contextlib.contextmanager
+def loaded(broker):
+    """Load from users without rights; `with` ends once they have ended."""
+    with harness.folder() as where, Load(where / "load", [], broker.socket) as load:
+        yield load
+
+
+def judge(load, texts):
+    """Nothing granted unrecorded, nothing stored lost, nobody stuck; `texts` are the logs of all brokers."""
+    records = [json.loads(line) for text in texts for line in text.splitlines() if line.startswith("{")]
+    kinds = Counter((one["FDBROKER_UID"], one["MESSAGE_ID"][-3:]) for one in records if "FDBROKER_UID" in one)
+    for said in load.said.values():
+        assert "error" not in said, said["error"]
+    for uid in (*OPENERS, NAMESPACER):
+        got = len(load.said[uid]["at_s"])
+        assert got > 5
+        assert kinds[str(uid), "a01"] - kinds[str(uid), "a03"] >= got
+        assert not load.said[uid].get("wrong")
+    for uid in SENDERS:
+        stored, received = set(load.said[uid]["stored"]), set(load.said[RECEIVER]["received"][str(uid)])
+        assert len(stored) > 5
+        assert stored <= received
+    assert load.said[RECEIVER]["again"] == 0
+
+
+def refusals(load):
+    return {kind for said in load.said.values() for kind in said["found"]}
+
+
+def test_garbage_in_the_policys_place_gives_nobody_anything(dev, state):
+    """Written over and over, in pieces, while it is loaded. What is valid although its end is missing allows less."""
+    harness.node("/dev/lab/zero", os.makedev(1, 5))
+    harness.node("/dev/lab/other", os.makedev(1, 3))
+    rand = random.Random(3)
+    whole = [POLICY.encode(), LOADED.encode()]
+
+    def never(address, seconds):
+        """How often somebody without a rule was granted something."""
+        end_s, granted = time.monotonic() + seconds, 0
+        with harness.Raw(address) as client:
+            while time.monotonic() < end_s:
+                granted += "error" not in client.open("/dev/lab/other")
+        return granted
+
+    def garbage():
+        text = rand.choice(whole)
+        cut = rand.randrange(len(text))
+        return rand.choice([b"", b"\0" * 100, rand.randbytes(2000), text[:cut], text[:cut] + b"\n  x: [", text[cut:]])
+
+    with running(POLICY, "--state", state) as broker:
+        with loaded(broker) as load:
+            reader = threading.Thread(target=lambda: found.append(as_user(CAROL, [], never, broker.socket, 5)))
+            found = []
+            reader.start()
+            end_s = time.monotonic() + 5
+            while time.monotonic() < end_s:
+                with broker.policy.open("wb", buffering=0) as file:
+                    for part in (garbage(), rand.choice(whole)) if rand.random() < 0.7 else (garbage(),):
+                        file.seek(0)
+                        file.truncate()
+                        for first in range(0, len(part), 200):
+                            file.write(part[first : first + 200])
+                            if rand.random() < 0.2:
+                                broker.process.send_signal(signal.SIGHUP)
+                        time.sleep(rand.uniform(0, 0.03))
+            reader.join()
+        assert found == [0]
+        assert broker.text().count("is NOT reloaded") > 3
+        judge(load, [broker.text()])
+        assert refusals(load) <= {"Denied", "TopicDenied"}
+        broker.reload(LOADED)
+        assert "the policy is reloaded" in broker.text()
+        broker.wait_idle()
+
+
+def test_a_node_that_comes_goes_and_changes_between_the_stages_is_the_right_one_or_refused(dev, state):
+    """Every descriptor that anyone got is the policy's device, whatever was at its name a moment before and after."""
+    harness.node("/dev/lab/zero", os.makedev(1, 5))
+    rand = random.Random(7)
+    with running(POLICY, "--state", state) as broker:
+        with loaded(broker) as load:
+            end_s = time.monotonic() + 5
+            while time.monotonic() < end_s:
+                os.unlink("/dev/lab/zero")
+                time.sleep(rand.choice((0, 0, 0.002)))
+                harness.node("/dev/lab/zero", os.makedev(1, rand.choice((3, 8))))
+                time.sleep(rand.choice((0, 0, 0.002)))
+                harness.node("/dev/lab/new", os.makedev(1, 5))
+                os.rename("/dev/lab/new", "/dev/lab/zero")
+                time.sleep(rand.uniform(0, 0.01))
+        judge(load, [broker.text()])
+        assert refusals(load) <= {"NoSuchResource", "NotWhatItWas", "OpenFailed"}
+        assert refusals(load)
+        broker.wait_idle()
+
+
+MEMORY = "/sys/fs/cgroup/memory"
+
+
+@contextlib.contextmanager
+def no_memory():
+    """`take(pid)` leaves a process without a page more: the kernel kills it, out of memory. `kills()` counts these."""
+    one = os.path.exists(f"{MEMORY}/cgroup.procs")  # version 1 of control groups, or 2
+    parent = MEMORY if one else "/sys/fs/cgroup"
+    group = f"{parent}/fdbroker-test-{os.getpid()}"
+    try:
+        os.mkdir(group)
+    except OSError as error:
+        harness.cannot(f"no memory control group can be made: {error}")
+    try:
+        limit = f"{group}/memory.limit_in_bytes" if one else f"{group}/memory.max"
+        if not os.path.exists(limit):
+            harness.cannot("this machine has no memory controller")
+
+        def write(path, text):
+            with open(path, "w") as file:
+                file.write(text)
+
+        def take(pid):
+            write(limit, "0")  # what it has counts for the group that it comes from
+            write(f"{group}/cgroup.procs", str(pid))
+
+        def kills():
+            with open(f"{group}/memory.oom_control" if one else f"{group}/memory.events") as file:
+                return int(next(line.split()[1] for line in file if line.startswith("oom_kill ")))
+
+        yield take, kills
+    finally:
+        os.rmdir(group)
+
+
+def test_killed_by_the_kernel_out_of_memory_nothing_is_granted_unrecorded_or_lost(dev, state):
+    """A real one, in a control group, of each process in turn; the test starts the next broker as systemd does."""
+    harness.node("/dev/lab/zero", os.makedev(1, 5))
+    texts = []
+    with harness.folder() as where, no_memory() as (take, kills):
+        broker = harness.Broker(where, POLICY, ("--state", state))
+        try:
+            broker.wait_ready()
+            idle = broker.idle
+            with loaded(broker) as load:
+                for number, name in enumerate(("opener", "inbox", "launcher"), 1):
+                    time.sleep(0.5)
+                    take(broker.pids[name])
+                    if name == "launcher":
+                        broker.process.send_signal(signal.SIGHUP)
+                    broker.process.wait(20)
+                    assert kills() == number
+                    texts.append(broker.text())
+                    end_s = time.monotonic() + 10
+                    while any(os.path.exists(f"/proc/{pid}") for pid in broker.pids.values()):
+                        assert time.monotonic() < end_s, "processes are left over"
+                        time.sleep(0.02)
+                    broker = harness.Broker(where, POLICY, ("--state", state))
+                    broker.wait_ready()
+                time.sleep(0.5)
+            texts.append(broker.text())
+            judge(load, texts)
+            broker.idle = idle  # of the one that began without load
+            broker.wait_idle()
+            assert broker.stop() == 0
+        finally:
+            broker.process.kill()
+            broker.process.wait()

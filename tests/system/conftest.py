@@ -84,9 +84,9 @@ def nspawn(boot: Callable[..., Facts]) -> Callable[..., Facts]:
     if shutil.which("systemd-nspawn") is None:
         unavailable("no systemd-nspawn: install the package systemd-container")
 
-    def run(script: str, *arguments: str | Path) -> Facts:
+    def run(script: str, *arguments: str | Path, limit_s: int = 120) -> Facts:
         words = shlex.join(map(str, ("/opt/fdbroker/bin/python3", "-B", f"tests/system/inside/{script}", *arguments)))
-        return boot("nspawn", f"scripts/install\nexec {words}", 120)
+        return boot("nspawn", f"scripts/install\nexec {words}", limit_s)
 
     return run
 
