@@ -26,6 +26,9 @@ LIMITS: dict[str, Limit] = {
     ),
     "PATH_BYTES": Limit(4095, "bytes", "PATH_MAX with its NUL is 4096 (linux/limits.h)", "Denied"),
     "NAME_BYTES": Limit(255, "bytes", "NAME_MAX (linux/limits.h): one path component", "Denied"),
+    "LABEL_BYTES": Limit(
+        4096, "bytes", "a page, as of /proc/PID/attr/current", "the label counts as unknown; in a policy: load fails"
+    ),
     "MESSAGE_SECONDS": Limit(10, "seconds", "design: a message must be complete", "disconnect"),
     "UNSENT_BYTES": Limit(262144, "bytes", "guess: answers that wait for a client that does not read", "disconnect"),
     "OFFERS": Limit(4096, "resources", "guess: a machine has some hundred nodes", "the list is cut"),

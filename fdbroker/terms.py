@@ -158,8 +158,8 @@ class Subject(NamedTuple):
 
     `gids` holds the primary and all supplementary groups. `pid` is for the audit record only: nothing is decided
     by it. `comm` is the program's own name for itself, hence for the record only as well. `label` is the MAC label
-    or "". `foreign` is true unless the process is shown to live in the broker's own user namespace. `session` is
-    logind's name for the login session that the process is in, or "".
+    of who made the socket, "" when it is not known. `foreign` is true unless the process is shown to live in the
+    broker's own user namespace. `session` is logind's name for the login session that the process is in, or "".
     """
 
     uid: int
@@ -178,7 +178,8 @@ class DeviceRule(NamedTuple):
     `pattern` is an absolute glob whose wildcards never match a slash. `kernel_class` is the kernel subsystem that
     the opened node must belong to, `device` a glob over "MAJOR:MINOR" that it must have; "" asks for nothing.
     `dangerous` allows block devices and the nodes on the list of dangerous names. `source` says whom the rule is
-    for ("group audio"), `where` the place ("/etc/fdbroker/policy.yaml:7").
+    for ("group audio"), `where` the place ("/etc/fdbroker/policy.yaml:7"). `labels`, here and in the other rules, are
+    globs: without any it is for programs with whatever label, else policy/labels.py says for which.
     """
 
     pattern: str
@@ -188,6 +189,7 @@ class DeviceRule(NamedTuple):
     dangerous: bool
     source: str
     where: str
+    labels: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -221,6 +223,7 @@ class NamespaceRule(NamedTuple):
     uplink: Uplink | None
     source: str
     where: str
+    labels: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -240,6 +243,7 @@ class SocketRule(NamedTuple):
     ports: tuple[int, ...]
     source: str
     where: str
+    labels: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -254,6 +258,7 @@ class TopicRule(NamedTuple):
     pattern: str
     source: str
     where: str
+    labels: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -316,6 +321,7 @@ class DenyRule(NamedTuple):
     everyone: bool
     source: str
     where: str
+    labels: tuple[str, ...] = ()
 
 
 class Grant(NamedTuple):

@@ -15,6 +15,7 @@ from fdbroker import errors
 from fdbroker.cli import show
 from fdbroker.cli.usable import usable
 from fdbroker.errors import PolicyError
+from fdbroker.kernel.sockets import own_label
 from fdbroker.policy import names
 from fdbroker.policy.compile import Loaded, failed_tests, load_policy
 from fdbroker.policy.explain import Explanation, explain
@@ -79,11 +80,21 @@ def test(policy_file: str, json_: bool) -> None:
 @click.argument("words", metavar="RESOURCE...", nargs=-1, required=True)
 @click.option("--user", help="For whom: a name or a uid. Default: you.")
 @click.option("--groups", help="All its groups, with commas between. Default: those of the group database.")
+@click.option(
+    "--label",
+    help="The program's MAC label, as the kernel says it. Default: not known with --user, else this program's.",
+)
 @click.option("--access", type=click.Choice(ACCESS_NAMES), default="ro", show_default=True, help="What is asked for.")
 @_file
 @_as_json
 def explain_(
-    words: tuple[str, ...], user: str | None, groups: str | None, access: str, policy_file: str, json_: bool
+    words: tuple[str, ...],
+    user: str | None,
+    groups: str | None,
+    label: str | None,
+    access: str,
+    policy_file: str,
+    json_: bool,
 ) -> None:
     """Why a resource is allowed or denied to a user, what came near, and the smallest change that would allow it.
 
@@ -93,7 +104,7 @@ def explain_(
     Exits with 0 when all are allowed, with 77 when one is denied.
     """
     loaded = _load(policy_file)
-    subject = _subject(user, groups)
+    subject = _subject(user, groups, label)
     name = user or str(subject.uid)
     explained = []
     for word in words:
@@ -112,7 +123,7 @@ def explain_(
         raise click.exceptions.Exit(errors.EX_NOPERM)
 
 
-def _subject(user: str | None, groups: str | None) -> Subject:
+def _subject(user: str | None, groups: str | None, label: str | None) -> Subject:
     uid = os.getuid() if user is None else names.uid_of(user)
     if uid is None:
         raise click.BadParameter(f"there is no user {user!r}", param_hint="--user")
@@ -126,7 +137,9 @@ def _subject(user: str | None, groups: str | None) -> Subject:
         if unknown:
             raise click.BadParameter(f"there is no group {unknown[0]!r}", param_hint="--groups")
         gids = frozenset(number for number in found.values() if number is not None)
-    return Subject(uid, gids, gid, 0, "", "", foreign=False)
+    if label is None:
+        label = own_label() if user is None else ""
+    return Subject(uid, gids, gid, 0, "", label, foreign=False)
 
 
 def _plain(resource: Resource | TopicUse, one: Explanation, subject: Subject, why: str | None) -> dict[str, Any]:
@@ -135,6 +148,7 @@ def _plain(resource: Resource | TopicUse, one: Explanation, subject: Subject, wh
         "access": resource.access,
         "uid": subject.uid,
         "gids": sorted(subject.gids),
+        "label": subject.label or None,
         "decision": "allow" if one.allowed else "deny",
         "reason": one.reason,
         "rules": [rule.where for rule in one.rules],

@@ -17,6 +17,7 @@ import termios
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fdbroker import limits
 from fdbroker.kernel import libc
 
 # asm-generic/socket.h; Python 3.11 has no names for these
@@ -30,6 +31,7 @@ DONT_WAIT = int(socket.MSG_DONTWAIT)
 _SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _CLOEXEC, _CTRUNC, _TRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
 _FD_SIZE = array.array("i").itemsize
+_LABEL_BYTES = limits.LABEL_BYTES
 _CREDENTIALS_SPACE = socket.CMSG_LEN(_UCRED.size)  # exactly: nothing else has room, so no descriptor comes in
 
 
@@ -72,13 +74,30 @@ def peer_groups(sock: socket.socket) -> frozenset[int]:
 
 
 def peer_label(sock: socket.socket) -> str:
-    """The peer's MAC label, or "" where no security module gives one. Source: unix(7), SO_PEERSEC."""
+    """The MAC label of who made the peer's socket, or "" where no security module says one, or it is too long.
+
+    It does not change after connect(2). SELinux always says it, AppArmor in Linux 7.2, but not in 6.1. Source: unix(7),
+    SO_PEERSEC.
+    """
     try:
-        return _option_bytes(sock, _SO_PEERSEC, 256).rstrip(b"\0").decode(errors="backslashreplace")
+        # SELinux counts a NUL at the end; what is below /proc ends with a newline
+        label = _option_bytes(sock, _SO_PEERSEC, 256).rstrip(b"\0\n")
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             return ""
         raise
+    return label.decode(errors="backslashreplace") if len(label) <= _LABEL_BYTES else ""
+
+
+def own_label() -> str:
+    """This program's MAC label as others see it on a connection, or ""."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind("")  # a free abstract address: unix(7), "Autobind feature"
+        listener.listen(1)
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            return peer_label(accepted)
 
 
 def peer_pidfd(sock: socket.socket) -> int | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.errors import Finding, PolicyError
-from fdbroker.policy import names
+from fdbroker.policy import labels, names
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import NOBODY, decide, view
 from fdbroker.policy.load import Node, close, in_order, load
@@ -197,6 +197,13 @@ class _Compiler:
             else:
                 rules.append(rule)
 
+    def labels(self, node: Node, *, allows: bool = True) -> tuple[str, ...]:
+        for one in node.items("label"):
+            trouble = labels.glob_error(one.value, allows=allows)
+            if trouble:
+                self.findings.append(one.finding(f"label {one.value!r}: {trouble}"))
+        return tuple(dict.fromkeys(one.value for one in node.items("label")))
+
     def glob(self, node: Node) -> str:
         trouble = glob_error(node.value)
         if trouble:
@@ -224,7 +231,8 @@ class _Compiler:
                     )
                 )
         where = f"{node.file}:{node.line}"
-        return DeviceRule(pattern, access, kernel_class, node.get("device") or "", dangerous, source, where)
+        number = node.get("device") or ""
+        return DeviceRule(pattern, access, kernel_class, number, dangerous, source, where, self.labels(node))
 
     def name_glob(self, node: Node, key: str) -> str:
         pattern = str(node.get(key) or "")
@@ -253,9 +261,8 @@ class _Compiler:
             if not create or types != ("net",):
                 self.findings.append(link.finding("a link", "in a rule with `type: net` and `create: true` alone"))
             uplink = self.uplink(link)
-        return NamespaceRule(
-            types, self.name_glob(node, "name"), "of" in node.value, bool(create), uplink, source, where
-        )
+        name = self.name_glob(node, "name")
+        return NamespaceRule(types, name, "of" in node.value, bool(create), uplink, source, where, self.labels(node))
 
     def uplink(self, node: Node) -> Uplink:
         text = str(node.get("address"))
@@ -277,7 +284,8 @@ class _Compiler:
         families = tuple(dict.fromkeys(one.value for one in node.items("families"))) or FAMILIES
         types = tuple(dict.fromkeys(one.value for one in node.items("types"))) or SOCKET_TYPES
         ports = tuple(dict.fromkeys(one.value for one in node.items("bind")))
-        return SocketRule(self.name_glob(node, "namespace"), families, types, ports, source, f"{node.file}:{node.line}")
+        name, where = self.name_glob(node, "namespace"), f"{node.file}:{node.line}"
+        return SocketRule(name, families, types, ports, source, where, self.labels(node))
 
     def topic(self, name: str, place: Node, node: Node) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > limits.TOPIC_BYTES:
@@ -302,12 +310,14 @@ class _Compiler:
         self.topics[name] = Topic(name, deliver, maximum, keep_s)
 
     def topic_rule(self, verb: str, node: Node, source: str) -> TopicRule:
-        trouble = name_glob_error(node.value)
+        topic = node.value["topic"]
+        trouble = name_glob_error(topic.value)
         if trouble:
-            self.findings.append(node.finding(f"topic {node.value!r}: {trouble}"))
-        elif is_literal(node.value):
-            self.named_topics.append(node)
-        return TopicRule(verb, "" if trouble else node.value, source, f"{node.file}:{node.line}")
+            self.findings.append(topic.finding(f"topic {topic.value!r}: {trouble}"))
+        elif is_literal(topic.value):
+            self.named_topics.append(topic)
+        where = f"{node.file}:{node.line}"
+        return TopicRule(verb, "" if trouble else topic.value, source, where, self.labels(node))
 
     def check_topics(self) -> None:
         """Once all files are read: a rule that names a topic which does not exist is a mistake."""
@@ -326,6 +336,9 @@ class _Compiler:
         if not parts:
             self.findings.append(node.finding("a deny rule for nobody", hint="`everyone: false` names nobody"))
         source = ", ".join(parts)
+        globs = self.labels(node, allows=False)
+        if globs:
+            source += f" with the label {' or '.join(globs)}"
         patterns = tuple(self.glob(one) for one in node.items("devices"))
         others: list[NamespaceRule | SocketRule] = [self.namespace(one, source) for one in node.items("namespaces")]
         others += [self.socket(one, source) for one in node.items("sockets")]
@@ -340,6 +353,7 @@ class _Compiler:
                 bool(node.get("everyone")),
                 source,
                 f"{node.file}:{node.line}",
+                globs,
             )
         )
 
@@ -353,7 +367,7 @@ class _Compiler:
         gid, all_gids = (min(gids, default=INVALID_ID), gids) if "groups" in subject.value else names.groups_of(uid)
         self.tests.append(
             PolicyTest(
-                Subject(uid, all_gids, gid, 0, "", "", foreign=False),
+                Subject(uid, all_gids, gid, 0, "", subject.get("label") or "", foreign=False),
                 resource,
                 node.get("expect") == "allow",
                 node,

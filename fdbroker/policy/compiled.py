@@ -83,8 +83,10 @@ def _policy(parts: Any) -> Policy:
         {int(gid): rules(items) for gid, items in by_gid.items()},
         rules(for_everyone),
         tuple(
-            DenyRule(tuple(paths), rules(others), frozenset(uids), frozenset(gids), everyone, source, where)
-            for paths, others, uids, gids, everyone, source, where in deny
+            DenyRule(
+                tuple(paths), rules(others), frozenset(uids), frozenset(gids), everyone, source, where, tuple(labels)
+            )
+            for paths, others, uids, gids, everyone, source, where, labels in deny
         ),
         {int(uid): maxima for uid, maxima in uid_limits.items()},
         {int(gid): maxima for gid, maxima in gid_limits.items()},

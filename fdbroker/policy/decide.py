@@ -3,13 +3,14 @@
 Runs in: opener, command line. An attacker controls what is asked. Nothing is opened, looked up or remembered here.
 
 Default deny, for root too. A deny rule that matches wins. Otherwise the union of the rules for everyone, for the
-user and for all groups of the subject.
+user and for all groups of the subject, as far as they are for its label.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from fdbroker.policy import labels
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.paths import is_device_path, is_namespace_name, matcher
 from fdbroker.terms import (
@@ -63,14 +64,12 @@ def view(policy: Policy, subject: Subject) -> View:
     if subject.uid in NOBODY:
         return _NOTHING._replace(limits=policy.limits)
     gids = subject.gids - NOBODY
-    rules = list(policy.by_uid.get(subject.uid, ()))
-    maxima = [policy.everyone_limits]
-    for gid in sorted(gids):
-        rules += policy.by_gid.get(gid, ())
-        maxima.append(policy.gid_limits.get(gid, {}))
-    rules += policy.everyone
+    maxima = [policy.everyone_limits, *(policy.gid_limits.get(gid, {}) for gid in sorted(gids))]
     deny = tuple(
-        rule for rule in policy.deny if rule.everyone or subject.uid in rule.uids or not gids.isdisjoint(rule.gids)
+        rule
+        for rule in policy.deny
+        if (rule.everyone or subject.uid in rule.uids or not gids.isdisjoint(rule.gids))
+        and labels.denying(rule.labels, subject.label)
     )
     limits = dict(policy.limits)
     for name in limits:
@@ -78,11 +77,19 @@ def view(policy: Policy, subject: Subject) -> View:
         if overrides:
             limits[name] = max(overrides)
     limits |= policy.uid_limits.get(subject.uid, {})
-    each = dict.fromkeys(rules)
+    each = [rule for rule in rules_of(policy, subject) if labels.allowing(rule.labels, subject.label)]
     devices = tuple(rule for rule in each if isinstance(rule, DeviceRule))
     others = tuple(rule for rule in each if isinstance(rule, NamespaceRule | SocketRule))
     topics = tuple(rule for rule in each if isinstance(rule, TopicRule))
     return View(devices, others, topics, deny, limits, is_administrator(policy, subject))
+
+
+def rules_of(policy: Policy, subject: Subject) -> tuple[Rule, ...]:
+    """The rules for a subject's user and groups, and everyone's, each once, for whatever label and even for nobody."""
+    rules = list(policy.by_uid.get(subject.uid, ()))
+    for gid in sorted(subject.gids - NOBODY):
+        rules += policy.by_gid.get(gid, ())
+    return tuple(dict.fromkeys((*rules, *policy.everyone)))
 
 
 def is_administrator(policy: Policy, subject: Subject) -> bool:

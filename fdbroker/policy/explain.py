@@ -9,7 +9,7 @@ import difflib
 from typing import NamedTuple
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import NOBODY, Decision, covers, decide, view, well_formed
+from fdbroker.policy.decide import NOBODY, Decision, covers, decide, rules_of, view, well_formed
 from fdbroker.policy.paths import matcher
 from fdbroker.terms import (
     ACCESS_COVERS,
@@ -57,9 +57,13 @@ def explain(policy: Policy, subject: Subject, resource: Resource | TopicUse, use
         return _denied(policy, subject, resource, user, Decision((), None))
     if decision.rules:
         first = decision.rules[0]
-        reason = f"{first.where} ({first.source}) allows it{_condition(first)}"
+        reason = f"{first.where} ({first.source}{_with_label(first)}) allows it{_condition(first)}"
         return Explanation(True, decision.rules, None, reason, (), "")
     return _denied(policy, subject, resource, user, decision)
+
+
+def _with_label(rule: Rule) -> str:
+    return f" with the label {' or '.join(rule.labels)}" if rule.labels else ""
 
 
 def _condition(rule: Rule) -> str:
@@ -95,7 +99,8 @@ def _denied(
         change = "ask for a name that `ip netns list` shows"
     elif decision.denied_by is not None:
         rule = decision.denied_by
-        reason = f"{rule.where} denies it to {rule.source}, and a deny rule wins"
+        unknown = ", which it could be, for its label is not known" if rule.labels and not subject.label else ""
+        reason = f"{rule.where} denies it to {rule.source}{unknown}, and a deny rule wins"
         change = f"narrow or remove the deny rule at {rule.where}"
         if not decide(view(policy._replace(deny=()), subject), resource).rules:
             change += f", and {near[0].change if near else _new_rule(resource, user)}"
@@ -133,8 +138,12 @@ def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user:
     """The rules that almost allow it, nearest first."""
     seen = view(policy, subject)
     mine: set[Rule] = {*seen.devices, *seen.others, *seen.topics}
+    but_for_label = {*rules_of(policy, subject)} - mine
     found: list[tuple[float, Near]] = []
     for rule in policy.all_rules():
+        if rule in but_for_label and covers(rule, resource):
+            found.append((0.5, _for_label(rule, subject)))
+            continue
         if not isinstance(resource, Device) or not isinstance(rule, DeviceRule):
             found += _near_other(rule, resource, user, is_mine=rule in mine)
             continue
@@ -160,13 +169,21 @@ def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user:
     return [near for _, near in sorted(found, key=lambda one: one[0])]
 
 
+def _for_label(rule: Rule, subject: Subject) -> Near:
+    has = f"this one has {subject.label}" if subject.label else "that of this one is not known"
+    missing = f"it is for programs with the label {' or '.join(rule.labels)}, enforced; {has}"
+    return Near(rule, missing, f"have the program confined so, or remove `label` at {rule.where}")
+
+
 def _for_others(rule: Rule, resource: Resource | TopicUse, user: str) -> Near:
     kind, _, name = rule.source.partition(" ")
     if kind == "group":
         change = f"make {user} a member: `usermod -aG {name} {user}`, and log in again"
     else:
         change = _new_rule(resource, user)
-    return Near(rule, f"it is for {rule.source}", change)
+    if rule.labels:
+        change += f", and have the program confined with the label {' or '.join(rule.labels)}"
+    return Near(rule, f"it is for {rule.source}{_with_label(rule)}", change)
 
 
 def _near_other(rule: Rule, resource: Resource | TopicUse, user: str, *, is_mine: bool) -> list[tuple[float, Near]]:

@@ -255,6 +255,11 @@ class _Walk:
                 value = self.named(node, kind)
             case schema.Sequence(item):
                 value = self.sequence(node, item, what)
+            case schema.Short(mapping) if isinstance(node, yaml.MappingNode):
+                value = self.mapping(node, mapping)
+            case schema.Short(mapping, key):
+                child = self.node(node, mapping.fields[key].kind, what)
+                value = None if child is None else {key: child}
             case schema.OneOrMore(item) if isinstance(node, yaml.SequenceNode):
                 value = self.sequence(node, item, what)
             case schema.OneOrMore(item):

@@ -11,7 +11,7 @@ from fdbroker import limits
 from fdbroker.errors import Finding, PolicyError
 from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import NOBODY, covers, decide, view
+from fdbroker.policy.decide import NOBODY, covers, rules_of
 from fdbroker.terms import Rule, Subject, TopicRule, TopicUse, User
 
 
@@ -19,7 +19,8 @@ def with_recipients(policy: Policy, path: str) -> Policy:
     """The policy with its topics' `everyone`, and with `users`. Raises PolicyError when there are over USERS of them.
 
     Known are: the users that a rule for subscribing names, the members of groups that one names, and, when everyone
-    may subscribe to a topic that is stored, all accounts of people.
+    may subscribe to a topic that is stored, all accounts of people. A rule for a label counts for its users here: only
+    their programs with that label can read what is stored.
     """
     topics = tuple(
         topic._replace(everyone=any(covers(rule, TopicUse("subscribe", topic.name)) for rule in policy.everyone))
@@ -35,9 +36,11 @@ def with_recipients(policy: Policy, path: str) -> Policy:
     users = []
     for uid in sorted(uids - NOBODY):
         name, (gid, gids) = names.name_of(uid), names.groups_of(uid)
-        seen = view(policy, Subject(uid, gids, gid, 0, "", "", foreign=False))
+        rules = rules_of(policy, Subject(uid, gids, gid, 0, "", "", foreign=False))
         positions = frozenset(
-            index for index, topic in enumerate(topics) if decide(seen, TopicUse("subscribe", topic.name)).rules
+            index
+            for index, topic in enumerate(topics)
+            if any(covers(rule, TopicUse("subscribe", topic.name)) for rule in rules)
         )
         if positions:
             users.append(User(uid, name, positions))

@@ -55,6 +55,13 @@ class OneOrMore(NamedTuple):
     item: Kind
 
 
+class Short(NamedTuple):
+    """A mapping, or, in its place, what stands at one of its keys."""
+
+    mapping: Mapping
+    key: str
+
+
 class Field(NamedTuple):
     """One key of a mapping."""
 
@@ -83,13 +90,20 @@ class Later(NamedTuple):
     """A key of the design that this version does not serve: refused, for an admin would rely on it."""
 
 
-Kind = Text | Integer | Flag | Choice | Sequence | OneOrMore | Mapping | Named | Later
+Kind = Text | Integer | Flag | Choice | Sequence | OneOrMore | Short | Mapping | Named | Later
 
 _KEEP = f"{limits.KEEP_SECONDS // 86_400}d"
 _GLOB = Text("an absolute path below /dev; * ? [..] never match a slash", "^/dev/[^/](.|\n)*$")
 _NAME = Text("a name or a number")
 _NAMES = Sequence(_NAME)
 _ACCESS = Choice(ACCESS_NAMES)
+
+_LABELS = OneOrMore(Text("a MAC label without its mode; * ? [..] never match a slash"))
+_LABEL = Field(
+    _LABELS,
+    "Only for programs that AppArmor or SELinux confines with this label, or one of these; not for those whose label "
+    "is not known.",
+)
 
 _DEVICE = {
     "path": Field(_GLOB, "The nodes: an absolute path below /dev; `*`, `?` and `[..]` never match a slash.", True),
@@ -154,7 +168,13 @@ _SOCKET = {
         "namespace's `ip_unprivileged_port_start` lets everybody. Default: none.",
     ),
 }
-_TOPICS = Text("a topic; * ? [..] match any part of its name", "^[^/]+$")
+_TOPIC = Text("a topic; * ? [..] match any part of its name", "^[^/]+$")
+_TOPICS = Sequence(
+    Short(
+        Mapping("a topic rule", {"topic": Field(_TOPIC, "The topics, by name.", True), "label": _LABEL}),
+        "topic",
+    )
+)
 _MEMBERSHIP = Field(
     Choice(("kernel", "nss")),
     "Whose word counts for who is in the group: the kernel's (the groups of the process), or the group database's "
@@ -174,21 +194,30 @@ def _entry(more: dict[str, Field]) -> Mapping:
         "rules",
         {
             "devices": Field(
-                Sequence(Mapping("a device rule", {**_DEVICE, **more})), "Device nodes that may be opened."
+                Sequence(Mapping("a device rule", {**_DEVICE, "label": _LABEL, **more})),
+                "Device nodes that may be opened.",
             ),
             "limits": Field(
                 _LIMITS, "Maxima in place of the top ones: of several groups the largest, and a user's own before all."
             ),
             "namespaces": Field(
-                Sequence(Mapping("a namespace rule", {**_NAMESPACE, **more}, ("name", "of", "create"), only=True)),
+                Sequence(
+                    Mapping(
+                        "a namespace rule",
+                        {**_NAMESPACE, "label": _LABEL, **more},
+                        ("name", "of", "create"),
+                        only=True,
+                    )
+                ),
                 "Namespaces whose descriptors may be had.",
             ),
             "sockets": Field(
-                Sequence(Mapping("a socket rule", {**_SOCKET, **more})), "Sockets inside namespaces that may be had."
+                Sequence(Mapping("a socket rule", {**_SOCKET, "label": _LABEL, **more})),
+                "Sockets inside namespaces that may be had.",
             ),
             "secrets": Field(Later(), "Secrets."),
-            "send": Field(Sequence(_TOPICS), "Topics that messages may be sent to."),
-            "subscribe": Field(Sequence(_TOPICS), "Topics whose messages may be had."),
+            "send": Field(_TOPICS, "Topics that messages may be sent to."),
+            "subscribe": Field(_TOPICS, "Topics whose messages may be had."),
         },
     )
 
@@ -217,6 +246,11 @@ POLICY = Mapping(
                         "groups": Field(_NAMES, "Members of these groups."),
                         "users": Field(_NAMES, "These users."),
                         "everyone": Field(Flag(), "All, root too."),
+                        "label": Field(
+                            _LABELS,
+                            "Of these only programs with this label, or one of these, in whatever mode; and all whose "
+                            "label is not known.",
+                        ),
                         "devices": Field(Sequence(_GLOB), "The nodes, as in a device rule."),
                         "namespaces": Field(
                             Sequence(
@@ -250,6 +284,10 @@ POLICY = Mapping(
                                 {
                                     "user": Field(_NAME, "The user.", True),
                                     "groups": Field(_NAMES, "All its groups. Default: those of the group database."),
+                                    "label": Field(
+                                        Text("a MAC label"),
+                                        "Its program's MAC label, as the kernel says it. Default: it is not known.",
+                                    ),
                                 },
                             ),
                             "Who asks.",
@@ -314,6 +352,8 @@ def _json(kind: Kind) -> dict[str, Any]:
             return {"type": "array", "minItems": 1, "items": _json(item)}
         case OneOrMore(item):
             return {"anyOf": [_json(item), {"type": "array", "minItems": 1, "items": _json(item)}]}
+        case Short(mapping, key):
+            return {"anyOf": [_json(mapping.fields[key].kind), _json(mapping)]}
         case Named(_, value):
             return {"type": "object", "additionalProperties": _json(value)}
         case Mapping(_, fields, one_of, only):

@@ -16,7 +16,7 @@ OURS = {
     "fdbroker",
     *(f"fdbroker.{name}" for name in ("terms", "errors", "limits", "bucket", "wire", "policy", "kernel", "opener")),
     *(f"fdbroker.wire.{name}" for name in ("journal", "link", "pack", "resources", "rights", "worker")),
-    *(f"fdbroker.policy.{name}" for name in ("compiled", "decide", "paths")),
+    *(f"fdbroker.policy.{name}" for name in ("compiled", "decide", "labels", "paths")),
     *(
         f"fdbroker.kernel.{name}"
         for name in (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fdbroker.errors import FdbrokerError, LinkViolation, ProtocolViolation
 from fdbroker.inbox import dispatch
+from fdbroker.policy import labels
 from fdbroker.policy.compiled import Policy, from_bytes, to_bytes
 from fdbroker.policy.decide import decide, view
 from fdbroker.policy.load import parse
@@ -144,6 +145,10 @@ def test_matching_takes_linear_time_whatever_is_asked():
     assert time.process_time() - began < 5
 
 
+LABELS = st.sampled_from(
+    ["", "a (enforce)", "a (complain)", "a//b (enforce)", "b//&a (kill)", ":n:a (enforce)", "unconfined"]
+)
+GLOBS = st.sampled_from([(), (), ("a",), ("b", "a//*"), ("*",)])
 RULES = st.builds(
     DeviceRule,
     st.sampled_from(["/dev/a", "/dev/*", "/dev/*/*", "/dev/a*", "/dev/[ab]"]),
@@ -153,6 +158,7 @@ RULES = st.builds(
     st.booleans(),
     st.just("somebody"),
     st.sampled_from(["f:1", "f:2"]),
+    GLOBS,
 )
 NAMES = st.sampled_from(["a", "b", "a*", "*"])
 OTHER_RULES = st.one_of(
@@ -165,6 +171,7 @@ OTHER_RULES = st.one_of(
         st.one_of(st.none(), st.just(Uplink("br0", "10.0.0.0/24", isolated=True))),
         st.just("somebody"),
         st.just("f:4"),
+        GLOBS,
     ),
     st.builds(
         SocketRule,
@@ -174,6 +181,7 @@ OTHER_RULES = st.one_of(
         st.sampled_from([(), (443,)]),
         st.just("somebody"),
         st.just("f:5"),
+        GLOBS,
     ),
 )
 ANY_RULES = st.one_of(RULES, OTHER_RULES)
@@ -195,6 +203,7 @@ POLICIES = st.builds(
             st.booleans(),
             st.just("x"),
             st.just("f:3"),
+            GLOBS,
         ),
         max_size=2,
     ).map(tuple),
@@ -203,7 +212,7 @@ POLICIES = st.builds(
     st.just({}),
 )
 SUBJECTS = st.builds(
-    Subject, IDS, st.frozensets(IDS, max_size=4), IDS, st.integers(1, 9), st.just("x"), st.just(""), st.booleans()
+    Subject, IDS, st.frozensets(IDS, max_size=4), IDS, st.integers(1, 9), st.just("x"), LABELS, st.booleans()
 )
 
 
@@ -228,8 +237,10 @@ def test_what_is_allowed_is_allowed_by_a_rule_for_that_subject_and_denied_by_non
         assert rule in mine
         assert matcher(rule.pattern).fullmatch(path)
         assert rule.access in ("rw", access)
+        assert labels.allowing(rule.labels, subject.label)
     for deny in policy.deny:
         concerned = deny.everyone or subject.uid in deny.uids or groups & deny.gids
+        concerned = concerned and labels.denying(deny.labels, subject.label)
         assert not concerned or not any(matcher(pattern).fullmatch(path) for pattern in deny.patterns)
 
 
@@ -238,6 +249,18 @@ def test_fewer_groups_never_allow_more(policy, subject, path):
     without_deny = policy._replace(deny=())
     if decide(view(without_deny, subject._replace(gids=frozenset())), Device(path, "ro")).rules:
         assert decide(view(without_deny, subject), Device(path, "ro")).rules
+
+
+@given(POLICIES, SUBJECTS, PATHS)
+def test_an_unknown_label_never_allows_more_than_a_known_one(policy, subject, path):
+    if decide(view(policy, subject._replace(label="")), Device(path, "ro")).rules:
+        assert decide(view(policy, subject), Device(path, "ro")).rules
+
+
+@given(st.lists(st.sampled_from("ab*?/:"), min_size=1, max_size=6).map("".join), LABELS | st.text())
+def test_what_a_glob_allows_it_denies_as_well(glob, label):
+    if not labels.glob_error(glob, allows=True) and labels.allowing((glob,), label):
+        assert labels.denying((glob,), label)
 
 
 @given(st.text())
