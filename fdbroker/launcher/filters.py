@@ -12,10 +12,9 @@ import signal
 import socket
 import termios
 
-import pyseccomp
-
 from fdbroker.kernel import libc
 from fdbroker.kernel.namespaces import CLONE, QUESTIONS
+from fdbroker.kernel.seccomp import pyseccomp
 from fdbroker.kernel.sockets import SO_PASSRIGHTS
 from fdbroker.terms import NEW_NAMESPACE_TYPES
 
