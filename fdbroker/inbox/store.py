@@ -94,6 +94,14 @@ class Stored(NamedTuple):
     data: bytes
 
 
+class _Done(NamedTuple):
+    """That user has that message, if it is on one of these topics."""
+
+    uid: int
+    number: int
+    topics: frozenset[str]
+
+
 class NotStored(Exception):
     """The disk is full or broken: no message that was to be committed is stored.
 
@@ -121,7 +129,7 @@ class Store:
     def __init__(self, path: str, reserve: Reserve) -> None:
         self._database = sqlite3.connect(path, isolation_level=None, timeout=0)
         self._new: list[tuple[Stored, frozenset[int]]] = []
-        self._done: list[tuple[int, int]] = []  # uid, number
+        self._done: list[_Done] = []
         self._removed: list[tuple[int, int]] = []  # in this transaction: sender, bytes
         self._expire_at_s = 0.0
         self._reserve = reserve
@@ -180,9 +188,9 @@ class Store:
         self._new.append((message, recipients))
         self._add(message.sender, 1, len(message.data))
 
-    def acknowledge(self, uid: int, numbers: Iterable[int]) -> None:
-        """That user has these, with the next commit. Numbers that do not wait for it are left alone."""
-        self._done += [(uid, number) for number in numbers]
+    def acknowledge(self, uid: int, topics: frozenset[str], numbers: Iterable[int]) -> None:
+        """That user has these, with the next commit. Numbers that do not wait for it on these topics are left alone."""
+        self._done += [_Done(uid, number, topics) for number in numbers]
 
     def commit(self) -> None:
         """Write it down. Raises NotStored when the messages cannot be: then none of them is, as if it never came."""
@@ -200,7 +208,7 @@ class Store:
         else:
             self._remove_all(done, self._acknowledged)
 
-    def _insert(self, new: list[tuple[Stored, frozenset[int]]], done: list[tuple[int, int]]) -> None:
+    def _insert(self, new: list[tuple[Stored, frozenset[int]]], done: list[_Done]) -> None:
         if not self._reserve.held and not self._take_reserve():
             raise NotStored("the disk is full: there is no room for the reserve")
         with self._transaction():
@@ -218,9 +226,12 @@ class Store:
         with contextlib.suppress(NotStored):
             self._remove_all([number for (number,) in gone], self._expired)
 
-    def _acknowledged(self, one: tuple[int, int]) -> None:
-        if self._database.execute("DELETE FROM waiting WHERE uid = ? AND number = ?", one).rowcount:
-            self._remove(one[1])
+    def _acknowledged(self, one: _Done) -> None:
+        topic = self._database.execute("SELECT topic FROM messages WHERE number = ?", (one.number,)).fetchone()
+        if topic is None or topic[0] not in one.topics:  # it could not have read it
+            return
+        if self._database.execute("DELETE FROM waiting WHERE uid = ? AND number = ?", (one.uid, one.number)).rowcount:
+            self._remove(one.number)
 
     def _expired(self, number: int) -> None:
         self._database.execute("DELETE FROM waiting WHERE number = ?", (number,))

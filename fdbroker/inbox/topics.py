@@ -408,7 +408,7 @@ class Topics:
         """The member's user has these, once `commit` says so. Raises RateLimited."""
         self._take_token(member)
         if self._store is not None:
-            self._store.acknowledge(member.sender.uid, numbers)
+            self._store.acknowledge(member.sender.uid, member.subscribe, numbers)
 
     def receive(self, member: Member, maximum: int) -> list[bytes]:
         """What is stored for the member's user on topics that it may have: JSON objects, the oldest first."""

@@ -536,7 +536,7 @@ def test_a_long_acknowledgement_counts_as_the_work_that_it_is(stored_inbox):
     for _ in range(99):
         store.go.release()
     asked = []
-    store.acknowledge = lambda uid, numbers: asked.append(len(numbers))
+    store.acknowledge = lambda uid, topics, numbers: asked.append(len(numbers))
     with contextlib.ExitStack() as clients:
         found = [clients.enter_context(opener.client(MAY)) for _ in range(8)]
         take, most = opener.inbox._topics.commit, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 
 import pytest
 
@@ -54,15 +55,26 @@ def test_each_recipient_acknowledges_for_itself_and_the_last_one_removes_it(stor
     put(store, 1, (1, 2))
     put(store, 2, (2,))
     store.commit()
-    store.acknowledge(1, [1, 2, 77, (1 << 63) - 1])  # 2 is not its own
+    store.acknowledge(1, ALL, [1, 2, 77, (1 << 63) - 1])  # 2 is not its own
     store.commit()
     assert (numbers(store, 1), numbers(store, 2)) == ([], [1, 2])
-    store.acknowledge(2, [1, 2])
+    store.acknowledge(2, ALL, [1, 2])
     store.commit()
     assert numbers(store, 2) == []
     assert store._database.execute("SELECT count(*) FROM messages").fetchone() == (0,)
-    store.acknowledge(2, [1])
+    store.acknowledge(2, ALL, [1])
     store.commit()
+
+
+def test_who_may_not_read_a_topic_acknowledges_nothing_of_it(store):
+    """Another program of the same user, without the group or the label that the topic is for."""
+    put(store, 1, topic="mail")
+    put(store, 2, topic="news")
+    store.commit()
+    store.acknowledge(1, frozenset({"news"}), [1, 2])
+    store.acknowledge(1, frozenset(), [1, 2])
+    store.commit()
+    assert numbers(store, 1) == [1]
 
 
 def test_only_what_one_may_have_comes_in_order_as_much_as_fits(store):
@@ -90,11 +102,11 @@ def test_a_senders_share_is_its_own_and_comes_back(store):
     with pytest.raises(QueueFull, match="limit stored_bytes is reached, maximum 100"):
         store.check(9, 81, 3, 100)
     store.commit()
-    store.acknowledge(1, [1])
+    store.acknowledge(1, ALL, [1])
     store.commit()
     with pytest.raises(QueueFull):  # the other recipient still has not got it
         store.check(9, 10, 2, 100)
-    store.acknowledge(2, [1])
+    store.acknowledge(2, ALL, [1])
     store.commit()
     store.check(9, 10, 2, 100)
 
@@ -117,7 +129,7 @@ def test_a_full_disk_stores_none_of_a_commits_messages_and_the_next_one_may_pass
     store._database.execute(f"PRAGMA max_page_count = {pages + 3}")
     put(store, 2, sender=8)
     put(store, 3, data=b"x" * 60_000)
-    store.acknowledge(1, [1])
+    store.acknowledge(1, ALL, [1])
     with pytest.raises(NotStored, match="full"):
         store.commit()
     assert numbers(store, 1) == []  # what was acknowledged is
@@ -258,8 +270,39 @@ def test_what_was_acknowledged_does_not_stay_on_the_disk(folder, tmp_path):
     store, _ = opened(folder)
     put(store, 1, data=b"a secret word")
     store.commit()
-    store.acknowledge(1, [1])
+    store.acknowledge(1, ALL, [1])
     store.commit()
     store.close()
     assert b"a secret word" not in (tmp_path / "messages.sqlite").read_bytes()
     assert not (tmp_path / "messages.sqlite-wal").exists()
+
+
+def test_the_clock_of_the_test_is_the_real_one():
+    assert abs(module.time.time_ns() - time.time_ns()) < 10**10
+
+
+def test_numbers_are_remembered_when_their_messages_are_gone(folder):
+    store, _ = opened(folder)
+    put(store, 1 << 60)
+    store.commit()
+    store.acknowledge(1, ALL, [1 << 60])
+    store.commit()
+    store.close()
+    store, _ = opened(folder)
+    assert store.last_number == 1 << 60
+    store.close()
+
+
+def test_what_is_over_is_removed_in_pieces(store, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for number in range(1, 121):
+        put(store, number, expires_us=1000)
+    store.commit()
+    left = []
+    for _ in range(4):
+        now[0] += 1
+        store.check(9, 1, 1000, 1000)
+        left.append(store._database.execute("SELECT count(*) FROM waiting").fetchone()[0])
+    assert left == [70, 20, 0, 0]
+    assert store._used == {}

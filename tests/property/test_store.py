@@ -63,7 +63,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(uid=UIDS, numbers=st.lists(st.integers(0, 30), max_size=3))
     def acknowledge(self, uid, numbers):
-        self.store.acknowledge(uid, numbers)
+        self.store.acknowledge(uid, frozenset(TOPICS), numbers)
         self.done += [(uid, number) for number in numbers]
 
     @rule()
