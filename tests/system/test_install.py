@@ -11,6 +11,9 @@ import fdbroker
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
+# below policy/ in the checkout
+MAC = ("apparmor/fdbroker", "selinux/fdbroker.te", "selinux/fdbroker.if", "selinux/fdbroker.fc")
+
 
 def install(folder: Path) -> set[str]:
     subprocess.run([CHECKOUT / "scripts/install", folder], check=True)
@@ -32,7 +35,7 @@ def test_places(installed):
     documents |= {
         f"usr/share/doc/fdbroker/{name}" for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "namespaces.conf")
     }
-    documents.add("usr/share/doc/fdbroker/docs/bundle/config.json")
+    documents |= {f"usr/share/doc/fdbroker/{name}" for name in ("docs/bundle/config.json", *MAC)}
     assert outside == examples | documents | {
         "usr/share/man/man8/fdbroker.8",
         "etc/fdbroker/policy.yaml",
@@ -69,13 +72,15 @@ def test_nobody_else_writes(installed):
     assert not [file for file in files if (folder / file).lstat().st_mode & 0o022 and not (folder / file).is_symlink()]
 
 
-def test_apparmor(tmp_path):
-    """The profile is copied where AppArmor is, and only there (test_places); of SELinux nothing is."""
+def test_mandatory_access_control(tmp_path):
+    """Profile and module are among the documents, and nowhere else: AppArmor loads what is in /etc/apparmor.d."""
     (tmp_path / "etc/apparmor.d").mkdir(parents=True)
     found = {file for file in install(tmp_path) if "apparmor" in file or "selinux" in file}
-    assert found == {"etc/apparmor.d/fdbroker"}
-    profile = CHECKOUT / "policy/apparmor/fdbroker"
-    assert (tmp_path / "etc/apparmor.d/fdbroker").read_bytes() == profile.read_bytes()
+    assert found == {f"usr/share/doc/fdbroker/{source}" for source in MAC}
+    for source in MAC:
+        assert (tmp_path / "usr/share/doc/fdbroker" / source).read_bytes() == (
+            CHECKOUT / "policy" / source
+        ).read_bytes()
 
 
 def test_again(installed):

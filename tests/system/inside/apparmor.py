@@ -29,9 +29,10 @@ from steps import (
 
 OLD_KERNEL = (Path(__file__).parent / "oldkernel.py").read_text()
 PYTHON = "/opt/fdbroker/bin/python3"
+DOCUMENTS = "/usr/share/doc/fdbroker"
 PROFILE = "/etc/apparmor.d/fdbroker"
 LOADED = Path("/sys/kernel/security/apparmor/profiles")
-DROP_IN = "/usr/share/doc/fdbroker/namespaces.conf"
+DROP_IN = f"{DOCUMENTS}/namespaces.conf"
 IN_FORCE = Path("/etc/systemd/system/fdbroker.service.d/namespaces.conf")
 MAY_CONNECT = grp.getgrnam("fdbroker").gr_gid
 RULES = f"""\
@@ -83,10 +84,13 @@ def ask(path: str) -> dict[str, Any]:
 def loaded() -> dict[str, Any]:
     Path("/proc/sys/kernel/printk_ratelimit").write_text("0")  # every refusal counts
     before = LOADED.read_text()
+    there = os.path.exists(PROFILE)
+    run("cp", f"{DOCUMENTS}/apparmor/fdbroker", "/etc/apparmor.d/", check=True)
     done = outcome(run("apparmor_parser", "--replace", PROFILE))
     return {
         "modules": Path("/sys/kernel/security/lsm").read_text().split(","),
         "before": before,
+        "there": there,
         "parser": done,
         "after": LOADED.read_text(),
     }
