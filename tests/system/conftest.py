@@ -96,17 +96,19 @@ def vm(boot: Callable[..., Facts]) -> Callable[..., Facts]:
     """Boot a virtual machine with sound and input devices; `vm(script)` runs a script of inside/ there.
 
     With `modules` the kernel has these security modules, and the script what scripts/install installs, under a real
-    systemd unless `mode` is "init".
+    systemd unless `mode` is "init". With `suite` it is the kernel of that suite of Debian's.
     """
     if shutil.which("qemu-system-x86_64") is None:
         unavailable("no qemu-system-x86_64: install the package qemu-system-x86")
     made("mkkernel", CACHE / "kernel")
 
-    def run(script: str, modules: str = "", mode: str = "systemd") -> Facts:
-        kernel = str(CACHE / "kernel")
+    def run(script: str, modules: str = "", mode: str = "systemd", suite: str = "") -> Facts:
+        kernel = str(CACHE / f"kernel-{suite}" if suite else CACHE / "kernel")
+        if suite:
+            made("mkkernel", Path(kernel), suite)
         if modules:
             inside = f"scripts/install\nexec /opt/fdbroker/bin/python3 -B tests/system/inside/{script}"
-            return boot("vm", inside, 300, mode, KDIR=kernel, LSM=modules)
+            return boot("vm", inside, 600, mode, KDIR=kernel, LSM=modules)
         # where every user can read it, wherever the checkout lies
         program = "mkdir /run/program\nmount --bind . /run/program\nexport PYTHONPATH=/run/program"
         inside = f"exec /run/program/.venv/bin/python /run/program/tests/system/inside/{script}"
@@ -135,9 +137,9 @@ def trixie() -> Path:
     return CACHE / "trixie"
 
 
-def made(script: str, folder: Path) -> None:
+def made(script: str, folder: Path, *words: str) -> None:
     """Make what is kept in the cache; when it is there, this does nothing."""
     folder.parent.mkdir(exist_ok=True)
-    ended = subprocess.run([LAB / script, folder], capture_output=True, text=True, check=False)
+    ended = subprocess.run([LAB / script, folder, *words], capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         unavailable(f"scripts/lab/{script}: {ended.stderr.strip()}")

@@ -275,6 +275,50 @@ def test_reload_under_the_profile(facts):
     assert found["after"]["stdout"] == " 00 00 00 00\n", found["after"]["stderr"]
 
 
+READ = "00000000"
+
+
+@pytest.mark.lab
+def test_a_device_for_a_label(newer):
+    """The same user gets it under the profile alone, enforced; what is denied to a label, that one does not get."""
+    found = newer["labelled"]
+    assert found["started"] == 0, found["said"]
+    assert found["got"] == {
+        "": ["unconfined", "Denied", READ],
+        "lab-player": ["lab-player (enforce)", READ, READ],
+        "lab-trial": ["lab-trial (complain)", "Denied", READ],
+        "lab-browser": ["lab-browser (enforce)", "Denied", "Denied"],
+        # docs/policy.md: a label is not which program it is
+        "by itself": ["lab-player (enforce)", READ, READ],
+    }
+    assert set(found["records"]) == {"unconfined", "lab-player (enforce)", "lab-trial (complain)"}
+
+
+@pytest.mark.lab
+def test_where_the_kernel_says_no_label(facts):
+    """Then nothing is allowed to a label, and what is denied to one is denied to all."""
+    found = facts["labelled"]
+    assert found["started"] == 0, found["said"]
+    if any(label for label, *_ in found["got"].values()):  # Ubuntu's kernels say it
+        assert found["got"]["lab-player"] == ["lab-player (enforce)", READ, READ]
+        assert found["got"][""] == ["unconfined", "Denied", READ]
+    else:
+        assert found["got"] == {"": ["", "Denied", "Denied"], "lab-player": ["", "Denied", "Denied"]}
+
+
+@pytest.mark.lab
+def test_served_by_a_newer_kernel(newer):
+    """The profile holds there too, and refuses nothing that the service does."""
+    assert newer["loaded"]["after"] == "fdbroker (enforce)\n"
+    found = newer["served"]
+    assert set(found["labels"].values()) == {"fdbroker (enforce)"}
+    assert found["granted"]["stdout"] == " 00 00 00 00\n", found["granted"]["stderr"]
+    found = newer["namespaces"]
+    assert (found["asked"]["named"][0], found["asked"]["through"]) == (found["inode"], "through")
+    assert isinstance(found["asked"]["new"][0], int), found["asked"]  # else an error's name; Linux 6.1 makes none
+    assert newer["nothing_refused"]["denials"] == []
+
+
 @pytest.mark.lab
 def test_namespaces_under_the_profile(facts):
     """With the drop-in: a named one, one of the caller's, a socket in another; nothing of another user's."""
@@ -507,6 +551,14 @@ def test_served_in_the_domain(enforced):
     assert "EACCES" in found["memory"]["stderr"]
     (denial,) = found["denials"]
     assert "memory_device_t" in denial
+
+
+@pytest.mark.lab
+def test_a_device_for_a_domain(enforced):
+    """The same user gets it in that domain, and not in another; what is denied to the domain is refused there alone."""
+    found = enforced["labelled"]
+    assert found["unconfined_t"] == ["system_u:system_r:unconfined_t:s0", "Denied", READ]
+    assert found["lab_player_t"] == ["system_u:system_r:lab_player_t:s0", READ, "Denied"]
 
 
 @pytest.mark.lab

@@ -1,6 +1,6 @@
 """Inside the virtual machine, whose kernel has AppArmor: the installed service under its profile.
 
-The unit starts it; the profile is loaded as docs/operating.md says.
+The unit starts it; the profile is loaded as docs/operating.md says. `apparmor.py labels`: on a kernel that says labels.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import grp
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from steps import (
     as_user,
     make_node,
     outcome,
+    records,
     report,
     run,
     said,
@@ -45,6 +47,23 @@ groups:
     subscribe: [mail]
 topics: {{mail: {{deliver: [queue]}}}}
 """
+CLIENTS = """\
+abi <abi/3.0>,
+profile lab-player flags=(attach_disconnected) { file, network, unix, signal, ptrace, capability, }
+profile lab-trial flags=(attach_disconnected, complain) { file, network, unix, signal, ptrace, capability, }
+profile lab-browser flags=(attach_disconnected) { file, network, unix, signal, ptrace, capability, }
+"""
+FOR_LABELS = f"""\
+version: 1
+groups:
+  {GROUP}:
+    devices:
+      - {{path: /dev/lab/zero, access: rw, class: mem, device: "1:5", label: [lab-player, lab-trial]}}
+      - {{path: /dev/lab/secret, access: rw, class: mem, device: "1:5"}}
+deny:
+  - {{everyone: true, label: "lab-b*", devices: [/dev/lab/secret]}}
+"""
+OPENS = (Path(__file__).parent / "opens.py").read_text()
 TRIES = (Path(__file__).parent / "tries.py").read_text()
 
 
@@ -76,6 +95,10 @@ def ask(path: str) -> dict[str, Any]:
     return outcome(
         run(*member("fdbroker", "open", path, "--access", "rw", "--", "sh", "-c", "head -c 4 <&3 | od -An -tx1"))
     )
+
+
+def under(profile: str) -> tuple[str, ...]:
+    return ("aa-exec", "--profile", profile, "--")
 
 
 # ---- the steps, in their order
@@ -124,6 +147,26 @@ def reloaded() -> dict[str, Any]:
     return {**done, "after": ask("/dev/lab/secret"), "same": main_pid() == pid}
 
 
+def labelled() -> dict[str, Any]:
+    """The same user with a profile and without: a device for a label, and one that is denied to another label."""
+    file = Path("/run/clients")
+    file.write_text(CLIENTS)
+    run("apparmor_parser", "--replace", file, check=True)
+    started = start_with(FOR_LABELS)
+    asked = (PYTHON, "-I", "-B", "-c", OPENS)
+    words: dict[str, tuple[str, ...]] = {"": member(*asked), "lab-player": (*under("lab-player"), *member(*asked))}
+    if sys.argv[1:]:
+        words |= {name: (*under(name), *member(*asked)) for name in ("lab-trial", "lab-browser")}
+        words["by itself"] = member(*under("lab-player"), *asked)
+    done = {name: outcome(run(*command)) for name, command in words.items()}
+    return {
+        "started": started,
+        "said": said()[-10:],
+        "got": {name: json.loads(one["stdout"]) if one["code"] == 0 else one for name, one in done.items()},
+        "records": sorted({record.get("FDBROKER_LABEL", "") for record in records("FDBROKER_DECISION=allow")}),
+    }
+
+
 def namespaces() -> dict[str, Any]:
     """With the drop-in; the kernel is too old for new ones."""
     IN_FORCE.parent.mkdir(parents=True)
@@ -158,7 +201,7 @@ def nothing_refused() -> dict[str, Any]:
 def taken_over() -> dict[str, Any]:
     """Root itself, with every capability, under the profile and without."""
     found = {}
-    for name, words in (("confined", ("aa-exec", "--profile", "fdbroker", "--")), ("free", ())):
+    for name, words in (("confined", under("fdbroker")), ("free", ())):
         with subprocess.Popen(["sleep", "1000"]) as other:
             done = outcome(run(*words, PYTHON, "-I", "-B", "-c", TRIES, str(other.pid)))
             other.kill()
@@ -166,4 +209,8 @@ def taken_over() -> dict[str, Any]:
     return {**found, "denials": denials()}
 
 
-report([loaded, served, messages, reloaded, namespaces, nothing_refused, taken_over])
+report(
+    [loaded, served, labelled, namespaces, nothing_refused]
+    if sys.argv[1:]
+    else [loaded, served, messages, reloaded, labelled, namespaces, nothing_refused, taken_over]
+)

@@ -36,6 +36,16 @@ groups:
     subscribe: [mail]
 topics: {{mail: {{deliver: [queue]}}}}
 """
+FOR_LABELS = f"""\
+version: 1
+groups:
+  {GROUP}:
+    devices:
+      - {{path: /dev/lab/zero, access: rw, class: mem, device: "1:5", label: "*:lab_player_t:*"}}
+      - {{path: /dev/lab/secret, access: rw, class: mem, device: "1:5"}}
+deny:
+  - {{everyone: true, label: "*:lab_player_t:*", devices: [/dev/lab/secret]}}
+"""
 # the labels that restorecon would give
 LABELS = {
     "fdbroker_exec_t": ["/usr/bin/fdbroker"],
@@ -43,7 +53,7 @@ LABELS = {
     "fdbroker_var_lib_t": ["/var/lib/fdbroker"],
     "fdbroker_var_run_t": ["/run/fdbroker"],
     "usr_t": ["/usr", "/opt"],
-    "bin_t": ["/usr/bin", os.path.realpath(PYTHON), "/usr/bin/setpriv", "/usr/sbin/ldconfig"],
+    "bin_t": ["/usr/bin", os.path.realpath(PYTHON), "/usr/bin/setpriv"],
     "etc_t": ["/etc", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"],
     "shadow_t": ["/etc/shadow"],
     "var_run_t": ["/run"],
@@ -127,6 +137,18 @@ def more() -> dict[str, Any]:
     }
 
 
+def labelled() -> dict[str, Any]:
+    """The same user in two domains: a device for one of them, and one that is denied to it."""
+    make_node("/dev/lab/secret", 1, 5)
+    run("chcon", "system_u:object_r:zero_device_t:s0", "/dev/lab/secret", check=True)
+    write_policy(FOR_LABELS)
+    broker[0].send_signal(signal.SIGHUP)
+    wait_for("the new policy", lambda: "reloaded" in LOG.read_text())
+    words = (*as_user(MEMBER, [GROUP, MAY_CONNECT]), PYTHON, "-I", "-B", "-c", (HERE / "opens.py").read_text())
+    done = {domain: outcome(run(*within(domain, *words))) for domain in ("unconfined_t", "lab_player_t")}
+    return {domain: json.loads(one["stdout"]) if one["code"] == 0 else one for domain, one in done.items()}
+
+
 def stopped() -> dict[str, Any]:
     broker[0].send_signal(signal.SIGTERM)
     code = broker[0].wait(10)
@@ -146,4 +168,4 @@ def taken_over() -> dict[str, Any]:
     return found
 
 
-report([loaded, served, more, stopped, taken_over])
+report([loaded, served, more, labelled, stopped, taken_over])

@@ -34,7 +34,7 @@ def report(steps: Iterable[Step]) -> None:
 
 def run(*command: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, whatever that is unless `check`."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=check)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=check)
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def as_user(uid: int, groups: Iterable[int]) -> tuple[str, ...]:
     return ("setpriv", *words.split(), "--no-new-privs", "--")
 
 
-def wait_for(what: str, ready: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(what: str, ready: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until `ready` returns something true, and return that."""
     end_s = time.monotonic() + seconds
     while not (value := ready()):
