@@ -111,3 +111,30 @@ def test_stopped(facts):
     assert found["socket"] is False
     for resource in ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D1c", "/dev/input/event"):
         assert f'"FDBROKER_RESOURCE": "{resource}' in found["records"]
+
+
+def test_clock_numbers_increase(facts):
+    """Whatever the clock does, a later message has a larger number, after a restart too."""
+    found = facts["clock"]["numbers"]
+    assert found == sorted(set(found))
+    assert found[0] > 0
+
+
+def test_clock_jumps_delay_nobody(facts):
+    """Devices and messages are served at once after each jump, and the broker stops in order."""
+    found = facts["clock"]
+    assert found["opened"] == 3
+    assert max(found["waits_s"]) < 20  # seconds are what it takes in software emulation, a wrong clock would take hours
+    assert found["codes"] == [0, 0]
+    assert "Traceback" not in found["said"]
+
+
+def test_clock_what_is_stored_is_kept_by_the_clock_on_the_wall(facts):
+    """Nothing is lost before `keep` is over by that clock; who sets it forward ends what is older than that."""
+    found = facts["clock"]
+    mails = ["first", "1800", "-7200", "-18000"]
+    assert found["kept"] == [mails[0], "short", *mails[1:]]
+    assert found["later"] == [*mails, "last"]
+    # set back, the clock may show again what was over and not yet removed
+    assert [text for text in found["restarted"] if text != "short"] == [*mails, "last", "after the restart"]
+    assert found["left"] == 0

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from clock import clock
 from steps import GROUP, MEMBER, OTHER, as_user, outcome, report, run, status_of, wait_for
 
 HERE = Path(__file__).parent
@@ -176,4 +177,4 @@ def stopped() -> dict[str, Any]:
     return {"code": code, "socket": os.path.exists(SOCKET), "records": Path("/lab/out/broker").read_text()}
 
 
-report([started, sound, sound_refused, keyboard, hotkeys, namespaces, stopped])
+report([started, sound, sound_refused, keyboard, hotkeys, namespaces, stopped, clock])
