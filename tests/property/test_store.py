@@ -90,7 +90,7 @@ class Machine(RuleBasedStateMachine):
     def crash(self):
         """What a process that is killed leaves behind, opened by the next one."""
         copy = tempfile.mkdtemp(dir=os.path.dirname(self.folder))
-        shutil.copytree(self.folder, copy, dirs_exist_ok=True)
+        shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns("*-reserve"), dirs_exist_ok=True)
         self.end()
         self.folder = copy
         self.store, said = opened(copy)
