@@ -39,14 +39,16 @@ class Journal:
         return True
 
     def await_place(self) -> bool:
-        """Have a place for records: the journal, or a standard error that somebody can read; false without any.
+        """Have a place for records: the journal, or standard error; false without any.
 
-        A service manager whose journal is not there gives /dev/null in place of it: then wait for the journal.
+        systemd, when its journal is not there, gives /dev/null as standard error: then wait for the journal. Who starts
+        the service by hand and sends its standard error there wants no records.
         """
         end_s = time.monotonic() + limits.START_SECONDS
         while not self.connect():
             said_to = os.fstat(2)
-            if not stat.S_ISCHR(said_to.st_mode) or said_to.st_rdev != _NULL:
+            nowhere = stat.S_ISCHR(said_to.st_mode) and said_to.st_rdev == _NULL
+            if not nowhere or "INVOCATION_ID" not in os.environ:  # systemd.exec(5)
                 return True
             if time.monotonic() > end_s:
                 return False

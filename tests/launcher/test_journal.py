@@ -64,11 +64,15 @@ def test_without_a_journal_there_is_nothing_to_look_at(place):
     journal.close()
 
 
-@pytest.mark.parametrize("kind", ["file", "null", "null and a journal"])
+@pytest.mark.parametrize("kind", ["file", "null", "null by hand", "null and a journal"])
 def test_without_a_journal_and_a_standard_error_there_is_no_place_for_records(place, tmp_path, monkeypatch, kind):
     monkeypatch.setitem(limits.LIMITS, "START_SECONDS", limits.LIMITS["START_SECONDS"]._replace(value=0))
     if kind != "null and a journal":
         place.goes()
+    if kind == "null by hand":
+        monkeypatch.delenv("INVOCATION_ID", raising=False)
+    else:
+        monkeypatch.setenv("INVOCATION_ID", "0" * 32)
     before = os.dup(2)
     other = os.open(tmp_path / "log" if kind == "file" else os.devnull, os.O_RDWR | os.O_CREAT)
     os.dup2(other, 2)
