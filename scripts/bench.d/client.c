@@ -7,6 +7,7 @@
  *             batch    sixteen of them in one request
  *             ping     PING, answered by PONG
  *             connect  a new connection and one descriptor over it; its end is not counted
+ *             seat     seatd's protocol: a device is opened, then closed, which seatd wants before it opens it again
  *     client hold COUNT SOCKET
  *         makes COUNT connections, says "ready" when the last one is answered, and keeps them until its input ends
  */
@@ -33,12 +34,17 @@ static const char open_batch[] = OPEN(FOUR "," FOUR "," FOUR "," FOUR);
 static const char ping[] = {0, 0, 0, 4, 'P', 'I', 'N', 'G'};
 static const char pong[] = {0, 0, 0, 4, 'P', 'O', 'N', 'G'};
 
+/* seatd 0.7: two numbers of 16 bits, what it is and how many bytes follow; include/protocol.h */
+enum { SEAT_OPEN = 1, DEVICE_OPEN = 3, DEVICE_CLOSE = 4, SEAT_ANSWER = 1 << 15, SEAT_ENABLED = 6 };
+static const char seat_device[] = "/dev/input/event0"; /* bench makes it a /dev/null; seatd judges by the name */
+
 struct target {
     const char *socket;
     const char *request;
     size_t size;
     int descriptors; /* that the reply brings; 0 for a PONG */
     int fresh;       /* a connection for each request */
+    int seat;
     int connection;
 };
 
@@ -96,6 +102,86 @@ static void ask(int connection, const struct target *target)
     receive(connection, target->descriptors);
 }
 
+static void receive_all(int connection, void *data, size_t size)
+{
+    if (size && recv(connection, data, size, MSG_WAITALL) != (ssize_t)size)
+        err(1, "seatd hung up");
+}
+
+/* One answer of seatd, at most one number in it, and with it a descriptor, which is closed, or -1. */
+static uint16_t seat_receive(int connection, int32_t *number, int *descriptors)
+{
+    uint16_t header[2];
+    char rest[256];
+    union {
+        char bytes[CMSG_SPACE(sizeof(int))];
+        struct cmsghdr aligned;
+    } control;
+    struct iovec both[] = {{header, sizeof header}, {rest, sizeof *number}};
+    /* a descriptor comes with the first byte of the answer to DEVICE_OPEN, which is always as long */
+    struct msghdr message = {
+        .msg_iov = both, .msg_iovlen = number ? 2 : 1, .msg_control = control.bytes, .msg_controllen = sizeof control};
+    ssize_t size = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
+    struct cmsghdr *with = size > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+
+    if (size < (ssize_t)sizeof header)
+        err(1, "seatd hung up");
+    if (with) {
+        int descriptor;
+
+        memcpy(&descriptor, CMSG_DATA(with), sizeof descriptor);
+        close(descriptor);
+        if (descriptors)
+            ++*descriptors;
+    }
+    size -= sizeof header;
+    if (header[1] > sizeof rest || size > header[1])
+        errx(1, "seatd answers %u with %u bytes", header[0], header[1]);
+    receive_all(connection, rest + size, header[1] - size);
+    if (number && header[1] >= sizeof *number)
+        memcpy(number, rest, sizeof *number);
+    return header[0];
+}
+
+static void seat_send(int connection, uint16_t what, const void *data, size_t size)
+{
+    char message[64];
+    uint16_t header[] = {what, size};
+
+    memcpy(message, header, sizeof header);
+    memcpy(message + sizeof header, data, size);
+    if (send(connection, message, sizeof header + size, MSG_NOSIGNAL) != (ssize_t)(sizeof header + size))
+        err(1, "send to seatd");
+}
+
+static void seat_begin(int connection)
+{
+    seat_send(connection, SEAT_OPEN, "", 0);
+    while (seat_receive(connection, NULL, NULL) != (SEAT_ANSWER | SEAT_ENABLED))
+        ;
+}
+
+static void seat_ask(int connection)
+{
+    struct {
+        uint16_t size;
+        char path[sizeof seat_device];
+    } asked = {sizeof seat_device, ""};
+    int32_t device = -1;
+    int descriptors = 0;
+    uint16_t answer;
+
+    memcpy(asked.path, seat_device, sizeof seat_device);
+    seat_send(connection, DEVICE_OPEN, &asked, sizeof asked.size + sizeof asked.path);
+    answer = seat_receive(connection, &device, &descriptors);
+    if (answer != (SEAT_ANSWER | DEVICE_OPEN) || descriptors != 1)
+        errx(1, "seatd answers %u with %d descriptors", answer, descriptors);
+    seat_send(connection, DEVICE_CLOSE, &device, sizeof device);
+    answer = seat_receive(connection, NULL, NULL);
+    if (answer != (SEAT_ANSWER | DEVICE_CLOSE))
+        errx(1, "seatd answers %u to a close", answer);
+}
+
 static uint64_t now_ns(void)
 {
     struct timespec now;
@@ -127,7 +213,10 @@ static uint64_t measure(const struct target *target, uint64_t *times, int count)
             close(connection);
             nanosleep(&rest, NULL); /* the broker notices the end meanwhile, not during the next one */
         } else {
-            ask(target->connection, target);
+            if (target->seat)
+                seat_ask(target->connection);
+            else
+                ask(target->connection, target);
             times[index] = now_ns() - began;
         }
     }
@@ -154,11 +243,15 @@ static struct target parse(char *text)
         target.descriptors = 0;
     } else if (!strcmp(text, "connect")) {
         target.fresh = 1;
+    } else if (!strcmp(text, "seat")) {
+        target.seat = 1;
     } else if (strcmp(text, "open")) {
-        errx(64, "%s: open, batch, ping or connect", text);
+        errx(64, "%s: open, batch, ping, connect or seat", text);
     }
     if (!target.fresh)
         target.connection = connect_to(target.socket);
+    if (target.seat)
+        seat_begin(target.connection);
     return target;
 }
 
