@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -92,3 +94,25 @@ def test_a_stage_that_is_not_found_is_an_error(root):
     result = subprocess.run(run, capture_output=True, text=True, cwd=TOP / "scripts/bench.d")
     assert result.returncode != 0
     assert "no_such" in result.stderr
+
+
+def test_the_plot_in_the_documents_is_drawn_from_their_numbers():
+    code = (
+        "import json, sys, bars, show; sys.stdout.reconfigure(encoding='utf-8');"
+        "print(bars.svg(*show.plot(json.load(open('../../docs/bench.json')))), end='')"
+    )
+    run = [sys.executable, "-c", code]
+    drawn = subprocess.run(run, capture_output=True, check=True, cwd=TOP / "scripts/bench.d").stdout
+    assert drawn == (TOP / "docs/bench.svg").read_bytes()
+    found = json.loads((TOP / "docs/bench.json").read_text())
+    texts = {text.text for text in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")}
+    assert {f"{one['to_floor']:.2f}" for one in found["compared"]} <= texts
+    assert not found["environment"]["quick"]
+
+
+def test_absolute_times_are_in_no_document():
+    """Another machine has others: what is printed are ratios and shares."""
+    text = (TOP / "docs/performance.md").read_text()
+    generated = re.findall(r"<!-- generated: bench-[a-z]+ -->(.*?)<!-- end -->", text, re.DOTALL)
+    assert len(generated) == 5
+    assert not re.search(r"\d ?(us|µs|ns)\b", "".join(generated))
