@@ -71,7 +71,7 @@ def target(data: bytes) -> None:
 def taken(data: bytes) -> Resource:
     """As in a message that has nothing else but its type."""
     cursor = Cursor(b"\1" + data)
-    cursor.numbers(_TYPE)
+    cursor.fields(_TYPE)
     resource = resources.take(cursor)
     cursor.end()
     return resource

@@ -40,7 +40,7 @@ def whole() -> bytes:
         for number, sender in ((1, 9), (2, 9), (3, 8)):
             store.put(Stored(number, sender, "news", _FAR_US, b'{"payload":"%d"}' % number), frozenset({5, 6, 7}))
         store.commit()
-        store.acknowledge(5, [1])
+        store.acknowledge(5, _TOPICS, [1])
         store.commit()
         store.close()
         with open(os.path.join(folder, _NAME), "rb") as file:
@@ -106,7 +106,7 @@ def use(store: Store) -> None:
         return
     assert (number, b"{}") in store.waiting(5, _TOPICS, number - 1, limits.RECEIVED_MESSAGES)
     try:
-        store.acknowledge(5, [number])
+        store.acknowledge(5, _TOPICS, [number])
         store.commit()
     except NotStored:
         return

@@ -19,7 +19,7 @@ from fdbroker.inbox.store import NotStored, Stored, opened
 
 TOPICS = ("news", "mail")
 MESSAGES, BYTES = 5, 60  # of one sender
-UIDS = st.integers(1, 4)
+UIDS = st.integers(1, 3)
 
 
 class Machine(RuleBasedStateMachine):
@@ -45,10 +45,11 @@ class Machine(RuleBasedStateMachine):
         sender=UIDS,
         recipients=st.frozensets(UIDS, min_size=1),
         topic=st.sampled_from(TOPICS),
-        data=st.binary(max_size=20),
+        data=st.sampled_from([b"", b"x" * 10, b"y" * 20]),
         keep_s=st.integers(1, 100),
+        at_once=st.booleans(),
     )
-    def put(self, sender, recipients, topic, data, keep_s):
+    def put(self, sender, recipients, topic, data, keep_s, at_once):
         used = [message for message, _ in [*self.kept.values(), *self.new] if message.sender == sender]
         full = len(used) >= MESSAGES or sum(len(one.data) for one in used) + len(data) > BYTES
         if full:
@@ -60,9 +61,12 @@ class Machine(RuleBasedStateMachine):
         message = Stored(self.number, sender, topic, self.now_us + keep_s * 10**6, data)
         self.store.put(message, recipients)
         self.new.append((message, set(recipients)))
+        if at_once:
+            self.commit()
 
     @rule(uid=UIDS, numbers=st.lists(st.integers(0, 30), max_size=3))
     def acknowledge(self, uid, numbers):
+        numbers = [number % (self.number + 2) for number in numbers]
         self.store.acknowledge(uid, frozenset(TOPICS), numbers)
         self.done += [(uid, number) for number in numbers]
 
@@ -136,4 +140,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestStore = Machine.TestCase
-TestStore.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestStore.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)

@@ -55,9 +55,16 @@ class Machine(RuleBasedStateMachine):
         self.names = NAMES
         self.last = self.topics._number
 
-    @initialize()
-    def begin(self):
+    @initialize(names=st.frozensets(st.sampled_from(NAMES), min_size=1))
+    def begin(self, names):
+        """Two users with all rights, three connections, of which two have subscribed."""
         self.use(NAMES)
+        every = frozenset(range(len(NAMES)))
+        for uid in (1, 2, 2):
+            self.connect(uid, every, every)
+        for part in self.parts[:2]:
+            self.topics.subscribe(part.member, names, None, 0)
+            part.subscribed = names
 
     def use(self, names):
         self.names = names
@@ -117,9 +124,18 @@ class Machine(RuleBasedStateMachine):
             part.subscribed = names
 
     @precondition(lambda self: self.parts)
-    @rule(data=st.data(), name=st.sampled_from(NAMES), size=st.integers(0, LONGEST + 1), to=st.one_of(st.none(), UIDS))
-    def send(self, data, name, size, to):
-        part = data.draw(st.sampled_from(self.parts))
+    @rule(
+        which=st.integers(0, 11),
+        name=st.sampled_from(NAMES),
+        size=st.sampled_from([0, 1, LONGEST - 1, LONGEST, LONGEST + 1]),
+        to=st.one_of(st.none(), UIDS),
+        times=st.integers(1, MESSAGES + 1),
+    )
+    def send(self, which, name, size, to, times):
+        for _ in range(times):
+            self.send_one(self.parts[which % len(self.parts)], name, size, to)
+
+    def send_one(self, part, name, size, to):
         asked = Publish(name, b"x" * size, "x" * size, "text", "" if to is None else str(to))
         heard = [one for one in self.parts if to in (None, one.uid) and name in one.subscribed]
         known = any(name in one.named(one.may_subscribe, self.names) for one in self.parts if one.uid == to)

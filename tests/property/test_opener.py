@@ -1,0 +1,351 @@
+"""The opener's tables against a few dictionaries: whose turn it is, what each user has in use, and who gets what.
+
+The inbox is played as one that is taken over: it says anything about any number. The sockets and nodes are real.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fdbroker import limits
+from fdbroker.errors import LinkViolation
+from fdbroker.kernel.capabilities import Bracket
+from fdbroker.kernel.records import NotRecorded
+from fdbroker.opener import door, request, service
+from fdbroker.opener.ask import Asking
+from fdbroker.opener.open import Nodes
+from fdbroker.opener.service import Opener
+from fdbroker.policy.compiled import Policy
+from fdbroker.terms import Device, DeviceRule, Subject, TopicUse
+from fdbroker.wire import link, rights
+
+ALLOWED, DENIED = Device("/dev/null", "rw"), Device("/dev/zero", "ro")
+RULE = DeviceRule("/dev/null", "rw", "", "", False, "everyone", "p.yaml:1")
+DEFAULTS = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
+UIDS = st.sampled_from([5, 6, 0])
+WHICH = st.integers(0, 15)  # of the connections; the last few stand for numbers that are over, or never were
+
+
+def policy(maxima, rules):
+    return Policy(frozenset(), frozenset(), DEFAULTS | maxima, {}, {}, rules, (), {}, {}, {})
+
+
+POLICIES = (
+    policy({"connections": 3, "unread_grants": 4, "burst": 12, "requests_per_second": 2}, (RULE,)),
+    policy({"connections": 2, "unread_grants": 2, "burst": 6, "requests_per_second": 1}, (RULE,)),
+    policy({"connections": 3, "unread_grants": 4, "burst": 12, "requests_per_second": 2}, ()),
+)
+
+
+class Wire:
+    """A link whose other end is the test."""
+
+    waiting = 0
+
+    def __init__(self):
+        self.sent = []
+
+    def fileno(self):
+        return -1
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def send_with_descriptors(self, message, descriptors):
+        self.sent.append(message)
+        return True
+
+
+class Audit:
+    """What is recorded; nothing while the journal is full."""
+
+    counting = False
+
+    def __init__(self):
+        self.full = False
+        self.granted = 0
+
+    def grant(self, record):
+        self.write(record)
+        self.granted += 1
+
+    def write(self, record):
+        if self.full:
+            raise NotRecorded("EAGAIN")
+
+    def undo(self, record):
+        self.granted -= 1
+
+    def refuse(self, record, now_s):
+        assert str(record.reason)
+
+
+class One:
+    """What the model knows of a connection."""
+
+    def __init__(self, uid, client, ours):
+        self.uid, self.client, self.ours = uid, client, ours
+        self.state = "idle"
+        self.unread = []  # how many descriptors each message has that the client has not read
+
+
+class Machine(RuleBasedStateMachine):
+    """Invariant: connections, their turns, unread grants and buckets are what the dictionaries say."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 1000.0
+        clock = SimpleNamespace(monotonic=lambda: self.now)
+        self.patches = [mock.patch.object(module, "time", clock) for module in (service, request, door)]
+        for patch in self.patches:
+            patch.start()
+        self.folder = tempfile.TemporaryDirectory()
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.path.join(self.folder.name, "s"))
+        listener.listen()
+        self.launcher, self.inbox, self.audit, self.nodes = Wire(), Wire(), Audit(), Nodes(Bracket(frozenset()))
+        self.policy = POLICIES[0]
+        self.opener = Opener(listener, self.launcher, self.inbox, Asking(None), self.policy, self.nodes, self.audit)
+        os.close(self.opener._door._identifier._proc)
+        self.opener._door._identifier = SimpleNamespace(
+            identify=lambda sock: Subject(self.uid, frozenset({self.uid}), self.uid, 1, "", "", foreign=False),
+            describe=lambda sock, subject: subject,
+        )
+        self.uid = -1
+        self.open: dict[int, One] = {}
+        self.ended: list[One] = []  # by us, but the client may still have something to read
+        self.last = 0
+        self.granted = 0
+        self.buckets: dict[int, tuple[float, float]] = {}  # tokens, when
+
+    @initialize(uids=st.lists(UIDS, min_size=2, max_size=4))
+    def begin(self, uids):
+        for uid in uids:
+            self.connect(uid)
+
+    def said(self):
+        messages, self.inbox.sent = self.inbox.sent, []
+        return [link.decode(link.OPENER_TO_INBOX, message) for message in messages]
+
+    def outcome(self, number):
+        """The class of the one refusal that was said, None for a grant."""
+        (said,) = self.said()
+        assert (type(said), said.connection) == (link.Outcome, number)
+        return None if said.refusal is None else type(said.refusal).__name__
+
+    def number(self, which):
+        return list(self.open)[which % len(self.open)] if which < 13 and self.open else which % (self.last + 2)
+
+    def unread_of(self, uid):
+        return sum(sum(one.unread) for one in [*self.open.values(), *self.ended] if one.uid == uid)
+
+    def in_use(self, uid):
+        mine = [one for one in self.open.values() if one.uid == uid]
+        return len(mine) + sum(one.uid == uid and bool(one.unread) for one in self.ended)
+
+    # ---- clients
+
+    @precondition(lambda self: len(self.open) < 7)
+    @rule(uid=UIDS)
+    def connect(self, uid):
+        self.uid = uid
+        client, ours = socket.socketpair()
+        client.setblocking(False)
+        refused = self.in_use(uid) >= self.policy.limits["connections"]
+        self.buckets.setdefault(uid, (float(self.policy.limits["burst"]), self.now))
+        self.opener._door._welcome(ours)
+        if refused:
+            assert self.said() == []
+            assert b"QuotaExceeded" in client.recv(1000)
+            assert client.recv(10) == b""
+            client.close()
+            return
+        self.last += 1
+        (said,) = self.said()
+        assert (type(said), said.connection, said.sender.uid) == (rights.Connected, self.last, uid)
+        self.open[self.last] = One(uid, client, ours)
+
+    @precondition(lambda self: self.open or self.ended)
+    @rule(which=st.integers(0, 20), whole=st.booleans())
+    def read(self, which, whole):
+        """A client reads one message, or all: each brings the descriptors that were granted to it, and no others."""
+        every = [*self.open.values(), *self.ended]
+        one = every[which % len(every)]
+        while one.unread:
+            _, numbers, _, _ = socket.recv_fds(one.client, 65536, 64)
+            for number in numbers:
+                assert os.fstat(number).st_rdev == os.makedev(1, 3)
+                os.close(number)
+            assert len(numbers) == one.unread.pop(0)
+            if not whole:
+                return
+        if one in self.open.values() and one.client.fileno() >= 0:
+            with pytest.raises(BlockingIOError):
+                one.client.recv(1)
+
+    @precondition(lambda self: self.open)
+    @rule(which=st.integers(0, 20))
+    def vanish(self, which):
+        one = list(self.open.values())[which % len(self.open)]
+        one.client.close()
+        one.unread.clear()
+
+    @rule(seconds=st.integers(1, 20))
+    def time_passes(self, seconds):
+        self.now += seconds
+        self.opener._timers()
+
+    @rule(full=st.booleans())
+    def journal(self, full):
+        self.audit.full = full
+
+    @rule(which=st.integers(0, len(POLICIES) - 1))
+    def reload(self, which):
+        self.policy = POLICIES[which]
+        self.opener._use(self.policy)
+        said = self.said()
+        assert said.pop(0) == rights.Topics(())
+        changed = [message.connection for message in said if isinstance(message, rights.RightsChanged)]
+        assert changed == list(self.open)
+        offered = {message.connection for message in said if isinstance(message, link.Offered)}
+        assert offered <= {number for number, one in self.open.items() if one.state == "watching"}
+        assert len(said) == len(changed) + len(offered)
+
+    # ---- what the inbox says
+
+    def turn(self, number, event, message):
+        """Let the inbox say it. False when it was not its turn, which ends the service and changes nothing before."""
+        one = self.open.get(number)
+        if one is None or (one.state, event) not in link.TURNS:
+            with pytest.raises(LinkViolation):
+                self.opener._answer(link.decode(link.INBOX_TO_OPENER, message))
+            assert self.said() == []
+            return False
+        self.opener._answer(link.decode(link.INBOX_TO_OPENER, message))
+        return True
+
+    def limited(self, one):
+        """By which limit a request is refused, "" for none; a token is taken unless there is none."""
+        maxima = self.policy.limits
+        tokens, since = self.buckets[one.uid]
+        tokens = min(float(maxima["burst"]), tokens + (self.now - since) * maxima["requests_per_second"])
+        self.buckets[one.uid] = (tokens - (tokens >= 1), self.now)
+        if tokens < 1:
+            return "RateLimited"
+        if sum(one.unread) >= maxima["unread_grants"]:
+            return "ClientNotReading"
+        return "QuotaExceeded" if self.unread_of(one.uid) >= maxima["unread_grants"] else ""
+
+    @rule(which=WHICH, count=st.integers(1, 3), denied=st.booleans())
+    def ask_open(self, which, count, denied):
+        number = self.number(which)
+        asked = [ALLOWED] * count + [DENIED] * denied
+        if not self.turn(number, "Open", link.encode_open(number, asked)):
+            return
+        one = self.open[number]
+        wanted = self.limited(one)
+        if not wanted and (denied or not self.policy.everyone):
+            wanted = "Denied"
+        elif not wanted and self.audit.full:
+            wanted = "RateLimited"
+        elif not wanted and one.client.fileno() < 0:
+            wanted = "OpenFailed"
+        assert self.outcome(number) == (wanted or None)
+        if not wanted:
+            one.unread.append(count)
+            self.granted += count
+
+    @rule(which=WHICH, what=st.sampled_from(["list", "watch", "shutdown"]))
+    def ask_other(self, which, what):
+        if what == "shutdown":
+            self.ask_shutdown(self.number(which))
+        else:
+            self.ask_list(self.number(which), watch=what == "watch")
+
+    def ask_list(self, number, *, watch):
+        if not self.turn(number, "Watch" if watch else "List", link.encode_list(number, watch=watch)):
+            return
+        one = self.open[number]
+        wanted = self.limited(one)
+        if wanted:
+            assert self.outcome(number) == wanted
+            return
+        (said,) = self.said()
+        assert (type(said), said.connection, said.last) == (link.Offered, number, True)
+        assert [offer.resource for offer in said.offers] == [ALLOWED] * len(self.policy.everyone)
+        one.state = "watching" if watch else "idle"
+
+    def ask_shutdown(self, number):
+        if not self.turn(number, "Shutdown", link.encode_shutdown(number)):
+            return
+        one = self.open[number]
+        wanted = self.limited(one) or ("" if one.uid == 0 else "Denied") or ("RateLimited" if self.audit.full else "")
+        asked, self.launcher.sent = self.launcher.sent, []
+        if wanted:
+            assert (self.outcome(number), asked) == (wanted, [])
+        else:
+            assert (self.said(), asked) == ([], [link.STOP_ASKED])
+            one.state = "stopping"
+
+    @rule(which=WHICH, reason=st.integers(0, len(link.CLOSED_REASONS) - 1))
+    def closed(self, which, reason):
+        number = self.number(which)
+        if not self.turn(number, "Closed", link.encode_closed(number, reason)):
+            return
+        assert self.said() == []
+        self.ended.append(self.open.pop(number))
+
+    @rule(which=WHICH, message=st.sampled_from([link.PONG, link.DRAINED, b""]))
+    def say_something(self, which, message):
+        number = self.number(which)
+        if message:
+            with pytest.raises(LinkViolation):  # nobody asked for it
+                self.opener._answer(link.decode(link.INBOX_TO_OPENER, message))
+        elif self.turn(number, "DeniedUse", rights.encode_denied_use(number, TopicUse("send", "x"))):
+            assert self.said() == []
+
+    # ---- what is then true
+
+    @invariant()
+    def agrees(self):
+        opener = self.opener
+        assert {number: one.state for number, one in opener._connections.items()} == {
+            number: one.state for number, one in self.open.items()
+        }
+        assert set(opener._watching) == {number for number, one in self.open.items() if one.state == "watching"}
+        for number, connection in opener._connections.items():
+            assert connection.subject.uid == self.open[number].uid
+            assert connection.unread_grants() == sum(self.open[number].unread)
+        for uid, account in opener._door._accounts._by_uid.items():
+            assert account.count_connections() == self.in_use(uid)
+            assert sum(one.unread_grants() for one in tuple(account.unread)) == self.unread_of(uid)
+        assert self.audit.granted == self.granted  # every grant has its record, and no record is left of another
+        for one in self.ended:  # ours is closed as soon as nothing of it is unread
+            assert (one.ours.fileno() < 0) == (not one.unread)
+        self.ended = [one for one in self.ended if one.unread or one.client.close()]
+
+    def teardown(self):
+        for one in [*self.open.values(), *self.ended]:
+            one.client.close()
+            one.ours.close()
+        self.opener._door.close()
+        self.opener._epoll.close()
+        for number in (self.opener._inotify, self.opener._spare, *vars(self.nodes).values()):
+            if isinstance(number, int):
+                os.close(number)
+        self.folder.cleanup()
+        for patch in self.patches:
+            patch.stop()
+
+
+TestOpener = Machine.TestCase
+TestOpener.settings = settings(max_examples=90, stateful_step_count=40, deadline=None)
