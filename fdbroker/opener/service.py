@@ -152,7 +152,12 @@ class Opener:
             if self._door.closed:  # it was told to drain
                 return False
             raise LinkViolation("the inbox is gone")
-        self._answer(link.decode(link.INBOX_TO_OPENER, data))
+        try:
+            self._answer(link.decode(link.INBOX_TO_OPENER, data))
+        except ConnectionError:
+            if self._door.closed:  # it has drained, and this was in the name of a client that it has closed since
+                return False
+            raise
         return True
 
     def _answer(self, message: link.Message) -> None:

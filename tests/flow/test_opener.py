@@ -214,6 +214,20 @@ def test_a_new_policy_holds_from_the_next_request_on(tmp_path):
         assert type(one.hear().refusal).__name__ == "Denied"
 
 
+def test_a_request_of_a_client_that_has_left_while_draining_is_no_fault(tmp_path):
+    """The inbox is gone by then: it had closed that client, and nothing else was left to wait for."""
+    with world(tmp_path) as one:
+        one.connect()
+        one.launcher.send(link.STOP)
+        assert one.hear() == link.Drain()
+        one.inbox.send(link.encode_list(1, watch=False))
+        one.inbox.send(link.encode_closed(1, 0))
+        one.inbox.close()
+        one.thread.join(5)
+        assert not one.thread.is_alive()
+        assert one.error is None
+
+
 def test_stop_drains_the_inbox_and_ends_in_order(tmp_path):
     with world(tmp_path) as one:
         _, connected = one.connect()
