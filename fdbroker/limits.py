@@ -44,7 +44,7 @@ LIMITS: dict[str, Limit] = {
     # --- the service as a whole
     "DESCRIPTORS": Limit(65536, "descriptors", "RLIMIT_NOFILE asked for; the hard limit wins", "accepting pauses"),
     "DESCRIPTORS_RESERVED": Limit(192, "descriptors", "links, one batch twice (64 node, 64 open)", "accepting pauses"),
-    "ACCEPTS_PER_TURN": Limit(16, "connections", "guess: short turns keep others served", "next turn"),
+    "ACCEPTS_PER_TURN": Limit(4, "connections", "guess: short turns keep others served", "next turn"),
     "ACCEPT_PAUSE_MS": Limit(100, "milliseconds", "guess: EMFILE is over when others closed", "tries again"),
     "STOP_SECONDS": Limit(5, "seconds", "design: SIGTERM answers what is in flight", "children are killed"),
     "START_SECONDS": Limit(20, "seconds", "guess: ten times a loaded slow machine", "start fails"),
@@ -73,6 +73,33 @@ LIMITS: dict[str, Limit] = {
     "RECEIVED_MESSAGES": Limit(1000, "messages", "guess: in one reply to Receive", "the next Receive has them"),
     "RECEIVED_BYTES": Limit(262144, "bytes", "guess: four of the longest; one always fits", "likewise"),
     "ACKNOWLEDGED": Limit(1000, "messages", "as many as one reply has", "InvalidParameter"),
+    # --- fairness: the inbox counts a user's work in units of about 5 us
+    "UNITS_PER_REQUEST": Limit(
+        6,
+        "units",
+        "a read, a message and its resource, and beside it a message sent",
+        "a user's budget: times its rate",
+    ),
+    "UNITS_PER_RESOURCE": Limit(2, "units", "measured: the opener's part of one of a batch", "-"),
+    "BYTES_PER_UNIT": Limit(8192, "bytes", "guess: reading and decoding them", "counts as more"),
+    "DELIVERIES_PER_UNIT": Limit(16, "deliveries", "measured: to subscribers, several of them in one send", "likewise"),
+    "TURN_UNITS": Limit(8, "units", "guess: what one user may delay others by", "next turn"),
+    "TURN_UNITS_ALONE": Limit(128, "units", "guess: the same, while nobody else has work", "next turn"),
+    "UNDIVIDED_FACTOR": Limit(4, "times", "guess: work above TURN_UNITS that cannot be divided counts as more", "-"),
+    "ASKED_AT_ONCE": Limit(2, "resources", "guess: of one user, that the opener has yet to open", "the others wait"),
+    "CONTEST_SECONDS": Limit(1, "seconds", "guess: since another user had work", "nobody has to rest"),
+    "KNOCKS_FREE": Limit(
+        16, "connections", "guess: of one user in DEBT_SECONDS, while others of it wait", "an offence each"
+    ),
+    "REST_MS": Limit(
+        50, "milliseconds", "guess: the first rest; shorter ones cost more than they save", "twice as long each time"
+    ),
+    "DEBT_SECONDS": Limit(1, "seconds", "design: the longest rest, or wait for a connection", "no more is owed"),
+    "OFFENCES_FREE": Limit(
+        32, "offences", "guess: of one user, before they cost something", "each costs twice the last"
+    ),
+    "OFFENCES_SECONDS": Limit(5, "seconds", "guess: without an offence", "they are forgotten"),
+    "IDLE_SECONDS": Limit(60, "seconds", "guess: after it a budget is full again", "it is forgotten"),
     # --- the bridges
     "BRIDGE_MESSAGES": Limit(1000, "messages", "guess: that wait for the broker", "the oldest is dropped"),
     "BRIDGE_BYTES": Limit(1048576, "bytes", "guess: sixteen of the longest", "the oldest is dropped"),

@@ -18,6 +18,7 @@ RANKS = {
     "errors": 0,
     "limits": 0,
     "bucket": 1,
+    "pace": 1,
     "wire": 1,
     "policy": 1,
     "kernel": 2,

@@ -1,4 +1,4 @@
-"""One connection of the inbox: what has come of it, what is owed to it, in what state it is.
+"""One connection of the inbox: what has come of it, what is owed to it, in what state it is; and its user.
 
 Runs in: inbox. An attacker controls what is in `decoder`, and whether `out` is ever read.
 """
@@ -10,17 +10,61 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 
+from fdbroker import limits
 from fdbroker.errors import Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.decode import Decoder
 from fdbroker.inbox.topics import Member
 from fdbroker.kernel import sockets
+from fdbroker.pace import Pace
 from fdbroker.terms import Offer, Resource
 from fdbroker.wire import link
-from fdbroker.wire.rights import Sender
+from fdbroker.wire.rights import Rights, Sender
 
+_UNITS_PER_REQUEST = limits.UNITS_PER_REQUEST
 ENDED, BROKE, FOREIGN, SLOW, DEAF = range(len(link.CLOSED_REASONS))
+
+
+class User:
+    """One user, over all its connections: what is left of its budget, and which of them wait for its turn."""
+
+    __slots__ = (
+        "asked",
+        "clients",
+        "forgiven_s",
+        "held",
+        "owed",
+        "pace",
+        "quiet_until_s",
+        "rate",
+        "rests",
+        "rests_until_s",
+        "size",
+        "uid",
+        "used",
+        "waiting",
+    )
+
+    def __init__(self, uid: int, allowed: Rights, now_s: float) -> None:
+        self.uid = uid
+        self.allow(allowed)
+        self.pace = Pace(self.size, now_s)
+        self.clients = 0
+        self.used = 0  # units of work, in this turn
+        self.owed = 0  # units that are not yet taken from the budget
+        self.rests_until_s = 0.0  # 0 while it does not rest
+        self.rests = 0  # how often it had to, each time twice as long, until that is forgiven
+        self.forgiven_s = 0.0
+        self.held: dict[int, Client] = {}  # that have something to read, or to do, when the rest is over
+        self.asked = 0  # resources that the opener is being asked for
+        self.waiting: dict[int, Client] = {}  # whose question comes when those are answered
+        self.quiet_until_s = 0.0  # nobody is told again that it rests
+
+    def allow(self, allowed: Rights) -> None:
+        """The budget is as large as the policy's limits for this user make it."""
+        self.rate = allowed.messages_per_second * _UNITS_PER_REQUEST
+        self.size = allowed.burst * _UNITS_PER_REQUEST
 
 
 class Client:
@@ -32,6 +76,7 @@ class Client:
 
     __slots__ = (
         "asked",
+        "asking",
         "attached",
         "decoder",
         "doomed",
@@ -47,17 +92,20 @@ class Client:
         "state",
         "uid",
         "uncommitted",
+        "user",
     )
 
-    def __init__(self, number: int, sender: Sender, sock: socket.socket) -> None:
+    def __init__(self, number: int, sender: Sender, sock: socket.socket, user: User) -> None:
         self.number = number
         self.uid = sender.uid
+        self.user = user
         self.member = Member(sender)
         self.sock = sock
         self.decoder = Decoder()
         self.state = "idle"
         self.question: dispatch.Question | None = None  # to put once `out` is sent
         self.asked: Sequence[Resource] = ()
+        self.asking = 0  # what it counts for among the user's questions that are with the opener
         self.offers: list[Offer] = []
         self.out = bytearray()
         self.attached: deque[tuple[int, Attached]] = deque()  # what goes with which byte of `out`

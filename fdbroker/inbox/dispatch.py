@@ -25,7 +25,7 @@ from fdbroker.errors import (
     TopicDenied,
 )
 from fdbroker.inbox.attached import Attached
-from fdbroker.terms import FRAMED_TOPIC, Offer, Resource
+from fdbroker.terms import FRAMED_TOPIC, Device, Offer, Resource
 from fdbroker.wire import frame, varlink
 from fdbroker.wire.resources import WrongMember, from_json, to_json
 from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
@@ -284,6 +284,14 @@ HANDLERS: dict[tuple[str, str], Callable[[Call], Action]] = {
     (_INBOX, "Subscribe"): _subscribe,
     (_INBOX, "Receive"): _receive,
 }
+
+
+def weight(question: Question | None) -> int:
+    """What a question counts for among those that the opener answers at once: how many resources it names."""
+    if isinstance(question, AskOpen):
+        # what the namespaces worker opens takes long, and the opener nothing
+        return len(question.resources) if all(isinstance(one, Device) for one in question.resources) else 0
+    return int(isinstance(question, AskList))
 
 
 def refusal_status(refusal: Refused) -> bytes:

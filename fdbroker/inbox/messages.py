@@ -8,23 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fdbroker.errors import Refused, TopicDenied
+from fdbroker import limits
+from fdbroker.errors import RateLimited, Refused, TopicDenied
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.client import Client
 from fdbroker.inbox.topics import Member, Topics
+from fdbroker.inbox.turns import Turns
 from fdbroker.kernel.link import Link
 from fdbroker.terms import TopicUse
 from fdbroker.wire import rights
+
+_BYTES_PER_UNIT = limits.BYTES_PER_UNIT
 
 
 class Messages:
     """Borrows the link to the opener, which writes down who was denied."""
 
-    def __init__(self, topics: Topics, opener: Link, unread: Unread) -> None:
+    def __init__(self, topics: Topics, opener: Link, unread: Unread, turns: Turns) -> None:
         self._topics = topics
         self._opener = opener
         self._unread = unread
+        self._turns = turns
         self._subscribed: dict[Member, Client] = {}
         self._uncommitted: dict[int, Client] = {}  # whose answers wait for the commit
         self._replaying: dict[int, Client] = {}  # subscribers that still get what is stored
@@ -34,7 +39,7 @@ class Messages:
         """Whether there is something to do although nothing comes."""
         if self._uncommitted:
             return True
-        return bool(self._replaying) and not all(client.out for client in self._replaying.values())
+        return any(not client.out and not client.user.rests_until_s for client in self._replaying.values())
 
     def publish(self, client: Client, message: dispatch.Publish, attached: Attached | None) -> None:
         """Hand a message to the handlers of its topic, and answer it."""
@@ -44,10 +49,13 @@ class Messages:
             answer = None if to_commit else client.sent
         except Refused as refusal:
             self._note(client, refusal, "send")
+            if isinstance(refusal, RateLimited):
+                self._turns.offend(client.user)
             answer = client.message_refused(refusal)
         if answer is None:
             self._uncommitted[client.number] = client
         client.answer(answer if not message.silent else b"")
+        self._turns.work(client.user, self._topics.take_work())
 
     def commit(self) -> Iterator[Client]:
         """Write down what this turn brought to be stored, once for all, and then give its answers: to these clients."""
@@ -65,7 +73,9 @@ class Messages:
                 elif unacknowledged is not None and answer.acknowledge:
                     client.out += client.message_refused(unacknowledged)
                 else:
-                    client.out += dispatch.messages_reply(self._topics.receive(client.member, answer.maximum))
+                    stored = self._topics.receive(client.member, answer.maximum)
+                    self._turns.work(client.user, len(stored))
+                    client.out += dispatch.messages_reply(stored)
             yield client
 
     def subscribe(self, client: Client, topics: list[str], after: int | None) -> None:
@@ -87,6 +97,7 @@ class Messages:
         try:
             self._topics.acknowledge(client.member, asked.acknowledge)
         except Refused as refusal:
+            self._turns.offend(client.user)
             client.answer(b"" if asked.silent else client.message_refused(refusal))
         else:
             client.answer(asked)
@@ -116,8 +127,10 @@ class Messages:
             if client is not None:
                 yield client
         for client in list(self._replaying.values()):
-            if not client.out:
+            if not client.out and self._turns.may_work(client.user):
+                before = len(client.out)
                 client.out += self._topics.replay(client.member)
+                self._turns.work(client.user, 1 + (len(client.out) - before) // _BYTES_PER_UNIT)
                 if client.member.replayed is None:
                     del self._replaying[client.number]
                 yield client

@@ -14,12 +14,13 @@ import socket
 import time
 
 from fdbroker import limits
-from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation
+from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation, RateLimited
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Ledger, Unread
 from fdbroker.inbox.client import BROKE, DEAF, ENDED, FOREIGN, SLOW, Client
 from fdbroker.inbox.messages import Messages
 from fdbroker.inbox.topics import Topics
+from fdbroker.inbox.turns import Turns
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.terms import Offer
@@ -32,9 +33,10 @@ _UNSENT_BYTES = limits.UNSENT_BYTES
 _MESSAGES_PER_TURN = 64
 # How often we look whether what an ended connection left unread is gone.
 _LINGER_S = 1.0
-# Of one user, over all its connections: so a flood of one delays others by that many messages and no more.
-_MESSAGES_PER_USER = 16
-_ROWS_PER_MESSAGE = limits.ROWS_PER_MESSAGE
+# How late a message that is not complete in time may be noticed.
+_SLOW_S = 0.05
+_BYTES_PER_UNIT = limits.BYTES_PER_UNIT
+_UNITS_PER_RESOURCE = limits.UNITS_PER_RESOURCE
 
 
 class Inbox:
@@ -46,13 +48,13 @@ class Inbox:
         self._topics = topics
         self._ledger = Ledger()
         self._unread = Unread()
-        self._messages = Messages(topics, opener, self._unread)
+        self._turns = Turns()
+        self._messages = Messages(topics, opener, self._unread, self._turns)
         self._opener_full = False
         self._by_number: dict[int, Client] = {}
         self._by_descriptor: dict[int, Client] = {}
         self._partial: dict[int, float] = {}  # number -> when its message began; in order of time
         self._more: dict[int, Client] = {}  # whose whole messages wait for the next turn
-        self._worked: dict[int, int] = {}  # uid -> messages taken in this turn of the loop
         self._draining = False
         self._epoll = select.epoll()
 
@@ -80,14 +82,16 @@ class Inbox:
                 client = self._by_descriptor.get(descriptor)
                 if client is not None:
                     self._client_event(client, client_events)
-            for client in list(self._more.values()):
-                self._work(client)
+            for client in (*self._turns.rested(), *self._more.values()):
+                if client.number in self._by_number:
+                    self._work(client)
             for client in self._messages.commit():
                 if client.number in self._by_number:
                     self._work(client)
             for client in self._messages.deliver():
                 self._settle(client)
-            self._worked.clear()
+            self._turns.end()
+            self._say_slowed()
             self._end_slow()
             if self._unread.lingering:
                 self._unread.sweep()
@@ -96,10 +100,14 @@ class Inbox:
     def _timeout_s(self) -> float:
         if self._more or self._messages.pressing:
             return 0
+        end_s = self._turns.timeout_s()
         if self._partial:
             began_s = next(iter(self._partial.values()))
-            return max(0.0, began_s + _MESSAGE_S - time.monotonic())
-        return _LINGER_S if self._unread.lingering else -1
+            slow_s = max(_SLOW_S, began_s + _MESSAGE_S - time.monotonic())
+            end_s = slow_s if end_s < 0 else min(end_s, slow_s)
+        if self._unread.lingering:
+            end_s = _LINGER_S if end_s < 0 else min(end_s, _LINGER_S)
+        return end_s
 
     def _end_slow(self) -> None:
         """Disconnect whose message is not complete in time, and who does not take its last answer."""
@@ -109,7 +117,17 @@ class Inbox:
         for number, began_s in list(self._partial.items()):
             if began_s > limit_s:
                 return
-            self._close(self._by_number[number], SLOW)
+            client = self._by_number[number]
+            if number not in client.user.held:  # else the rest of it may be there, and it is we who do not read
+                self._close(client, SLOW)
+
+    def _say_slowed(self) -> None:
+        """Have it recorded whose work has begun to wait."""
+        while self._turns.slowed:
+            uid = self._turns.slowed.pop().uid
+            number = next((client.number for client in self._by_number.values() if client.uid == uid), None)
+            if number is not None and not self._opener.waiting:
+                self._opener.send(link.encode_slowed(number))
 
     # ---- the opener's link
 
@@ -125,7 +143,7 @@ class Inbox:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0]) if descriptors else None
             match link.decode(link.OPENER_TO_INBOX, data):
                 case rights.Connected(number, sender, allowed) if sock is not None:
-                    client = Client(number, sender, sock)
+                    client = Client(number, sender, sock, self._turns.join(sender.uid, allowed))
                     self._topics.allow(client.member, allowed)
                     self._welcome(client)
                 case rights.Connected(number, _, _) if descriptors is None:  # none is left here: nobody serves it
@@ -133,6 +151,7 @@ class Inbox:
                 case rights.RightsChanged(number, allowed):
                     if number in self._by_number:
                         client = self._by_number[number]
+                        client.user.allow(allowed)
                         if not self._messages.allow(client, allowed):
                             self._end_turn(client)
                 case rights.Topics(topics):
@@ -145,6 +164,9 @@ class Inbox:
                         if refusal is not None:
                             client.out += client.refused(refusal)
                             client.doomed |= isinstance(refusal, ClientNotReading)
+                            if isinstance(refusal, RateLimited | ClientNotReading):
+                                self._turns.offend(client.user)
+                        self._answered(client)
                         self._end_turn(client)
                     return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
                 case link.Offered(number, last, offers):
@@ -167,12 +189,14 @@ class Inbox:
 
     def _offered(self, client: Client, offers: list[Offer], *, last: bool) -> None:
         client.offers += offers
+        self._turns.work(client.user, len(offers) * _UNITS_PER_RESOURCE)
         if not last:
             return
         watching = client.state == "watching"
         deaf = watching and len(client.out) > _UNSENT_BYTES  # of the listings before, not of this one
         client.out += dispatch.offers_reply(client.offers, continues=watching)
         client.offers = []
+        self._answered(client)
         if not watching:
             self._end_turn(client)
         elif self._draining:
@@ -188,6 +212,12 @@ class Inbox:
         client.asked = ()
         self._work(client)
 
+    def _answered(self, client: Client) -> None:
+        """The opener needs to answer this one no more: another of the same user may ask."""
+        after = self._turns.answered(client.user, client)
+        if after is not None:
+            self._work(after)
+
     def _drain(self) -> None:
         """Answer what has been asked, read nothing more."""
         self._draining = True
@@ -195,7 +225,7 @@ class Inbox:
             if client.state in ("watching", "stopping", "subscribed"):  # nothing more is owed to them
                 self._close(client, ENDED)
             elif client.state == "idle":
-                if not client.out:
+                if not client.out and client.question is None:
                     self._read(client)
                 if client.number in self._by_number:
                     self._settle(client)
@@ -210,12 +240,23 @@ class Inbox:
         if client.state != "idle" and events & (select.EPOLLHUP | select.EPOLLERR):
             self._close(client, ENDED)  # nobody is there to hear the answer
         elif events & ~select.EPOLLOUT:
-            if client.state == "idle" and not client.out and not client.ended and client.number not in self._more:
-                self._read(client)
+            if client.number in client.user.held:
+                return
+            if client.state == "idle" and not client.out and not client.ended and self._awaits(client):
+                if self._turns.may_work(client.user):
+                    self._read(client)
+                elif client.user.rests_until_s:
+                    client.user.held[client.number] = client
+                    self._interest(client, readable=False)
+                # else its user's share of this turn is used up: epoll tells it again
             elif events & (select.EPOLLHUP | select.EPOLLERR):
                 self._close(client, ENDED)
             else:
                 self._interest(client, readable=False)  # what waits now comes first
+
+    def _awaits(self, client: Client) -> bool:
+        """Whether nothing that it sent before is still to be done."""
+        return client.question is None and client.number not in self._more
 
     def _read(self, client: Client) -> None:
         room = limits.DESCRIPTORS_PER_MESSAGE if client.member.send and self._ledger.has_room(client.uid) else 0
@@ -228,6 +269,7 @@ class Inbox:
             return
         # whatever comes of it, they have an owner; without room, or where we have none left, none came
         attached = self._ledger.take(client.uid, numbers) if numbers or cut else None
+        self._turns.work(client.user, 1 + len(data) // _BYTES_PER_UNIT + len(numbers) * 2)
         if not data:
             client.ended = True
             self._settle(client)
@@ -243,7 +285,7 @@ class Inbox:
         """Take the client's whole messages in order, until one waits for the opener or for the client to read."""
         self._more.pop(client.number, None)
         try:
-            while self._worked.get(client.uid, 0) < _MESSAGES_PER_USER:
+            while self._turns.may_work(client.user):
                 if client.state != "idle" or client.doomed:
                     break
                 if client.question is None and not self._take(client):
@@ -253,7 +295,8 @@ class Inbox:
                 if len(client.out) > _READ_BYTES and not self._send(client):
                     break
             else:
-                self._more[client.number] = client
+                waiting = client.user.held if client.user.rests_until_s else self._more
+                waiting[client.number] = client
         except TooLong:
             if client.decoder.framed:
                 client.answer(frame.encode_status(errno.EMSGSIZE))
@@ -271,7 +314,7 @@ class Inbox:
             return False
         message, attached = received
         self._partial.pop(client.number, None)
-        self._worked[client.uid] = self._worked.get(client.uid, 0) + 1
+        self._turns.work(client.user, 1)
         dispatch_message = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
         action = dispatch_message(message, attached)
         match action:
@@ -279,10 +322,11 @@ class Inbox:
                 client.answer(data)
             case dispatch.Publish():
                 self._messages.publish(client, action, attached)
-                self._worked[client.uid] += self._topics.take_rows() // _ROWS_PER_MESSAGE
-            case dispatch.Receive(maximum, acknowledge):
-                rows = min(maximum, limits.RECEIVED_MESSAGES) + len(acknowledge)
-                self._worked[client.uid] += rows // _ROWS_PER_MESSAGE
+            case dispatch.Receive(_, acknowledge):
+                self._turns.work(client.user, len(acknowledge))
+                client.question = action
+            case dispatch.AskOpen(resources):
+                self._turns.work(client.user, len(resources) * _UNITS_PER_RESOURCE)
                 client.question = action
             case _:
                 client.question = action
@@ -291,6 +335,9 @@ class Inbox:
     def _put(self, client: Client) -> bool:
         """Put the question, mostly to the opener, once all answers before it are sent; false when they are not."""
         if client.uncommitted or not self._send(client):
+            return False
+        weight = dispatch.weight(client.question)
+        if weight and not self._turns.may_ask(client.user, client, weight):
             return False
         question, client.question = client.question, None
         match question:
@@ -334,7 +381,7 @@ class Inbox:
             sent = self._send(client)
         if not sent or client.member.replayed is not None:
             client.shed()
-        idle = client.state == "idle" and client.question is None and client.number not in self._more
+        idle = client.state == "idle" and self._awaits(client) and client.number not in client.user.held
         if sent and idle and (client.doomed or client.ended or self._draining):
             self._close(client, client.reason)
             return
@@ -347,6 +394,8 @@ class Inbox:
 
     def _interest(self, client: Client, *, readable: bool) -> None:
         events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if client.out else 0)
+        if client.number in client.user.held:  # and do not tell again and again that it has hung up
+            events = events & ~select.EPOLLIN | select.EPOLLET
         if events != client.events:
             client.events = events
             self._epoll.modify(client.sock.fileno(), events)
@@ -357,8 +406,12 @@ class Inbox:
         self._more.pop(client.number, None)
         self._partial.pop(client.number, None)
         self._messages.forget(client)
+        self._turns.leave(client.user, client)
         # taken out by hand: epoll would keep it for as long as the opener's copy is open
         self._epoll.unregister(client.sock.fileno())
         client.let_go()
         self._unread.end(client.uid, client.sock)
         self._opener.send(link.encode_closed(client.number, reason))
+        if reason:
+            self._turns.offend(client.user)
+        self._answered(client)

@@ -33,6 +33,7 @@ from fdbroker.wire.rights import Rights, Sender
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
 _ROWS = limits.ROWS_PER_MESSAGE
+_DELIVERIES_PER_UNIT = limits.DELIVERIES_PER_UNIT
 _BUCKETS_KEPT = 4096
 MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a08"
 STORE_MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a09"
@@ -153,7 +154,7 @@ class Topics:
         self._listed: dict[str, set[int]] = {}  # topic -> those that may subscribe, by the policy
         self._uids: dict[str, int] = {}  # by name
         self._next_users: list[User] = []
-        self._rows = 0
+        self._work = 0
         self._members: dict[int, dict[Member, None]] = {}  # of each connected user
         self._subscribers: dict[str, dict[Member, None]] = {}
         self._uncommitted: list[_Delivery] = []
@@ -248,6 +249,7 @@ class Topics:
         if "journal" in topic.deliver:  # the last one that can refuse by itself
             self._record(message, asked.payload)
         self._number += 1
+        self._work += len(self._subscribers.get(topic.name, ())) // _DELIVERIES_PER_UNIT
         if stored is None:
             if self._uncommitted:  # behind those with smaller numbers
                 self._uncommitted.append(delivery)
@@ -256,15 +258,15 @@ class Topics:
             return False
         if recipients:
             expires_us = time_us + topic.keep_s * 1_000_000
-            self._rows += len(recipients)
+            self._work += len(recipients)
             stored.put(Stored(self._number, sender.uid, topic.name, expires_us, delivery.data), recipients)
         self._uncommitted.append(delivery)
         return True
 
-    def take_rows(self) -> int:
-        """How many rows have been put into the store since this was asked last."""
-        rows, self._rows = self._rows, 0
-        return rows
+    def take_work(self) -> int:
+        """How much more work there was since this was asked last than messages make alone: rows and deliveries."""
+        work, self._work = self._work, 0
+        return work
 
     @staticmethod
     def _with_descriptors(topic: Topic, asked: Publish, attached: Attached) -> tuple[Publish, Attached | None]:

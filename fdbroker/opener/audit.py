@@ -32,6 +32,7 @@ MESSAGE_IDS = {
     "stopping": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a07",
     "violation": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a05",
     "disconnected": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a06",
+    "slowed": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a0a",
 }
 # syslog(3) levels
 _PRIORITIES = {
@@ -42,6 +43,7 @@ _PRIORITIES = {
     "stopping": 5,
     "violation": 2,
     "disconnected": 5,
+    "slowed": 5,
 }
 
 FIELDS = (

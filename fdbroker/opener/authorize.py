@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fdbroker.bucket import Bucket
 from fdbroker.errors import ClientNotReading, Denied, QuotaExceeded, RateLimited
 from fdbroker.kernel import sockets
+from fdbroker.pace import Pace
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import View, decide, view
 from fdbroker.terms import TOPIC_VERBS, Resource, Rule, Subject, Topic, TopicUse
@@ -25,20 +26,51 @@ _ACCOUNTS_KEPT = 1024
 class Account:
     """What one user has in use, over all of its connections."""
 
-    __slots__ = ("bucket", "connections", "lingering", "namespaces", "unread")
+    __slots__ = (
+        "bucket",
+        "connections",
+        "knocking_since_s",
+        "knocks",
+        "lingering",
+        "maxima",
+        "namespaces",
+        "pace",
+        "unread",
+        "waiting",
+    )
 
-    def __init__(self, burst: int, now_s: float) -> None:
+    def __init__(self, maxima: Mapping[str, int], now_s: float) -> None:
+        self.maxima = maxima  # of the connection that came last
         self.connections: set[Connection] = set()
         self.unread: set[Connection] = set()  # those that may have grants unread
         self.lingering: set[Connection] = set()  # ended by us, with grants that the client has not read
         self.namespaces: tuple[int, ...] = ()  # inode numbers of those made for it that may be living
-        self.bucket = Bucket(burst, now_s)
+        self.bucket = Bucket(maxima["burst"], now_s)
+        self.pace = Pace(max(maxima["burst"], maxima["connections"]), now_s)
+        self.knocks = 0  # that came while others waited, in a second from then on
+        self.knocking_since_s = now_s
+        self.waiting: deque[socket.socket] = deque()  # accepted, to be let in when the debt is over
 
     def count_connections(self) -> int:
         """Connections in use: the open ones, and the ended ones whose unread grants still weigh on us."""
         for connection in tuple(self.lingering):
             connection.linger()
         return len(self.connections) + len(self.lingering)
+
+    def note_connect(self, now_s: float) -> None:
+        """One connection more has been let in."""
+        self.pace.spend(1, *self._rate(), now_s)
+
+    def offend(self, now_s: float) -> bool:
+        """The user broke a rule, or comes again and again; returns whether that costs something for the first time."""
+        return self.pace.offend(*self._rate(), now_s)
+
+    def wait_s(self, now_s: float) -> float:
+        """In how many seconds the next connection may be let in."""
+        return self.pace.wait_s(*self._rate(), now_s)
+
+    def _rate(self) -> tuple[int, int]:
+        return self.maxima["requests_per_second"], max(self.maxima["burst"], self.maxima["connections"])
 
 
 class Accounts:
@@ -47,18 +79,25 @@ class Accounts:
     def __init__(self) -> None:
         self._by_uid: dict[int, Account] = {}
 
-    def of(self, uid: int, burst: int, now_s: float) -> Account:
-        """The user's account."""
+    def known(self, uid: int) -> Account | None:
+        """The user's account, if it was here lately."""
+        return self._by_uid.get(uid)
+
+    def of(self, uid: int, maxima: Mapping[str, int], now_s: float) -> Account:
+        """The user's account; `maxima` are its limits now."""
         account = self._by_uid.get(uid)
         if account is None:
             if len(self._by_uid) >= _ACCOUNTS_KEPT:
                 self._forget_idle(now_s)
-            account = self._by_uid[uid] = Account(burst, now_s)
+            account = self._by_uid[uid] = Account(maxima, now_s)
+        account.maxima = maxima
         return account
 
     def _forget_idle(self, now_s: float) -> None:
         for uid, account in list(self._by_uid.items()):
-            if not account.count_connections() and not account.namespaces and account.bucket.is_idle(now_s):
+            if account.count_connections() or account.namespaces or account.waiting:
+                continue
+            if account.bucket.is_idle(now_s) and account.pace.is_idle(now_s):
                 del self._by_uid[uid]
 
 

@@ -25,10 +25,11 @@ from fdbroker.terms import Subject
 from fdbroker.wire import rights
 from fdbroker.wire.rights import Sender
 
-_ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
 # How often we look whether what an ended connection left unread is gone.
 _LINGER_S = 1.0
+_KNOCKS_FREE = limits.KNOCKS_FREE
+_SLOWED = "it connects, or breaks its connections, too often: the next ones wait"
 
 
 class Door:
@@ -52,6 +53,9 @@ class Door:
         self._lingering: set[Account] = set()  # whose ended connections have grants unread
         self._linger_at_s = 0.0
         self._paused_until_s = 0.0
+        self._waiting: set[Account] = set()  # whose connections wait to be let in
+        self._waiting_count = 0
+        self._waiting_until_s = 0.0  # when the first of them may
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._connections_max = descriptors - limits.reserved(descriptors)
 
@@ -78,17 +82,21 @@ class Door:
     @property
     def busy(self) -> bool:
         """Whether `paused` and `sweep` have anything to look at."""
-        return bool(self._paused_until_s or self._lingering)
+        return bool(self._paused_until_s or self._lingering or self._waiting)
 
     @property
     def timeout_s(self) -> float:
         """When `paused` and `sweep` must be asked again, -1 for never."""
+        if self._waiting:
+            return min(max(0.0, self._waiting_until_s - time.monotonic()), _LINGER_S)
         if self._paused_until_s:
             return _ACCEPT_PAUSE_S
         return _LINGER_S if self._lingering else -1
 
     def sweep(self, now_s: float) -> None:
-        """Look, from time to time, whether what ended connections left unread is gone."""
+        """Let in whose time has come; look, from time to time, whether what ended connections left unread is gone."""
+        if self._waiting and now_s >= self._waiting_until_s and not (self._inbox.waiting or self._held):
+            self._let_in(now_s)
         if self._lingering and now_s >= self._linger_at_s:
             self._linger_at_s = now_s + _LINGER_S
             for account in tuple(self._lingering):
@@ -101,13 +109,13 @@ class Door:
         if account.lingering:
             self._lingering.add(account)
 
-    def accept(self) -> None:
-        """Let some of those in who wait."""
+    def accept(self, most: int) -> None:
+        """Let so many of those in who wait."""
         if self._acceptor is None:
             return
-        for _ in range(_ACCEPTS_PER_TURN):
+        for _ in range(most):
             try:
-                if len(self._connections) + self._count_lingering() >= self._connections_max:
+                if len(self._connections) + self._waiting_count + self._count_lingering() >= self._connections_max:
                     self._acceptor.turn_one_away()
                     raise OutOfDescriptors
                 sock = self._acceptor.accept()
@@ -117,9 +125,61 @@ class Door:
                 return
             if sock is None:
                 return
-            self._welcome(sock)
+            if not self._must_wait(sock):
+                self._welcome(sock)
             if self._inbox.waiting or self._held:
                 return
+
+    def _must_wait(self, sock: socket.socket) -> bool:
+        """Whether this client's user comes too often: then it is taken, and let in later, or turned away.
+
+        Nothing but its uid is asked for before that. Many that come while others wait are an offence each.
+        """
+        try:
+            credentials = sockets.peer_credentials(sock)
+        except OSError:
+            return False  # identifying it will fail as well
+        account, now_s = self._accounts.known(credentials.uid), time.monotonic()
+        if account is None or not (account.waiting or account.wait_s(now_s)):
+            return False
+        subject = Subject(credentials.uid, frozenset(), credentials.gid, credentials.pid, "", "", foreign=True)
+        if now_s - account.knocking_since_s > limits.DEBT_SECONDS:
+            account.knocks, account.knocking_since_s = 0, now_s
+        account.knocks += 1
+        if account.knocks > _KNOCKS_FREE and account.offend(now_s):
+            self._slowed(subject)
+        maximum = account.maxima["connections"]
+        if len(account.connections) + len(account.waiting) >= maximum:
+            refusal = QuotaExceeded("connections", maximum)
+            self._turned_away("accept", subject, str(refusal))
+            say_refusal(sock, refusal)
+            sock.close()  # which hangs up: nobody else has it
+            return True
+        account.waiting.append(sock)
+        self._waiting_count += 1
+        self._waiting.add(account)
+        self._waiting_until_s = min(account.wait_s(now_s) for account in self._waiting) + now_s
+        return True
+
+    def _let_in(self, now_s: float) -> None:
+        """One of each user whose debt is over."""
+        for account in tuple(self._waiting):
+            if self._inbox.waiting or self._held:
+                return
+            if not account.wait_s(now_s):
+                self._waiting_count -= 1
+                self._welcome(account.waiting.popleft())
+            if not account.waiting:
+                self._waiting.discard(account)
+        self._waiting_until_s = min((account.wait_s(now_s) for account in self._waiting), default=0) + now_s
+
+    def note_broken(self, connection: Connection) -> None:
+        """The connection ended because its client broke a rule."""
+        if connection.account.offend(time.monotonic()):
+            self._slowed(connection.subject)
+
+    def _slowed(self, subject: Subject) -> None:
+        self._audit.refuse(Record("slowed", "accept", 0, subject, None, _SLOWED), time.monotonic())
 
     def _count_lingering(self) -> int:
         return sum(len(account.lingering) for account in self._lingering)
@@ -132,7 +192,9 @@ class Door:
         try:
             subject = self._identifier.identify(sock)
             seen = view(self.policy, subject)
-            account = self._accounts.of(subject.uid, seen.limits["burst"], time.monotonic())
+            now_s = time.monotonic()
+            account = self._accounts.of(subject.uid, seen.limits, now_s)
+            account.note_connect(now_s)
             authorize_connection(account, seen)
             subject = self._identifier.describe(sock, subject)
         except QuotaExceeded as refusal:
@@ -188,4 +250,8 @@ class Door:
         if self._held is not None:
             self._held[0].close()
             self._held = None
+        for account in self._waiting:
+            while account.waiting:
+                account.waiting.pop().close()
+        self._waiting.clear()
         self._paused_until_s = 0.0

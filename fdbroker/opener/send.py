@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import socket
 from collections.abc import Sequence
@@ -65,11 +66,14 @@ def send_grants(sock: socket.socket, reply: bytes, descriptors: Sequence[int]) -
         raise ConnectionError(errno.EPIPE, "a reply with descriptors was cut")
 
 
+@functools.lru_cache(16)
+def _refused(limit: str, maximum: int) -> bytes:
+    """Encoded once: whoever connects in a storm costs no more than it must."""
+    error = f"io.fdbroker.Broker.{QuotaExceeded.wire_name}"
+    return _encode({"error": error, "parameters": {"limit": limit, "maximum": maximum}}).encode() + b"\0"
+
+
 def say_refusal(sock: socket.socket, refusal: QuotaExceeded) -> None:
     """Tell a client that is not let in, as far as it listens; its protocol is not known yet, so in Varlink."""
-    error = {
-        "error": f"io.fdbroker.Broker.{refusal.wire_name}",
-        "parameters": {"limit": refusal.limit, "maximum": refusal.maximum},
-    }
     with contextlib.suppress(OSError):
-        sockets.send(sock, _encode(error).encode() + b"\0")
+        sockets.send(sock, _refused(refusal.limit, refusal.maximum))

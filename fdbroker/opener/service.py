@@ -29,6 +29,7 @@ from fdbroker.wire import link, rights
 
 # Several nodes come together, each is made, renamed, given its owner: one listing for all of them.
 _SETTLE_S = 0.1
+_ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
 _RETRY_MS = limits.JOURNAL_RETRY_MS
 
 
@@ -76,10 +77,12 @@ class Opener:
         timeout_s = -1.0
         while True:
             self._arm()
+            asked = knocked = False
             for descriptor, events in poll.poll(timeout_s):
                 if descriptor == inbox:
                     if events & select.EPOLLOUT:
                         self._flush_inbox()
+                    asked = True
                     if events & ~select.EPOLLOUT and not self._read_inbox():
                         return
                 elif descriptor == launcher:
@@ -92,7 +95,9 @@ class Opener:
                     inotify.drain(self._inotify)
                     self._changed_at_s = self._changed_at_s or time.monotonic()
                 else:
-                    self._door.accept()
+                    knocked = True
+            if knocked:  # one for each answer, so that neither keeps the other waiting
+                self._door.accept(1 if asked else _ACCEPTS_PER_TURN)
             timeout_s = self._timers()
 
     def _arm(self) -> None:
@@ -174,6 +179,10 @@ class Opener:
                 connection = self._turn(number, "DeniedUse")
                 record = Record("refused", "authorize", number, connection.subject, use, "no rule allows it")
                 self._audit.refuse(record, time.monotonic())
+            case link.Slowed(number):
+                subject = self._turn(number, "Slowed").subject
+                record = Record("slowed", "decode", number, subject, None, "it is read more slowly than it sends")
+                self._audit.refuse(record, time.monotonic())
             case link.Pong():
                 if not self._pings:
                     raise LinkViolation("a Pong without a Ping")
@@ -228,6 +237,7 @@ class Opener:
             why = link.CLOSED_REASONS[reason]
             record = Record("disconnected", "decode", connection.number, connection.subject, None, why)
             self._audit.refuse(record, time.monotonic())
+            self._door.note_broken(connection)
         del self._connections[connection.number]
         self._watching.pop(connection.number, None)
         self._asking.drop(connection)

@@ -68,6 +68,12 @@ class Closed(NamedTuple):
     reason: int
 
 
+class Slowed(NamedTuple):
+    """The inbox has begun to read the user of `connection` more slowly than it sends."""
+
+    connection: int
+
+
 class Drained(NamedTuple):
     """The inbox answered all that was in flight and holds no connection any more."""
 
@@ -137,7 +143,7 @@ class Pong(NamedTuple):
     """The answer, the same way back: so one answer speaks for both children."""
 
 
-ToOpener = Open | List | Shutdown | Closed | Drained | rights.DeniedUse | Policy | Stop
+ToOpener = Open | List | Shutdown | Closed | Slowed | Drained | rights.DeniedUse | Policy | Stop
 ToInbox = rights.Connected | Outcome | Offered | Drain | rights.RightsChanged | rights.Topics | rights.Users
 Message = ToOpener | ToInbox | Applied | StopAsked | WorkerStuck | Restart | Ready | Ping | Pong
 
@@ -155,6 +161,11 @@ TURNS: Mapping[tuple[str, str], str] = {
     ("idle", "Shutdown"): "stopping",
     ("stopping", "Outcome"): "idle",
     ("idle", "DeniedUse"): "idle",
+    ("idle", "Slowed"): "idle",
+    ("opening", "Slowed"): "opening",
+    ("listing", "Slowed"): "listing",
+    ("watching", "Slowed"): "watching",
+    ("stopping", "Slowed"): "stopping",
     ("idle", "Closed"): "gone",
     ("opening", "Closed"): "gone",
     ("listing", "Closed"): "gone",
@@ -166,6 +177,7 @@ TURNS: Mapping[tuple[str, str], str] = {
 _TYPE = struct.Struct("!B")
 _CLOSED = struct.Struct("!BQB")
 _SHUTDOWN = struct.Struct("!BQ")
+_SLOWED = struct.Struct("!BQ")
 _OPEN = struct.Struct("!BQB")  # then `count` resources
 _LIST = struct.Struct("!BQB")
 _OUTCOME = struct.Struct("!BQBBI")  # code, index of the resource (255: none), number; then text
@@ -233,6 +245,15 @@ def encode_shutdown(connection: int) -> bytes:
 
 def _decode_shutdown(data: bytes) -> Shutdown:
     return Shutdown(exact(_SHUTDOWN, data)[1])
+
+
+def encode_slowed(connection: int) -> bytes:
+    """For the record; it says nothing of what is asked or answered."""
+    return _SLOWED.pack(7, connection)
+
+
+def _decode_slowed(data: bytes) -> Slowed:
+    return Slowed(exact(_SLOWED, data)[1])
 
 
 def encode_outcome(connection: int, refusal: Refused | None, *, why: bool = False) -> bytes:
@@ -351,6 +372,7 @@ INBOX_TO_OPENER: Decoders = {
     4: _plain(Drained()),
     5: _decode_shutdown,
     6: rights.decode_denied_use,
+    7: _decode_slowed,
     8: _plain(Pong()),
 }
 OPENER_TO_INBOX: Decoders = {

@@ -114,6 +114,10 @@ class _Connection(Connection):
 def _connection(sent):
     subject = Subject(ALICE, frozenset(), ALICE, 1, "", "", foreign=True)
     connection = _Connection(
-        1, _Socket(sent), subject, View((), (), (), (), {"unread_grants": 1}, administrator=False), Account(1, 0.0)
+        1,
+        _Socket(sent),
+        subject,
+        View((), (), (), (), {"unread_grants": 1}, administrator=False),
+        Account({"burst": 1, "connections": 1}, 0.0),
     )
     return connection

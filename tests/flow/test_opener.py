@@ -147,7 +147,7 @@ def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tm
         ([b"\xff"], "unknown message type"),
         ([b""], "the inbox is gone"),
         ([link.STOP], "must be 9"),
-        ([link.PING], "unknown message type"),
+        ([link.PING], "must be 9"),
         ([link.PONG], "a Pong without a Ping"),
         ([link.encode_open(99, [Device("/dev/null", "ro")])], "does not exist"),
         ([link.encode_list(99, watch=False)], "does not exist"),

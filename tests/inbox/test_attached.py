@@ -16,10 +16,10 @@ import pytest
 from fdbroker import limits
 from fdbroker.errors import ProtocolViolation, QuotaExceeded
 from fdbroker.inbox.attached import Ledger, Unread
-from fdbroker.inbox.client import Client
+from fdbroker.inbox.client import Client, User
 from fdbroker.inbox.decode import Decoder
 from fdbroker.kernel import memfd, sockets
-from fdbroker.wire.rights import Sender
+from fdbroker.wire.rights import Rights, Sender
 
 INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
 
@@ -198,7 +198,7 @@ def pair():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     theirs.settimeout(5)
     with ours, theirs:
-        yield Client(1, Sender(5, 5, 5, ""), ours), theirs
+        yield Client(1, Sender(5, 5, 5, ""), ours, User(5, Rights(), 0)), theirs
 
 
 def received(sock):

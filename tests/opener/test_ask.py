@@ -39,7 +39,9 @@ class Machine:
         ends = socket.socketpair()
         for end in ends:
             self.stack.enter_context(end)
-        account = self.accounts.setdefault(uid, Account(10, 0.0))
+        account = self.accounts.setdefault(
+            uid, Account({"burst": 10, "connections": 10, "requests_per_second": 10}, 0.0)
+        )
         subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True)
         view = View((), (RULE, SOCKETS), (), (), LIMITS, administrator=False)
         made = Opening(Connection(1, ends[0], subject, view, account), resources)

@@ -1,0 +1,148 @@
+"""Whose turn it is: the same share of every turn of the loop for each user, and a rest for who makes too much work.
+
+Runs in: inbox. An attacker controls how much it sends, on how many connections, and what of it is refused.
+
+A user is all of its connections together. Work is counted in units of about 5 us: a read, a message, a row that is
+stored. Who goes on above its budget is not read for a while, and nothing else happens to it; who is alone never is.
+"""
+
+from __future__ import annotations
+
+import time
+
+from fdbroker import limits
+from fdbroker.inbox.client import Client, User
+from fdbroker.wire.rights import Rights
+
+_SHARE, _SHARE_ALONE = limits.TURN_UNITS, limits.TURN_UNITS_ALONE
+_UNDIVIDED = limits.UNDIVIDED_FACTOR
+_REST_S = limits.REST_MS / 1000
+_DEBT_S, _FORGOTTEN_S = limits.DEBT_SECONDS, limits.OFFENCES_SECONDS
+_CONTEST_S = limits.CONTEST_SECONDS
+_ASKED = limits.ASKED_AT_ONCE
+_USERS_KEPT = 4096
+# Units are taken from the budget in lots: looking at the clock for each message would cost as much as some messages.
+_LOT = 64
+
+
+class Turns:
+    """All users that were here lately."""
+
+    def __init__(self) -> None:
+        self._by_uid: dict[int, User] = {}
+        self._worked: dict[User, None] = {}  # in this turn
+        self._latest: User | None = None
+        self._contested_s = -float(_CONTEST_S)  # when another user than before had work
+        self._resting: dict[User, None] = {}
+        self.share = _SHARE_ALONE  # of each user, in one turn
+        self.slowed: list[User] = []  # who has begun to rest, to be recorded
+
+    def join(self, uid: int, allowed: Rights) -> User:
+        """The user of a connection that begins; what the policy allows it now is for all of its connections."""
+        user = self._by_uid.get(uid)
+        if user is None:
+            now_s = time.monotonic()
+            if len(self._by_uid) >= _USERS_KEPT:
+                self._forget_idle(now_s)
+            user = self._by_uid[uid] = User(uid, allowed, now_s)
+        user.allow(allowed)
+        user.clients += 1
+        return user
+
+    def _forget_idle(self, now_s: float) -> None:
+        for uid, user in list(self._by_uid.items()):
+            if not user.clients and not user.rests_until_s and user.pace.is_idle(now_s):
+                del self._by_uid[uid]
+
+    def leave(self, user: User, client: Client) -> None:
+        """Its connection has ended."""
+        user.clients -= 1
+        user.held.pop(client.number, None)
+        user.waiting.pop(client.number, None)
+
+    def work(self, user: User, units: int) -> None:
+        """So much was done for the user, or will be, at one go: what is over its share nobody could come between."""
+        user.used += units if units <= _SHARE else units * _UNDIVIDED
+        self._worked[user] = None
+
+    def may_work(self, user: User) -> bool:
+        """Whether the user has something left of its share of this turn."""
+        return user.used < self.share and not user.rests_until_s
+
+    def offend(self, user: User) -> None:
+        """Something of the user was refused for its rate, or broken."""
+        user.pace.offend(user.rate, user.size, time.monotonic())
+        self._charge(user)
+
+    def end(self) -> None:
+        """The turn is over: take what was done from the budgets, and let rest who has none left."""
+        for user in self._worked:
+            if user is not self._latest:
+                if self._latest is not None:
+                    self._contested_s = time.monotonic()
+                self._latest = user
+            user.owed += user.used
+            user.used = 0
+            if user.owed >= _LOT:
+                self._charge(user)
+        self._worked.clear()
+
+    def _charge(self, user: User) -> None:
+        now_s = time.monotonic()
+        if now_s >= user.forgiven_s:
+            user.rests = 0
+        # who had to rest has no burst until that is forgotten
+        size = min(user.size, _LOT) if user.rests else user.size
+        user.pace.spend(user.owed, user.rate, size, now_s)
+        user.owed = 0
+        contested = now_s - self._contested_s < _CONTEST_S
+        self.share = _SHARE if contested else _SHARE_ALONE
+        if contested and not user.rests_until_s:
+            wait_s = user.pace.wait_s(user.rate, size, now_s)
+            if wait_s:
+                user.rests_until_s = now_s + max(wait_s, min(_REST_S * (1 << user.rests), _DEBT_S))
+                user.forgiven_s = user.rests_until_s + _FORGOTTEN_S
+                user.rests = min(user.rests + 1, 16)
+                self._resting[user] = None
+                if now_s >= user.quiet_until_s:
+                    user.quiet_until_s = now_s + limits.AUDIT_REPEAT_SECONDS
+                    self.slowed.append(user)
+
+    def timeout_s(self) -> float:
+        """Until somebody's rest is over; -1 when nobody rests."""
+        if not self._resting:
+            return -1
+        return max(0.0, min(user.rests_until_s for user in self._resting) - time.monotonic())
+
+    def rested(self) -> list[Client]:
+        """Those connections that may go on, because their user's rest is over."""
+        clients: list[Client] = []
+        if self._resting:
+            now_s = time.monotonic()
+            for user in [user for user in self._resting if user.rests_until_s <= now_s]:
+                del self._resting[user]
+                user.rests_until_s = 0.0
+                clients += user.held.values()
+                user.held.clear()
+        return clients
+
+    # ---- questions to the opener
+
+    def may_ask(self, user: User, client: Client, weight: int) -> bool:
+        """Whether the opener may be asked for `weight` resources more now; else the client waits for `answered`."""
+        if user.asked and user.asked + weight > _ASKED and self.share == _SHARE:
+            user.waiting[client.number] = client
+            return False
+        user.waiting.pop(client.number, None)
+        user.asked += weight
+        client.asking = weight
+        return True
+
+    @staticmethod
+    def answered(user: User, client: Client) -> Client | None:
+        """The opener has answered, or need not any more; who should ask next."""
+        user.asked -= client.asking
+        client.asking = 0
+        if not user.waiting or user.asked >= _ASKED:
+            return None
+        return user.waiting.pop(next(iter(user.waiting)))
