@@ -1,12 +1,14 @@
-"""The children's seccomp filters, compiled here, so that the children only load the bytes.
+"""The seccomp filters, compiled here, so that the children only load the bytes.
 
 Runs in: launcher. What no healthy process of ours does kills it; what else is not on its list fails with EPERM, for
-another version of Python or of the C library may try it and go on.
+another version of Python or of the C library may try it and go on. The launcher itself has no list of what it may do,
+for nobody knows what a machine's NSS modules do, but one of what it may not.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import signal
 import socket
@@ -20,12 +22,12 @@ from fdbroker.terms import NEW_NAMESPACE_TYPES
 
 # What Python and the C library do in any process.
 _RUNTIME = """
-    brk mmap munmap mremap madvise mprotect futex rt_sigreturn rt_sigaction rt_sigprocmask sigaltstack exit exit_group
+    brk munmap mremap madvise futex rt_sigreturn rt_sigaction rt_sigprocmask sigaltstack exit exit_group
     restart_syscall clock_gettime clock_nanosleep gettimeofday getpid gettid getuid geteuid getgid getegid getrandom
     read write close fcntl fstat newfstatat lseek poll ppoll sched_yield
 """
 _LOOP = """
-    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 sendmsg sendto recvmsg recvfrom shutdown getsockopt
+    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 recvmsg recvfrom shutdown getsockopt
     getsockname
 """
 _OPENER = """
@@ -53,8 +55,7 @@ _DEADLY = """
 
 # The namespaces worker and its children.
 _WORKER = """
-    openat openat2 readlink readlinkat getdents64 capset pread64 dup pidfd_open kill wait4 getppid bind setsockopt
-    set_robust_list rseq
+    readlink readlinkat getdents64 capset pread64 dup pidfd_open kill wait4 getppid bind setsockopt set_robust_list rseq
 """
 
 PROCESSES = {
@@ -83,21 +84,58 @@ NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
         "prctl": (0, (libc.PR_SET_PDEATHSIG,)),
     },
 }
+# What is allowed without certain flags only: in which argument, and which flags. No process makes code once it is
+# confined, and none connects: what is sent with the first packet of a TCP connection would.
+_MSG_FASTOPEN = 0x2000_0000  # linux/socket.h
+_WITHOUT = {
+    "mmap": (2, mmap.PROT_EXEC),
+    "mprotect": (2, mmap.PROT_EXEC),
+    "sendto": (3, _MSG_FASTOPEN),
+    "sendmsg": (2, _MSG_FASTOPEN),
+}
+WITHOUT: dict[str, dict[str, tuple[int, int]]] = {
+    "opener": _WITHOUT,
+    "inbox": _WITHOUT,
+    "inbox-store": _WITHOUT,
+    # it has no Landlock, and reads only; so not openat2 either, whose flags no filter sees
+    "namespaces": {**_WITHOUT, "openat": (2, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)},
+}
+# NSS may ask a server.
+_LAUNCHER_MAY = "socket bind connect listen"
+
+
+def compile_launchers() -> bytes:
+    """The launcher's own filter, for when all serve. Raises OSError when libseccomp refuses."""
+    program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    refused = pyseccomp.ERRNO(errno.EPERM)
+    for name in set(_DEADLY.split()).difference(_LAUNCHER_MAY.split()):
+        _add(program, refused, name)
+    for flag in CLONE.values():
+        _add(program, refused, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, flag, flag))
+    _add(program, pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+    with os.fdopen(_exported(program, "launcher"), "rb") as file:
+        return file.read()
 
 
 def compile_filter(process: str) -> int:
-    """A seccomp filter as an owned memfd at its beginning. Raises OSError when libseccomp refuses."""
+    """A child's seccomp filter as an owned memfd at its beginning. Raises OSError when libseccomp refuses."""
     program = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
-    allowed, narrowed = PROCESSES[process].split(), NARROWED[process]
+    allowed, narrowed, without = PROCESSES[process].split(), NARROWED[process], WITHOUT[process]
     for name in allowed:
         _add(program, pyseccomp.ALLOW, name)
     for name, (position, values) in narrowed.items():
         for value in values:
             _add(program, pyseccomp.ALLOW, name, pyseccomp.Arg(position, pyseccomp.EQ, value))
+    for name, (position, flags) in without.items():
+        _add(program, pyseccomp.ALLOW, name, pyseccomp.Arg(position, pyseccomp.MASKED_EQ, flags, 0))
     for name in set(_DEADLY.split()).difference(allowed, narrowed):
         _add(program, pyseccomp.KILL_PROCESS, name)
     # glibc then falls back to clone, which is not on the list
     _add(program, pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+    return _exported(program, process)
+
+
+def _exported(program: pyseccomp.SyscallFilter, process: str) -> int:
     descriptor = os.memfd_create(f"seccomp-{process}")
     with open(descriptor, "r+b", closefd=False) as file:
         program.export_bpf(file)

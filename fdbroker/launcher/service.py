@@ -19,7 +19,7 @@ from typing import NamedTuple
 from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
 from fdbroker.kernel import capabilities, confine, landlock, memfd, processes
-from fdbroker.launcher import listen, start
+from fdbroker.launcher import filters, listen, start
 from fdbroker.launcher.journal import Journal
 from fdbroker.launcher.needs import Needs, check_reload, needs
 from fdbroker.launcher.notify import Notify
@@ -171,7 +171,8 @@ class Launcher:
             files.append((os.path.dirname(bound_path), landlock.REMOVE_FILE))
         # needs() lists the folders of /dev and reads no node
         files.append(("/dev", landlock.READ_DIR))
-        kept = confine.Confinement(os.getuid(), os.getgid(), tuple(os.getgroups()), frozenset(), tuple(files), b"", 0)
+        ids = os.getuid(), os.getgid(), tuple(os.getgroups())
+        kept = confine.Confinement(*ids, frozenset(), tuple(files), filters.compile_launchers(), 0)
         if not confine.confine(kept):
             say("this kernel has no Landlock: only its capabilities limit what the opener can open", priority=4)
 

@@ -1,0 +1,72 @@
+"""What the seccomp filters say by a call's arguments; all other calls: tests/privileged/test_taken_over.py."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from fdbroker.kernel import confine, libc
+from fdbroker.launcher import filters
+
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+def _under(program: bytes, call: Callable[[], object]) -> int:
+    """The errno of a call in a process with that filter, 0 when it succeeds."""
+    child = os.fork()
+    if child == 0:
+        number = 255
+        try:
+            libc.prctl(_PR_SET_NO_NEW_PRIVS, 1)
+            confine._load_filter(program)
+            call()
+            number = 0
+        except OSError as error:
+            number = error.errno or 255
+        finally:
+            os._exit(number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _program(process: str) -> bytes:
+    with os.fdopen(filters.compile_filter(process), "rb") as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("process", filters.PROCESSES)
+def test_no_memory_can_be_run(process):
+    program = _program(process)
+    assert _under(program, lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE)) == 0
+    assert _under(program, lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)) == errno.EPERM
+
+
+@pytest.mark.parametrize("process", filters.PROCESSES)
+def test_nothing_is_connected_by_what_is_sent_first(process):
+    program, fast_open = _program(process), filters._MSG_FASTOPEN
+    one, other = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with one, other, socket.socket() as sock:
+        assert _under(program, lambda: one.send(b"x")) == 0
+        assert _under(program, lambda: one.sendmsg([b"x"])) == 0
+        nobody = ("127.0.0.1", 9)
+        assert _under(program, lambda: sock.sendto(b"x", fast_open, nobody)) == errno.EPERM
+        assert _under(program, lambda: sock.sendmsg([b"x"], [], fast_open, nobody)) == errno.EPERM
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_CREAT, os.O_RDONLY | os.O_TRUNC])
+def test_the_namespaces_worker_opens_files_for_reading_alone(tmp_path, flags):
+    program, path = _program("namespaces"), str(tmp_path / "file")
+    (tmp_path / "file").touch()
+    assert _under(program, lambda: os.open(path, os.O_RDONLY)) == 0
+    assert _under(program, lambda: os.open(path, flags, 0o600)) == errno.EPERM
+
+
+def test_the_launcher_starts_nothing_and_makes_no_namespace():
+    program = filters.compile_launchers()
+    assert _under(program, lambda: socket.socket(socket.AF_UNIX).close()) == 0
+    assert _under(program, lambda: os.execv("/bin/true", ["true"])) == errno.EPERM
+    assert _under(program, lambda: libc.LIBC.unshare(0x10000000) and libc.fail("unshare")) == errno.EPERM
