@@ -115,6 +115,7 @@ class Broker:
         arguments: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         descriptors: int = 0,
+        program: tuple[str, ...] = ("-m", "fdbroker"),
     ):
         self.folder = folder
         self.policy = folder / "policy.yaml"
@@ -125,7 +126,7 @@ class Broker:
             self.process = subprocess.Popen(
                 [
                     *(("prlimit", f"--nofile={descriptors}:{descriptors}") if descriptors else ()),
-                    *(sys.executable, "-I", "-W", "error", "-m", "fdbroker", "serve", "--policy", str(self.policy)),
+                    *(sys.executable, "-I", "-W", "error", *program, "serve", "--policy", str(self.policy)),
                     *("--socket", self.socket, "--mode", "0666", *arguments),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -207,11 +208,15 @@ class Broker:
 
 @contextlib.contextmanager
 def running(
-    policy: str, *arguments: str, environment: dict[str, str] | None = None, descriptors: int = 0
+    policy: str,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    descriptors: int = 0,
+    program: tuple[str, ...] = ("-m", "fdbroker"),
 ) -> Iterator[Broker]:
     """A broker with this policy; at the end it must stop in order, without a traceback."""
     with folder() as where:
-        broker = Broker(where, policy, arguments, environment, descriptors)
+        broker = Broker(where, policy, arguments, environment, descriptors, program)
         try:
             broker.wait_ready()
             yield broker
