@@ -176,8 +176,8 @@ def _marked(code: bytes) -> bytes:
 def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
     """In the place of serving: wait for `after` messages of the opener, or for a client, then say `messages` to `to`.
 
-    Each is bytes as hexadecimal digits, and how many descriptors go with it. Then read no more, but stay
-    until a link ends.
+    Each is bytes as hexadecimal digits, and how many descriptors go with it. Then read no more, but live
+    until a link ends, or with `stay` for ever.
     """
     from fdbroker.kernel import sockets
     from fdbroker.wire import link
@@ -204,6 +204,8 @@ def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
         with contextlib.suppress(BlockingIOError):  # the other one reads no more
             for data, descriptors in told["messages"]:
                 sockets.send(to._sock, bytes.fromhex(data), [2] * descriptors)
+        while told["stay"]:
+            time.sleep(1)
         ends = select.poll()
         for one in filter(None, links.values()):
             ends.register(one.fileno(), 0)

@@ -15,7 +15,7 @@ import sys
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.kernel import landlock, memfd, orders
+from fdbroker.kernel import landlock, lifeline, memfd, orders
 from fdbroker.kernel.link import Link
 from fdbroker.launcher import state
 from fdbroker.launcher.filters import compile_filter
@@ -38,11 +38,12 @@ class _Kept(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A running child, and the launcher's end of the link to it."""
+    """A running child, the launcher's end of the link to it, and what ends the child when it is closed."""
 
     name: str
     process: subprocess.Popen[bytes]
     link: Link
+    life: tuple[int, ...]
 
 
 def identities(state_owner: int | None = None) -> dict[str, tuple[int, int]]:
@@ -133,13 +134,17 @@ def start_children(
             opener["worker"] = ours.enter_context(opener_worker).fileno()
             worker = {"launcher": worker_end.fileno(), "opener": worker_opener.fileno()}
             started = _start("namespaces", ids["namespaces"], worker, _Kept(need.worker))
-            children.append(Child("namespaces", started, Link(to_worker)))
+            children.append(_child("namespaces", started, to_worker))
         kept = _Kept(need.capabilities, need.groups, need.files)
         return [
-            Child("opener", _start("opener", ids["opener"], opener, kept), Link(to_opener)),
-            Child("inbox", _start("inbox", ids["inbox"], inbox, _Kept(files=inbox_files)), Link(to_inbox)),
+            _child("opener", _start("opener", ids["opener"], opener, kept), to_opener),
+            _child("inbox", _start("inbox", ids["inbox"], inbox, _Kept(files=inbox_files)), to_inbox),
             *children,
         ]
+
+
+def _child(name: str, process: subprocess.Popen[bytes], end: socket.socket) -> Child:
+    return Child(name, process, Link(end), lifeline.bind(process.pid))
 
 
 def _start(name: str, ids: tuple[int, int], descriptors: dict[str, int], kept: _Kept) -> subprocess.Popen[bytes]:

@@ -31,11 +31,11 @@ Said = tuple[bytes, int]
 
 
 @contextlib.contextmanager
-def forging(process: str, to: str, messages: Sequence[Said], after: int = 0) -> Iterator[Broker]:
+def forging(process: str, to: str, messages: Sequence[Said], after: int = 0, *, stay: bool = False) -> Iterator[Broker]:
     """A broker in which that process says these, with so many descriptors each, once it has heard `after` messages."""
     with harness.folder() as place:
         said = [(data.hex(), descriptors) for data, descriptors in messages]
-        told = {"process": process, "to": to, "messages": said, "after": after}
+        told = {"process": process, "to": to, "messages": said, "after": after, "stay": stay}
         (place / "forge").write_text(json.dumps(told))
         with running(POLICY, program=takeover.program(str(place), store=False)) as broker:
             broker.expected_code = None
@@ -133,6 +133,18 @@ def test_a_flood_of_questions_whose_answers_it_does_not_read_stops_at_what_the_l
 def _cpu(pid: int) -> int:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return int(fields[11]) + int(fields[12])
+
+
+@pytest.mark.parametrize("process", ["opener", "inbox", "namespaces"])
+@pytest.mark.parametrize("launcher_is", ["killed", "stopped"])
+def test_who_does_not_end_by_itself_ends_with_the_launcher(dev, process, launcher_is):
+    with forging(process, "launcher" if process != "namespaces" else "opener", [], stay=True) as broker:
+        broker.process.kill() if launcher_is == "killed" else broker.process.terminate()
+        broker.process.wait(20)
+        end = time.monotonic() + 10
+        while left := [name for name, pid in broker.pids.items() if _lives(pid)]:
+            assert time.monotonic() < end, left
+            time.sleep(0.02)
 
 
 # ---- a taken-over opener
