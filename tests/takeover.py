@@ -194,16 +194,16 @@ def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
         links = {"worker": self._asking._link if hasattr(self, "_asking") else None}
         links |= {one: getattr(self, f"_{one}", None) for one in ("opener", "inbox", "launcher")}
         to = links[told["to"]]
-        hear = self._acceptor if told["process"] == "opener" else self._opener
+        descriptors = json.loads(sys.argv[1])["descriptors"]
         poll = select.poll()
-        poll.register(hear.fileno(), select.POLLIN)
+        poll.register(descriptors["listener" if told["process"] == "opener" else "opener"], select.POLLIN)
         for _ in range(told["after"]):
             poll.poll()
             if told["process"] != "opener":
-                hear.receive_with_descriptors(3)
+                self._opener.receive_with_descriptors(3)
         with contextlib.suppress(BlockingIOError):  # the other one reads no more
-            for data, descriptors in told["messages"]:
-                sockets.send(to._sock, bytes.fromhex(data), [2] * descriptors)
+            for data, count in told["messages"]:
+                sockets.send(to._sock, bytes.fromhex(data), [2] * count)
         while told["stay"]:
             time.sleep(1)
         ends = select.poll()
