@@ -400,6 +400,70 @@ class Raw:
         self.close()
 
 
+@contextlib.contextmanager
+def taken_over(module: str, program: str) -> Iterator[None]:
+    """Brokers that are started in here have this program in the place of a module, such as `inbox/service.py`.
+
+    All else is as it ships: how the process is started, and what it may do. `console` is there for the program: it
+    does what a client tells it.
+    """
+    place = Path(__file__).resolve().parents[1] / "fdbroker" / module
+    with folder() as where:
+        evil = where / "evil.py"
+        evil.write_text(_CONSOLE + program)
+        mount(str(evil), str(place), "none", MS_BIND)
+        try:
+            yield
+        finally:
+            unmount(str(place))
+
+
+_CONSOLE = """
+import array, ctypes, errno, fcntl, mmap, os, select, signal, socket, struct, sys, threading, time
+from fdbroker.kernel import capabilities, libc, openat
+from fdbroker.terms import Device, Namespace, Socket
+from fdbroker.wire import link, resources, rights, worker
+
+def console(sock, names):
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    buffer = b""
+    while True:
+        while b"\\0" not in buffer:
+            poll.poll()
+            data = sock.recv(65536, socket.MSG_DONTWAIT)
+            if not data:
+                return
+            buffer += data
+        text, _, buffer = buffer.partition(b"\\0")
+        try:
+            said = repr(eval(text, {**globals(), **names}))
+        except OSError as error:
+            said = errno.errorcode.get(error.errno, str(error.errno))
+        except Exception as error:
+            said = repr(error)
+        sock.sendall(said.encode() + b"\\0")
+"""
+
+
+class Console(Raw):
+    """A client of a process that was taken over: what it says there is evaluated there."""
+
+    def say(self, text: str) -> str | None:
+        """The value as text, an error's name, or None when the process is gone."""
+        try:
+            self.sock.sendall(text.encode() + b"\0")
+            while b"\0" not in self.buffer:
+                data = self.sock.recv(65536)
+                if not data:
+                    return None
+                self.buffer += data
+        except (BrokenPipeError, ConnectionResetError):
+            return None
+        said, _, self.buffer = self.buffer.partition(b"\0")
+        return said.decode()
+
+
 def outcome(reply: dict[str, Any] | None) -> str:
     """A reply in a word: the short name of its error, "granted", or "disconnected"."""
     if reply is None:

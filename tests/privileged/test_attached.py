@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import json
 import os
 import select
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
-from harness import ALICE, BOB, Raw, as_user, folder, outcome, running, status_of
+from harness import ALICE, BOB, as_user, folder, running
+from messaging import NOT_SEALED, half_sealed, raw_send, sealed, send_frame, subscribed, unsealed
 
 import fdbroker
 import fdbroker.aio
-from fdbroker import limits
 from fdbroker.errors import DescriptorsRefused, MessageTooLong, QuotaExceeded, TopicDenied
-from fdbroker.kernel import memfd
 
 POLICY = f"""
 version: 1
@@ -34,7 +28,6 @@ topics:
 everyone: {{send: ["*"], subscribe: ["*"]}}
 users: {{{BOB}: {{limits: {{connections: 200, subscriptions: 200}}}}}}
 """
-SEND = "io.fdbroker.Inbox.Send"
 
 
 @pytest.fixture
@@ -42,40 +35,6 @@ def broker(dev):
     with folder() as where, running(POLICY, "--state", str(where / "state")) as made:
         yield made
         made.wait_idle()
-
-
-@contextlib.contextmanager
-def subscribed(broker, *topics):
-    """A client whose subscription is in force, and the messages that come."""
-    with fdbroker.connect(broker.socket) as client:
-        messages = client.subscribe(topics)
-        found = []
-        thread = threading.Thread(target=lambda: found.append(next(messages)))
-        thread.start()
-        while thread.is_alive():
-            with fdbroker.connect(broker.socket) as sender:
-                sender.send(topics[0], "are you there")
-            thread.join(0.02)
-        yield (message for message in messages if message.payload != b"are you there")
-
-
-def temporary(text):
-    """An owned descriptor of a file that nobody else can name."""
-    number = os.memfd_create("x")
-    os.write(number, text)
-    return number
-
-
-def send_frame(address, payload, count):
-    numbers = [temporary(b"%d" % index) for index in range(count)]
-    try:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(address)
-            socket.send_fds(sock, [struct.pack("!I", len(payload)) + payload], numbers)
-            return struct.unpack("!I", sock.recv(4))[0]
-    finally:
-        for number in numbers:
-            os.close(number)
 
 
 def texts(message):
@@ -145,38 +104,6 @@ def test_asyncio_subscribers_own_what_comes(broker):
     assert asyncio.run(talk()) == [(100_000, 2)]
 
 
-def raw_send(address, parameters, make):
-    """Send with the descriptors that `make` makes; the short outcome and the parameters of an error."""
-    numbers = make()
-    try:
-        with Raw(address) as client:
-            call = json.dumps({"method": SEND, "parameters": parameters}).encode() + b"\0"
-            socket.send_fds(client.sock, [call], numbers)
-            reply = client.reply()
-            return [outcome(reply), (reply or {}).get("parameters")]
-    finally:
-        for number in numbers:
-            os.close(number)
-
-
-def unsealed():
-    return [temporary(b"text")]
-
-
-def half_sealed():
-    number = os.memfd_create("x", os.MFD_ALLOW_SEALING)
-    os.write(number, b"text")
-    fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10)  # F_SEAL_FUTURE_WRITE
-    return [number]
-
-
-def sealed(size=4):
-    return [memfd.sealed("x", b"x" * size)]
-
-
-NOT_SEALED = {"reason": "the payload is no memfd that is sealed with SHRINK, GROW and WRITE"}
-
-
 @pytest.mark.parametrize(
     ("parameters", "make", "expected"),
     [
@@ -233,99 +160,6 @@ def test_where_it_is_stored_or_recorded_a_memfd_is_only_another_envelope(broker)
 
     assert as_user(BOB, [], receive, broker.socket) == [["xxxx", True]]
     assert [record["FDBROKER_PAYLOAD"] for record in broker.records() if "FDBROKER_PAYLOAD" in record] == ["xxxx"]
-
-
-def test_one_users_messages_hold_so_many_and_another_user_does_not_notice(broker):
-    """Halves of messages hold them; the message that is one too many is refused, not the connection."""
-
-    def hold(address):
-        most, each = limits.HELD_DESCRIPTORS, limits.DESCRIPTORS_PER_MESSAGE
-        with contextlib.ExitStack() as stack:
-            for _ in range(most // each):
-                client = stack.enter_context(Raw(address))
-                client.sock.sendall(b"{")  # not the first bytes: those could still wait to be accepted
-                time.sleep(0.05)
-                socket.send_fds(client.sock, [b'"method":'], [0] * each)
-            time.sleep(0.3)
-            mine = raw_send(address, {"topic": "inbox", "fileDescriptor": 0}, sealed)
-            theirs = as_user(ALICE, [], raw_send, address, {"topic": "inbox", "fileDescriptor": 0}, sealed)
-            with fdbroker.connect(address) as client:
-                client.send("inbox", "without any")
-        return [mine, theirs]
-
-    assert hold(broker.socket) == [
-        ["QuotaExceeded", {"limit": "held_descriptors", "maximum": limits.HELD_DESCRIPTORS}],
-        ["granted", {}],
-    ]
-
-
-def test_a_subscriber_that_does_not_read_loses_messages_and_others_get_theirs(broker):
-    with subscribed(broker, "inbox") as quick, subscribed(broker, "inbox") as slow:
-        with fdbroker.connect(broker.socket) as client:
-            for number in range(30):
-                client.send("inbox", str(number), descriptors=[0] * 16)
-                with next(quick) as message:
-                    assert (message.payload, message.lost) == (str(number).encode(), 0)
-            client.send("inbox", "end")
-        lost = count = 0
-        for message in slow:
-            with message:
-                lost += message.lost
-                if message.payload == b"end":
-                    break
-                count += 1
-                assert len(message.descriptors) == 16
-        assert (count + lost, 0 < count <= limits.UNREAD_DESCRIPTORS // 16) == (30, True)
-
-
-def test_a_subscriber_that_does_not_read_does_not_use_up_what_a_sender_may_hold(broker):
-    with contextlib.ExitStack() as deaf:
-        for _ in range(6):
-            one = deaf.enter_context(Raw(broker.socket))
-            one.send_call("io.fdbroker.Inbox.Subscribe", {"topics": ["inbox"]}, more=True)
-        with subscribed(broker, "inbox") as messages, fdbroker.connect(broker.socket) as client:
-            for _ in range(40):
-                for text, count in (("x" * 20_000, 0), ("with", 16)):  # so each of the six stops with another message
-                    client.send("inbox", text, descriptors=[0] * count)
-                    with next(messages) as message:
-                        assert (message.payload.decode(), message.lost, len(message.descriptors)) == (text, 0, count)
-
-
-def test_a_descriptor_whose_close_waits_keeps_nobody_else_waiting(broker):
-    """A TCP socket with SO_LINGER that its peer does not read, with the inbox's copy as the last one."""
-
-    def send_slow(address):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            slow = socket.create_connection(server.getsockname())
-            peer, _ = server.accept()
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3))
-        slow.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                slow.send(b"x" * 65536)
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(address)
-            socket.send_fds(sock, [b"\0\0\0"], [slow.fileno()])
-            time.sleep(0.3)  # the inbox has it
-            os.close(slow.detach())
-            sock.sendall(b"\1x")
-            assert sock.recv(4) == b"\0\0\0\0"
-        time.sleep(0.3)
-        threads = status_of(broker.pids["inbox"])["Threads"]
-        began = time.monotonic()
-        for _ in range(20):
-            assert send_frame(address, b"more", 1) == 0
-        took = time.monotonic() - began
-        peer.close()
-        return [threads, took]
-
-    threads, took = send_slow(broker.socket)
-    assert threads == "2"  # it is being closed
-    assert took < 2
-    end = time.monotonic() + 10
-    while status_of(broker.pids["inbox"])["Threads"] != "1":
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_the_commands_take_and_show_large_payloads(broker):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from harness import ALICE, BOB, CAROL, GROUP, Raw, as_user, outcome, running
+from messaging import SUBSCRIBE, Subscriber
 
 import fdbroker
 import fdbroker.aio
@@ -32,7 +33,6 @@ everyone: {{send: [inbox, news], subscribe: [news]}}
 users: {{0: {{send: ["*"], subscribe: ["*"]}}}}
 groups: {{{GROUP}: {{send: ["*"], subscribe: ["*"], limits: {{subscriptions: 2}}}}}}
 """
-SUBSCRIBE = "io.fdbroker.Inbox.Subscribe"
 
 
 @pytest.fixture
@@ -57,34 +57,6 @@ def frame(address, *payloads):
 def send(address, topic, payload):
     with Raw(address) as client:
         return outcome(client.call("io.fdbroker.Inbox.Send", {"topic": topic, "payload": payload}))
-
-
-class Subscriber(Raw):
-    """A client that has subscribed; `message` is the next one."""
-
-    def __init__(self, address, *topics):
-        super().__init__(address)
-        self.send_call(SUBSCRIBE, {"topics": list(topics)}, more=True)
-        # subscribing is answered by messages alone: two that arrive show that this one is in force
-        while True:
-            with Raw(address) as client:
-                assert (
-                    outcome(client.call("io.fdbroker.Inbox.Send", {"topic": topics[0], "payload": "are you there"}))
-                    == "granted"
-                )
-            self.sock.settimeout(0.2)
-            try:
-                assert self.message()["payload"] == "are you there"
-                break
-            except TimeoutError:
-                continue
-            finally:
-                self.sock.settimeout(15)
-
-    def message(self):
-        reply = self.reply()
-        assert reply["continues"] is True
-        return reply["parameters"]["message"]
 
 
 def test_a_message_of_one_user_reaches_another_and_says_who_sent_it(broker):
@@ -112,21 +84,6 @@ def test_the_framing_sends_to_inbox_and_what_is_no_text_travels_in_base64(broker
     assert {record["FDBROKER_UID"] for record in broker.records() if record.get("FDBROKER_PAYLOAD") == "hello"} == {
         str(ALICE)
     }
-
-
-def test_who_may_not_is_denied_and_that_is_recorded(broker):
-    assert as_user(ALICE, [], send, broker.socket, "secret", "x") == "Denied"
-    assert as_user(ALICE, [], send, broker.socket, "none", "x") == "Denied"
-    assert as_user(ALICE, [GROUP], send, broker.socket, "secret", "x") == "granted"
-
-    def subscribe(address, topic):
-        with Raw(address) as client:
-            return outcome(client.call(SUBSCRIBE, {"topics": [topic]}, more=True))
-
-    assert as_user(BOB, [], subscribe, broker.socket, "inbox") == "Denied"
-    broker.wait_for("subscribe:inbox")
-    resources = [record["FDBROKER_RESOURCE"] for record in broker.records("refused")]
-    assert resources == ["send:secret", "send:none", "subscribe:inbox"]
 
 
 def test_without_a_topic_inbox_the_framing_gets_eacces(dev):
@@ -186,32 +143,6 @@ def test_a_oneway_message_arrives_without_an_answer(broker):
         assert subscriber.message()["payload"] == "quiet"
 
 
-def test_a_stalled_subscriber_delays_nobody_and_is_told_what_it_lost(dev):
-    text = POLICY + "limits: {burst: 100000, requests_per_second: 100000}\n"
-    with running(text) as broker:
-        stalled, reading = (Subscriber(broker.socket, "news") for _ in range(2))
-        with stalled, reading, Raw(broker.socket) as client:
-            assert stalled.message() or reading.message()  # the second one's first message went to the first one too
-            count = 4000
-            call = json.dumps(
-                {"method": "io.fdbroker.Inbox.Send", "parameters": {"topic": "news", "payload": "x" * 900}}
-            )
-            for _ in range(count // 100):
-                client.sock.sendall((call.encode() + b"\0") * 100)
-                for _ in range(100):
-                    assert outcome(client.reply()) == "granted"
-                for _ in range(100):
-                    assert "lost" not in reading.message()
-            lost = received = 0
-            while lost + received < count:
-                message = stalled.message()
-                lost += message.get("lost", 0)
-                received += 1
-            assert lost > 0
-            assert received > 100
-        broker.wait_idle()
-
-
 def test_a_subscription_ends_with_the_connection_and_a_stop_closes_it(broker):
     subscriber = Subscriber(broker.socket, "news")
     subscriber.close()
@@ -222,20 +153,6 @@ def test_a_subscription_ends_with_the_connection_and_a_stop_closes_it(broker):
         assert subscriber.reply() is None
     broker.pids = {}
     broker.idle = {}
-
-
-def test_a_reload_takes_a_subscription_away_and_says_so_and_gives_another(broker):
-    root = 'users: {0: {send: ["*"], subscribe: ["*"]}}'
-    with Subscriber(broker.socket, "news") as subscriber, Subscriber(broker.socket, "inbox") as other:
-        broker.reload(
-            POLICY.replace(root, root.replace('subscribe: ["*"]', "subscribe: [inbox]")).replace("[news]", "[inbox]")
-        )
-        assert send(broker.socket, "news", "not this one") == "granted"
-        reply = subscriber.reply()
-        assert (outcome(reply), reply["parameters"]) == ("Denied", {"topic": "news"})
-        assert outcome(subscriber.call("org.varlink.service.GetInfo")) == "granted"  # and the connection goes on
-        assert frame(broker.socket, b"this") == [0]
-        assert other.message()["payload"] == "this"
 
 
 def test_both_clients_send_and_subscribe(broker):

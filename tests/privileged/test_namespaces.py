@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -429,44 +427,6 @@ def test_types_that_cannot_be_made_and_forms_that_mean_nothing_are_refused(broke
             assert client.ask(resource)["error"] == "org.varlink.service.InvalidParameter", resource
 
 
-def _fill(address, count):
-    """So many at once, then one more, then again after one is closed; and one that only a process holds."""
-    become_root_of_user_namespace()
-    with Raw(address) as client:
-        results = [outcome(client.ask(new("uts"))) for _ in range(count + 1)]
-        reply = client.ask(new("uts"))
-        os.close(client.descriptors.pop(0))
-        results.append(outcome(client.ask(new("uts"))))
-        # a process in it, and no descriptor
-        descriptor = client.descriptors.pop(0)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            LIBC.setns(descriptor, namespaces.CLONE["uts"])
-            os.close(descriptor)
-            for other in client.descriptors:
-                os.close(other)
-            os.write(writing, b"x")
-            signal.pause()
-        os.read(reading, 1)
-        os.close(descriptor)
-        results.append(outcome(client.ask(new("uts"))))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        results.append(outcome(client.ask(new("uts"))))
-        return [results, reply["parameters"]]
-
-
-def test_a_user_has_so_many_living_namespaces_and_not_one_more(machine):
-    with running(
-        "version: 1\nlimits: {namespaces: 3}\neveryone: {namespaces: [{type: uts, create: true}]}\n"
-    ) as broker:
-        results, parameters = as_user(ALICE, [], _fill, broker.socket, 3)
-        assert results == ["granted"] * 3 + ["QuotaExceeded", "granted", "QuotaExceeded", "granted"]
-        assert parameters == {"limit": "namespaces", "maximum": 3}
-        assert as_user(BOB, [], asked, broker.socket, new("uts"))[0] == "granted"
-
-
 # ---- connected
 
 
@@ -543,13 +503,6 @@ def test_a_bridge_that_believes_whoever_is_on_it_is_warned_about(machine):
             file.write(before)
 
 
-def test_a_bridge_that_is_none_is_refused(machine):
-    rule = "{type: net, create: true, link: {bridge: BRIDGE, address: 10.9.0.0/24}}"
-    for bridge in ("lo", "none"):
-        with running(f"version: 1\neveryone: {{namespaces: [{rule.replace('BRIDGE', bridge)}]}}\n") as broker:
-            assert asked(broker.socket, new())[0] == "NotWhatItWas"
-
-
 # ---- sockets
 
 
@@ -596,36 +549,6 @@ def _reach(address):
 
 def test_a_socket_lives_in_the_namespace_and_nowhere_else(broker):
     assert as_user(ALICE, [], _reach, broker.socket) == 111
-
-
-def _rights_of_socket(address):
-    with Raw(address) as asking:
-        grant_of(asking.ask(in_namespace("vpn-a")))
-        with socket.socket(fileno=asking.take()) as sock:
-            refused = []
-            for level, option, value in (
-                (socket.SOL_SOCKET, 36, 1),  # SO_MARK
-                (socket.SOL_SOCKET, 33, 1 << 30),  # SO_RCVBUFFORCE
-                (socket.IPPROTO_IP, 19, 1),  # IP_TRANSPARENT
-                (socket.SOL_SOCKET, 12, 7),  # SO_PRIORITY
-            ):
-                try:
-                    sock.setsockopt(level, option, value)
-                except PermissionError:
-                    refused.append(option)
-            with contextlib.suppress(PermissionError):
-                fcntl.ioctl(sock, 0x894C)  # SIOCGSKNS: the namespace itself
-                refused.append("SIOCGSKNS worked")
-            up = struct.pack("16sH14x", b"lo", 0)
-            try:
-                fcntl.ioctl(sock, 0x8914, up)  # SIOCSIFFLAGS
-            except PermissionError:
-                refused.append("SIOCSIFFLAGS")
-            return refused
-
-
-def test_a_socket_brings_none_of_the_rights_of_who_made_it(broker):
-    assert as_user(ALICE, [], _rights_of_socket, broker.socket) == [36, 33, 19, 12, "SIOCSIFFLAGS"]
 
 
 def test_family_type_and_port_are_what_the_rule_says(broker):

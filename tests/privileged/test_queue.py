@@ -20,7 +20,7 @@ from harness import ALICE, BOB, CAROL, as_user, command, running
 
 import fdbroker
 import fdbroker.aio
-from fdbroker.errors import BrokerUnavailable, NoSuchRecipient, QuotaExceeded, TopicDenied
+from fdbroker.errors import BrokerUnavailable, TopicDenied
 
 POLICY = f"""
 version: 1
@@ -86,73 +86,12 @@ def test_a_message_waits_for_a_user_who_is_not_there_over_a_restart(dev, state):
         assert as_user(CAROL, [], receive, broker.socket) == carols
 
 
-def test_nobody_gets_or_removes_what_waits_for_another(dev, state):
-    with serving(state) as broker:
-        as_user(ALICE, [], send, broker.socket, "mail", "for bob", BOB)
-        ((number, *_),) = as_user(BOB, [], receive, broker.socket)
-        for uid in (ALICE, CAROL, 0, 65534):
-            assert as_user(uid, [], receive, broker.socket, [number, 0, 2**63 - 1]) == []
-        assert payloads(as_user(BOB, [], receive, broker.socket)) == ["for bob"]
-
-
-def test_a_new_policy_withholds_what_one_may_not_have_any_more(dev, state):
-    with serving(state) as broker:
-        as_user(ALICE, [], send, broker.socket, "mail", "x", CAROL)
-        broker.reload(POLICY.replace("subscribe: [mail]", "subscribe: [brief]"))
-        assert as_user(CAROL, [], receive, broker.socket) == []
-        broker.reload(POLICY)
-        assert payloads(as_user(CAROL, [], receive, broker.socket)) == ["x"]
-
-
-def test_a_senders_share_is_full_at_its_maximum_and_only_its_own(dev, state):
-    def fill(address):
-        for _ in range(5):
-            send(address, "mail", "x")
-        with fdbroker.connect(address) as client:
-            with pytest.raises(QuotaExceeded) as caught:
-                client.send("mail", "y")
-            with pytest.raises(NoSuchRecipient, match="nobody: no user of that name or number"):
-                client.send("mail", "y", to="nobody")
-            client.send("live", "not stored")
-        return [caught.value.limit, caught.value.maximum]
-
-    def frame(address):
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(address)
-            sock.sendall(b"\0\0\0\1x")
-            return struct.unpack("!I", sock.recv(4))[0]
-
-    with serving(state) as broker:
-        assert as_user(ALICE, [], fill, broker.socket) == ["stored_messages", 5]
-        assert as_user(ALICE, [], frame, broker.socket) == 28  # ENOSPC
-        assert as_user(BOB, [], frame, broker.socket) == 0
-        for uid in (BOB, CAROL):
-            numbers = [number for number, *_ in as_user(uid, [], receive, broker.socket)]
-            as_user(uid, [], receive, broker.socket, numbers)
-        assert as_user(ALICE, [], frame, broker.socket) == 0
-
-
 def test_a_message_is_over_when_its_time_is(dev, state):
     with serving(state) as broker:
         as_user(ALICE, [], send, broker.socket, "brief", "x")
         assert payloads(as_user(BOB, [], receive, broker.socket)) == ["x"]
         time.sleep(1.1)
         assert as_user(BOB, [], receive, broker.socket) == []
-
-
-def test_a_damaged_file_is_set_aside_and_the_log_says_so(dev, state):
-    with serving(state) as broker:
-        as_user(ALICE, [], send, broker.socket, "mail", "x")
-    path = os.path.join(state, "messages.sqlite")
-    with open(path, "r+b") as file:
-        file.write(b"\xaa" * 200)
-    with serving(state) as broker:
-        (record,) = [one for one in broker.records() if one["MESSAGE_ID"].endswith("a09")]
-        assert record["PRIORITY"] == "2"
-        assert f"are damaged (file is not a database): kept as {path}.damaged-" in record["MESSAGE"]
-        assert as_user(BOB, [], receive, broker.socket) == []
-        as_user(ALICE, [], send, broker.socket, "mail", "y")
-        assert payloads(as_user(BOB, [], receive, broker.socket)) == ["y"]
 
 
 @pytest.mark.parametrize("trouble", ["mode", "owner", "file", "link", "parent", "closed", "owned", "way"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -78,23 +77,6 @@ def test_keyboard_read_only(facts):
 def test_keyboard_other(facts):
     """Another user, who may connect as well, is denied."""
     assert facts["keyboard"]["other"]["code"] == 77
-
-
-def test_hotkeys(facts):
-    """Of the keys that are typed only the chosen one is a message, whose sender is in no group `input`."""
-    found = facts["hotkeys"]
-    assert {(one["device"], one["type"], one["code"]) for one in found["messages"]} == {
-        (found["node"], "EV_KEY", "KEY_F13")
-    }
-    assert [one["value"] for one in found["messages"]][:2] == [1, 0]
-    assert {one["uid"] for one in found["messages"]} == {MEMBER}
-    assert set(found["groups"].split()) == {"4000", "4100"}
-    assert all(abs(one["time_us"] / 1e6 - time.time()) < 600 for one in found["messages"])
-
-
-def test_hotkeys_mask(facts):
-    """The kernel itself keeps what was not chosen from the bridge's descriptor."""
-    assert facts["hotkeys"]["reaches"] == {"types": [EV_KEY], "keys": [KEY_F13]}
 
 
 def test_hotkeys_unplugged(facts):

@@ -1,0 +1,183 @@
+"""T30: one user keeps the namespaces worker from serving others, or devices from being served."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+
+from harness import (
+    ALICE,
+    BOB,
+    LIBC,
+    Raw,
+    as_user,
+    become_root_of_user_namespace,
+    descriptors_of,
+    outcome,
+    running,
+)
+
+from fdbroker import limits
+from fdbroker.kernel import namespaces
+
+POLICY = """
+version: 1
+limits: {requests_per_second: 100000, burst: 100000}
+everyone: {namespaces: [{type: uts, create: true}, {type: [net, uts], of: caller}], devices: [{path: /dev/null}]}
+"""
+NEW = {"namespace": {"type": "uts", "create": True}}
+
+
+def _flood(address, resources, connections, stop):
+    """Ask for all of these on so many connections at once, again and again: the outcomes that came."""
+    found = set()
+    if NEW in resources:
+        become_root_of_user_namespace()
+    while not os.path.exists(stop):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Raw(address)) for _ in range(connections)]
+            for client in clients:
+                client.send_call("io.fdbroker.Broker.Open", {"resources": resources})
+            for client in clients:
+                found.add(outcome(client.reply()))
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def flooded(broker, resources, connections):
+    """While ALICE floods; afterwards the list has what she was answered."""
+    stop, found = f"{broker.folder}/stop", []
+    thread = threading.Thread(
+        target=lambda: found.extend(as_user(ALICE, [], _flood, broker.socket, resources, connections, stop))
+    )
+    thread.start()
+    try:
+        yield found
+    finally:
+        open(stop, "w").close()
+        thread.join()
+
+
+def _ask_all(address):
+    with Raw(address) as client:
+        return [outcome(client.open("/dev/null")), outcome(client.ask(NEW))]
+
+
+def _ask_and_wait(address, connections, ready):
+    """Ask on so many connections, say when all are asked, and read the answers."""
+    become_root_of_user_namespace()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Raw(address)) for _ in range(connections)]
+        for client in clients:
+            client.send_call("io.fdbroker.Broker.Open", {"resources": [NEW]})
+        with Raw(address) as last:
+            for _ in range(20):  # devices do not wait; those before these are asked by then
+                assert outcome(last.open("/dev/null")) == "granted"
+        os.write(ready, b"x")
+        return [outcome(client.reply()) for client in clients]
+
+
+def test_of_one_user_one_question_at_a_time_is_asked_and_others_come_between(dev):
+    """The worker stands still until forty of ALICE's and one of BOB's wait, in this order."""
+    with running(POLICY.replace("burst: 100000", "burst: 100000, namespaces: 64")) as broker:
+        os.kill(broker.pids["worker"], signal.SIGSTOP)
+        reading, writing = os.pipe()
+        found, threads = {}, []
+        for uid, connections in ((ALICE, 40), (BOB, 1)):
+
+            def wait(uid=uid, connections=connections):
+                found[uid] = as_user(uid, [], _ask_and_wait, broker.socket, connections, writing)
+
+            threads.append(threading.Thread(target=wait))
+            threads[-1].start()
+            assert select.select([reading], [], [], 60)[0]
+            os.read(reading, 1)
+        os.kill(broker.pids["worker"], signal.SIGCONT)
+        for thread in threads:
+            thread.join()
+        os.close(reading)
+        os.close(writing)
+        assert found == {ALICE: ["granted"] * 40, BOB: ["granted"]}
+        order = [one["FDBROKER_UID"] for one in broker.records("granted") if one["FDBROKER_RESOURCE"] == "uts:new"]
+        assert order.index(str(BOB)) < 5
+
+
+def test_what_requests_hold_that_wait_for_more_is_bounded_and_others_are_served(dev):
+    """Two descriptors for each namespace of a process, and sixty-four of them in a request."""
+
+    def asks(address):
+        with Raw(address) as client:
+            return outcome(client.ask({"namespace": {"type": "net", "pid": os.getpid()}}))
+
+    with running(POLICY) as broker:
+        sleeper = os.fork()
+        if sleeper == 0:
+            with contextlib.suppress(BaseException):
+                as_user(ALICE, [], signal.pause)
+            os._exit(0)
+        end = time.monotonic() + 5
+        while not (pid := _child_of(sleeper)):
+            assert time.monotonic() < end
+        most = 0
+        try:
+            resource = {"namespace": {"type": "net", "pid": pid}}
+            with flooded(broker, [resource] * limits.RESOURCES_PER_OPEN, 12) as found:
+                for _ in range(4):
+                    assert as_user(BOB, [], asks, broker.socket) == "granted"
+                    assert as_user(BOB, [], _ask_all, broker.socket) == ["granted", "granted"]
+                    most = max(most, len(descriptors_of(broker.pids["opener"])))
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(sleeper, 0)
+        assert "RateLimited" in found
+        # its connections, what may wait, and the one request that is being answered
+        assert most <= broker.idle["opener"] + 40 + limits.NAMESPACE_HELD + 2 * 2 * limits.RESOURCES_PER_OPEN
+        broker.wait_idle()
+
+
+def _child_of(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        found = file.read().split()
+    return int(found[0]) if found else 0
+
+
+def _fill(address, count):
+    """So many at once, then one more, then again after one is closed; and one that only a process holds."""
+    become_root_of_user_namespace()
+    with Raw(address) as client:
+        results = [outcome(client.ask(NEW)) for _ in range(count + 1)]
+        reply = client.ask(NEW)
+        os.close(client.descriptors.pop(0))
+        results.append(outcome(client.ask(NEW)))
+        # a process in it, and no descriptor
+        descriptor = client.descriptors.pop(0)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            LIBC.setns(descriptor, namespaces.CLONE["uts"])
+            os.close(descriptor)
+            for other in client.descriptors:
+                os.close(other)
+            os.write(writing, b"x")
+            signal.pause()
+        os.read(reading, 1)
+        os.close(descriptor)
+        results.append(outcome(client.ask(NEW)))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        results.append(outcome(client.ask(NEW)))
+        return [results, reply["parameters"]]
+
+
+def test_a_user_has_so_many_living_namespaces_and_not_one_more(dev):
+    with running(
+        "version: 1\nlimits: {namespaces: 3}\neveryone: {namespaces: [{type: uts, create: true}], devices: [{path: /dev/null}]}\n"
+    ) as broker:
+        results, parameters = as_user(ALICE, [], _fill, broker.socket, 3)
+        assert results == ["granted"] * 3 + ["QuotaExceeded", "granted", "QuotaExceeded", "granted"]
+        assert parameters == {"limit": "namespaces", "maximum": 3}
+        assert as_user(BOB, [], _ask_all, broker.socket)[1] == "granted"
