@@ -36,7 +36,7 @@ def _flip(stop, *names):
         for source, target in names:
             os.rename(source, target)
         count += 1
-    assert count > 100
+    assert count > 500  # so many a second, at least, on a busy machine
 
 
 @pytest.mark.parametrize("evil", ["link", "other node", "regular file", "fifo"])
@@ -60,7 +60,7 @@ def test_only_the_allowed_device_ever_comes(dev, evil):
         flipper = threading.Thread(target=_flip, args=(stop, *flips))
         flipper.start()
         try:
-            numbers, seen = _ask_many(broker.socket, "/dev/pool/good", 1.5)
+            numbers, seen = as_user(ALICE, [], _ask_many, broker.socket, "/dev/pool/good", 1.5)
         finally:
             stop.set()
             flipper.join()

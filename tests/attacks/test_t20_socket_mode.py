@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
+import threading
 
 import pytest
-from harness import ALICE, GROUP, as_user, folder
+from harness import ALICE, EVERYONE_NULL, GROUP, Broker, as_user, folder
 
 from fdbroker.launcher import listen
 
@@ -66,3 +68,42 @@ def test_a_socket_that_somebody_put_there_meanwhile_is_not_removed(root):
         listener.remove()
         listener.sock.close()
         assert (where / "socket").read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("mode", ["0660", "0600"])
+def test_while_the_service_starts_nobody_else_can_connect_for_a_moment(dev, mode):
+    """ALICE tries without a pause, from before the start until it serves."""
+
+    def hammer(address, go):
+        found = {}
+        while True:
+            with socket.socket(socket.AF_UNIX) as sock:
+                number = sock.connect_ex(address)
+            found[number] = found.get(number, 0) + 1
+            if number == errno.EACCES and found[number] > 2000:
+                return found
+            if found.get(errno.ENOENT) == 1:
+                os.write(go, b"x")
+
+    reading, writing = os.pipe()
+    with folder() as where:
+        found = []
+        thread = threading.Thread(
+            target=lambda: found.append(as_user(ALICE, [], hammer, str(where / "socket"), writing))
+        )
+        thread.start()
+        os.read(reading, 1)
+        broker = Broker(where, EVERYONE_NULL, ("--mode", mode))
+        try:
+            broker.wait_ready()
+            thread.join(60)
+            assert broker.stop() == 0
+        finally:
+            broker.process.kill()
+            broker.process.wait()
+            os.close(reading)
+            os.close(writing)
+    assert set(found[0]) == {
+        str(errno.ENOENT),
+        str(errno.EACCES),
+    }  # never connected, nor refused for nobody listens yet

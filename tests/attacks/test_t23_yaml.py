@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
+from harness import EVERYONE_NULL, ask, running
 
 from fdbroker.errors import PolicyError
 from fdbroker.policy.compile import load_policy
@@ -114,3 +116,17 @@ def test_every_error_of_every_file_is_reported_at_once(tmp_path):
         _load(tmp_path, "version: 1\ngroups: {nogroupofthisname: {devices: [{path: x}]}}\nlimits: {burst: none}\n")
     places = [(finding.file.rpartition("/")[2], finding.line) for finding in caught.value.findings]
     assert places == [("a.yaml", 2), ("b.yaml", 2), ("policy.yaml", 2), ("policy.yaml", 2), ("policy.yaml", 3)]
+
+
+def test_a_running_service_takes_none_of_it_and_serves_meanwhile(dev):
+    bomb = "version: 1\na: &a [x,x,x]\nb: [*a,*a]\n"
+    texts = ("version: 1\nversion: 1\n", bomb, "version: 1\nx: " + "[" * 5000, "# " + "x" * 10_000_000, "a: no\n", "")
+    with running(EVERYONE_NULL) as broker:
+        for count, text in enumerate(texts, 1):
+            broker.policy.write_text(text)
+            broker.process.send_signal(signal.SIGHUP)
+            end = time.monotonic() + 60
+            while broker.text().count("NOT reloaded") < count:
+                assert time.monotonic() < end, text[:100]
+                assert ask(broker.socket, "/dev/null") == "granted"
+        assert "Traceback" not in broker.text()
