@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -145,65 +144,6 @@ def test_without_room_for_the_reserve_nothing_new_is_stored(dev):
     with small_disk(8) as disk, running(MAIL, "--state", str(disk / "state")) as broker:
         assert as_user(ALICE, [], send_until_full, broker.socket, "mail", 10, 10) == 0
         assert "messages cannot be stored: the disk is full: there is no room for the reserve" in broker.text()
-
-
-# ---- the journal
-
-GIVES = "version: 1\neveryone: {devices: [{path: /dev/null, access: rw}]}\n"
-JOURNAL = "/run/systemd/journal/socket"
-
-
-@pytest.fixture
-def run_folder():
-    """An empty /run, in which a journal can come and go."""
-    harness.mount("run", "/run", "tmpfs", 0, "mode=0755")
-    try:
-        os.makedirs(os.path.dirname(JOURNAL))
-        yield
-    finally:
-        harness.unmount("/run")
-
-
-def journal():
-    """A journal in its place, where anybody may write."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock.settimeout(5)
-    sock.bind(JOURNAL)
-    os.chmod(JOURNAL, 0o666)
-    return sock
-
-
-def test_what_the_journal_does_not_take_is_not_granted_and_one_with_a_new_socket_is_found(dev, run_folder):
-    first = journal()
-    with running(GIVES) as broker, harness.Raw(broker.socket) as client:
-        assert "error" not in client.open("/dev/null")
-        os.close(client.take())
-        assert b"granted ro /dev/null" in first.recv(65536)
-        # it is there, and reads nothing
-        count = 0
-        while "error" not in (reply := client.open("/dev/null")):
-            os.close(client.take())
-            count += 1
-            assert count < 100_000
-        assert reply["error"] == "io.fdbroker.Broker.RateLimited"
-        first.setblocking(False)
-        kept = 0
-        with pytest.raises(BlockingIOError):
-            while True:
-                kept += b"granted" in first.recv(65536)
-        assert kept == count
-        first.close()
-        for _ in range(3):
-            assert client.open("/dev/null")["error"] == "io.fdbroker.Broker.RateLimited"
-        os.unlink(JOURNAL)
-        with journal() as second:
-            end_s = time.monotonic() + 30
-            while "error" in client.open("/dev/null"):
-                assert time.monotonic() < end_s
-                time.sleep(0.2)
-            os.close(client.take())
-            assert b"granted ro /dev/null" in second.recv(65536)
-        assert client.descriptors == []
 
 
 # ---- what happens under load

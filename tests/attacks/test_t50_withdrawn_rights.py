@@ -1,4 +1,4 @@
-"""T52: a right that was taken away serves a request that was on its way, or a connection from before."""
+"""T50: a right that was taken away serves a request that was on its way, or a connection from before."""
 
 from __future__ import annotations
 

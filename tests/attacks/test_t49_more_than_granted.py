@@ -1,4 +1,4 @@
-"""T51: a granted descriptor gives more than it says: a part of another one's, or a way to open it again."""
+"""T49: a granted descriptor gives more than it says: a part of another one's, or a way to open it again."""
 
 from __future__ import annotations
 

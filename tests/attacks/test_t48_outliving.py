@@ -1,4 +1,4 @@
-"""T50: a process of the service that was taken over, or hangs, outlives it, with all that it has.
+"""T48: a process of the service that was taken over, or hangs, outlives it, with all that it has.
 
 Started by hand: under systemd whatever is left in the control group is killed.
 """
