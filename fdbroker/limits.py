@@ -44,7 +44,6 @@ LIMITS: dict[str, Limit] = {
     # --- the service as a whole
     "DESCRIPTORS": Limit(65536, "descriptors", "RLIMIT_NOFILE asked for; the hard limit wins", "accepting pauses"),
     "DESCRIPTORS_RESERVED": Limit(192, "descriptors", "links, one batch twice (64 node, 64 open)", "accepting pauses"),
-    "ACCEPTS_PER_TURN": Limit(4, "connections", "guess: short turns keep others served", "next turn"),
     "ACCEPT_PAUSE_MS": Limit(100, "milliseconds", "guess: EMFILE is over when others closed", "tries again"),
     "STOP_SECONDS": Limit(5, "seconds", "design: SIGTERM answers what is in flight", "children are killed"),
     "START_SECONDS": Limit(20, "seconds", "guess: ten times a loaded slow machine", "start fails"),

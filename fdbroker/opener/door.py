@@ -56,6 +56,8 @@ class Door:
         self._waiting: set[Account] = set()  # whose connections wait to be let in
         self._waiting_count = 0
         self._waiting_until_s = 0.0  # when the first of them may
+        self._latest: Account | None = None  # who had work here last
+        self._contested_s = -float(limits.CONTEST_SECONDS)  # when another user than before had
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._connections_max = descriptors - limits.reserved(descriptors)
 
@@ -109,26 +111,21 @@ class Door:
         if account.lingering:
             self._lingering.add(account)
 
-    def accept(self, most: int) -> None:
-        """Let so many of those in who wait."""
+    def accept(self) -> None:
+        """Let the next of those in who wait: one for each turn, so that requests do not wait for many of them."""
         if self._acceptor is None:
             return
-        for _ in range(most):
-            try:
-                if len(self._connections) + self._waiting_count + self._count_lingering() >= self._connections_max:
-                    self._acceptor.turn_one_away()
-                    raise OutOfDescriptors
-                sock = self._acceptor.accept()
-            except OutOfDescriptors:
-                self._pause()
-                self._turned_away("accept", None, "no descriptors left")
-                return
-            if sock is None:
-                return
-            if not self._must_wait(sock):
-                self._welcome(sock)
-            if self._inbox.waiting or self._held:
-                return
+        try:
+            if len(self._connections) + self._waiting_count + self._count_lingering() >= self._connections_max:
+                self._acceptor.turn_one_away()
+                raise OutOfDescriptors
+            sock = self._acceptor.accept()
+        except OutOfDescriptors:
+            self._pause()
+            self._turned_away("accept", None, "no descriptors left")
+            return
+        if sock is not None and not self._must_wait(sock):
+            self._welcome(sock)
 
     def _must_wait(self, sock: socket.socket) -> bool:
         """Whether this client's user comes too often: then it is taken, and let in later, or turned away.
@@ -140,7 +137,10 @@ class Door:
         except OSError:
             return False  # identifying it will fail as well
         account, now_s = self._accounts.known(credentials.uid), time.monotonic()
-        if account is None or not (account.waiting or account.wait_s(now_s)):
+        if account is None:
+            return False
+        self.note_work(account)
+        if not (account.waiting or self._wait_s(account, now_s)):
             return False
         subject = Subject(credentials.uid, frozenset(), credentials.gid, credentials.pid, "", "", foreign=True)
         if now_s - account.knocking_since_s > limits.DEBT_SECONDS:
@@ -158,20 +158,30 @@ class Door:
         account.waiting.append(sock)
         self._waiting_count += 1
         self._waiting.add(account)
-        self._waiting_until_s = min(account.wait_s(now_s) for account in self._waiting) + now_s
+        self._waiting_until_s = min(self._wait_s(account, now_s) for account in self._waiting) + now_s
         return True
+
+    def note_work(self, account: Account) -> None:
+        """This user has work here: only while several have must any of them wait."""
+        if account is not self._latest:
+            if self._latest is not None:
+                self._contested_s = time.monotonic()
+            self._latest = account
+
+    def _wait_s(self, account: Account, now_s: float) -> float:
+        return account.wait_s(now_s) if now_s - self._contested_s < limits.CONTEST_SECONDS else 0.0
 
     def _let_in(self, now_s: float) -> None:
         """One of each user whose debt is over."""
         for account in tuple(self._waiting):
             if self._inbox.waiting or self._held:
                 return
-            if not account.wait_s(now_s):
+            if not self._wait_s(account, now_s):
                 self._waiting_count -= 1
                 self._welcome(account.waiting.popleft())
             if not account.waiting:
                 self._waiting.discard(account)
-        self._waiting_until_s = min((account.wait_s(now_s) for account in self._waiting), default=0) + now_s
+        self._waiting_until_s = min((self._wait_s(account, now_s) for account in self._waiting), default=0) + now_s
 
     def note_broken(self, connection: Connection) -> None:
         """The connection ended because its client broke a rule."""
@@ -195,6 +205,7 @@ class Door:
             now_s = time.monotonic()
             account = self._accounts.of(subject.uid, seen.limits, now_s)
             account.note_connect(now_s)
+            self.note_work(account)
             authorize_connection(account, seen)
             subject = self._identifier.describe(sock, subject)
         except QuotaExceeded as refusal:

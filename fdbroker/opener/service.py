@@ -29,7 +29,6 @@ from fdbroker.wire import link, rights
 
 # Several nodes come together, each is made, renamed, given its owner: one listing for all of them.
 _SETTLE_S = 0.1
-_ACCEPTS_PER_TURN = limits.ACCEPTS_PER_TURN
 _RETRY_MS = limits.JOURNAL_RETRY_MS
 
 
@@ -77,12 +76,10 @@ class Opener:
         timeout_s = -1.0
         while True:
             self._arm()
-            asked = knocked = False
             for descriptor, events in poll.poll(timeout_s):
                 if descriptor == inbox:
                     if events & select.EPOLLOUT:
                         self._flush_inbox()
-                    asked = True
                     if events & ~select.EPOLLOUT and not self._read_inbox():
                         return
                 elif descriptor == launcher:
@@ -95,9 +92,7 @@ class Opener:
                     inotify.drain(self._inotify)
                     self._changed_at_s = self._changed_at_s or time.monotonic()
                 else:
-                    knocked = True
-            if knocked:  # one for each answer, so that neither keeps the other waiting
-                self._door.accept(1 if asked else _ACCEPTS_PER_TURN)
+                    self._door.accept()
             timeout_s = self._timers()
 
     def _arm(self) -> None:
@@ -201,6 +196,7 @@ class Opener:
         if state is None:
             raise LinkViolation(f"{event} on connection {number}, which is {connection.state}")
         connection.state = state
+        self._door.note_work(connection.account)
         return connection
 
     def _open(self, opening: Opening) -> None:

@@ -24,13 +24,15 @@ def broker(dev):
 
 @pytest.mark.parametrize("names", [("Open",), ("Open of 64",), ("connects",), TOGETHER], ids=", ".join)
 def test_the_broker_does_little_for_a_flood_while_another_waits(broker, names):
-    """Judged by what its processes worked meanwhile, for the time has in it what else the machine does.
+    """Judged by the time from request to answer, or by what its processes worked meanwhile, whichever is less.
 
-    What else it does may also keep the other user from taking its answer, so the best of three counts.
+    The time has in it what else the machine does; the work, of a process that is working on another CPU just then, is
+    brought up to date by the kernel at each tick only. Without what holds a flood back both are far above. What else
+    the machine does may also keep the other user from taking its answer, so the best of three counts.
     """
     for _ in range(3):
         found = felt(broker, names, rounds=1)
-        over = {kind: one.work for kind, one in found.items() if one.work >= MOST}
+        over = {kind: (one.time, one.work) for kind, one in found.items() if min(one.time, one.work) >= MOST}
         if not over:
             break
     assert not over
@@ -93,7 +95,10 @@ def test_who_is_not_alone_is_slowed_and_it_is_recorded(dev):
 def test_a_connect_storm_holds_up_its_own_user_alone_and_not_for_long(dev):
     with running(EVERYONE_NULL + "limits: {requests_per_second: 50, burst: 50}\n") as broker:
         with flooding(broker.socket, "connects"):
-            broker.wait_for("slowed", 20)
+            end = time.monotonic() + 20
+            while not broker.records("slowed"):  # only while another user has work, too
+                assert time.monotonic() < end
+                assert as_user(BOB, [], ask, broker.socket, "/dev/null") == "granted"
             for _ in range(20):
                 assert as_user(BOB, [], ask, broker.socket, "/dev/null") == "granted"
         end = time.monotonic() + 10
