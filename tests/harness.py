@@ -344,12 +344,12 @@ class Raw:
 
     def __init__(self, address: str):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(15)
         try:
-            self.sock.connect(address)
+            self.sock.connect(address)  # before there is a timeout, or a full queue would be an error: unix(7), EAGAIN
         except OSError:
             self.sock.close()
             raise
+        self.sock.settimeout(15)
         self.buffer = b""
         self.descriptors: list[int] = []
 

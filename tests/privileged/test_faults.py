@@ -158,8 +158,11 @@ def loaded(broker):
         yield load
 
 
-def judge(load, texts):
-    """Nothing granted unrecorded, nothing stored lost, nobody stuck; `texts` are the logs of all brokers."""
+def judge(load, texts, *, rights_change=False):
+    """Nothing granted unrecorded, nothing stored lost, nobody stuck; `texts` are the logs of all brokers.
+
+    With `rights_change` the policy takes a topic away from time to time: what is acknowledged then comes again.
+    """
     records = [json.loads(line) for text in texts for line in text.splitlines() if line.startswith("{")]
     kinds = Counter((one["FDBROKER_UID"], one["MESSAGE_ID"][-3:]) for one in records if "FDBROKER_UID" in one)
     for said in load.said.values():
@@ -173,7 +176,7 @@ def judge(load, texts):
         stored, received = set(load.said[uid]["stored"]), set(load.said[RECEIVER]["received"][str(uid)])
         assert len(stored) > 5
         assert stored <= received
-    assert load.said[RECEIVER]["again"] == 0
+    assert rights_change or load.said[RECEIVER]["again"] == 0
 
 
 def refusals(load):
@@ -219,7 +222,7 @@ def test_garbage_in_the_policys_place_gives_nobody_anything(dev, state):
             reader.join()
         assert found == [0]
         assert broker.text().count("is NOT reloaded") > 3
-        judge(load, [broker.text()])
+        judge(load, [broker.text()], rights_change=True)
         assert refusals(load) <= {"Denied", "TopicDenied"}
         broker.reload(LOADED)
         assert "the policy is reloaded" in broker.text()

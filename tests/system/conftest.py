@@ -115,7 +115,7 @@ def vm(boot: Callable[..., Facts]) -> Callable[..., Facts]:
         # where every user can read it, wherever the checkout lies
         program = "mkdir /run/program\nmount --bind . /run/program\nexport PYTHONPATH=/run/program"
         inside = f"exec /run/program/.venv/bin/python /run/program/tests/system/inside/{script}"
-        return boot("vm", f"{program}\n{inside}", 240, kept=f"vm-{script}", KDIR=kernel)
+        return boot("vm", f"{program}\n{inside}", 600, kept=f"vm-{script}", KDIR=kernel)
 
     return run
 

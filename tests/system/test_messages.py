@@ -19,7 +19,7 @@ def test_a_message_is_stored_in_the_folder_of_tmpfiles(facts):
     found = facts["started"]
     assert (found["sent"]["code"], found["to"]["code"]) == (0, 0), found
     assert found["folder"] == ["fdbroker-inbox", "0o40700"]
-    assert found["files"] == ["messages.sqlite", "messages.sqlite-wal"]
+    assert found["files"] == ["messages.sqlite", "messages.sqlite-reserve", "messages.sqlite-wal"]
 
 
 def test_it_is_in_the_journal_too(facts):
