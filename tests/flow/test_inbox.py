@@ -558,3 +558,25 @@ def test_who_acknowledges_nothing_is_served_while_nothing_can_be_stored(stored_i
         receiver.sendall(call("Receive", maximum=5) * 5)
         assert replies(receiver, 5) == [{"parameters": {"messages": []}}] * 5
         assert [reply.get("error") for reply in replies(sender, 2)] == ["io.fdbroker.Inbox.QuotaExceeded"] * 2
+
+
+@pytest.mark.parametrize("how", ["goes on", "hangs up"])
+def test_whoever_is_not_read_for_a_while_keeps_nobody_awake(how):
+    with inbox() as opener, opener.client() as client:
+        client.sendall(INFO)
+        assert len(replies(client, 1)) == 1
+        (user,) = opener.inbox._turns._by_uid.values()
+        events, taken = [], opener.inbox._client_event
+        opener.inbox._client_event = lambda *event: (events.append(event), taken(*event))
+        user.rests_until_s = time.monotonic() + 1
+        opener.inbox._turns._resting[user] = None
+        client.sendall(INFO)
+        if how == "hangs up":
+            client.shutdown(socket.SHUT_WR)
+            client.close()
+        time.sleep(0.5)
+        assert 1 <= len(events) < 10
+        if how == "hangs up":
+            assert isinstance(opener.next(), link.Closed)
+        else:
+            assert len(replies(client, 1)) == 1
