@@ -114,7 +114,7 @@ class Asking:
             while queue:
                 opening, until_s = queue.popleft()
                 held = sum(len(other.descriptors) + len(other.owners) for other, _ in queue)
-                if held < _HELD:
+                if held <= _HELD:
                     self._put(opening, until_s)
                     break
                 # what the user's other requests have open already is taken from everybody

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from fdbroker import limits
 from fdbroker.errors import Denied, LinkViolation, OpenFailed
 from fdbroker.kernel.link import Link
 from fdbroker.opener import ask
@@ -117,11 +118,11 @@ def test_one_question_of_each_user_at_a_time_and_who_asks_for_much_goes_behind(m
 
 
 def test_many_users_at_once_are_at_most_so_many_and_all_get_their_turn(machine):
-    uids = list(range(1, 2 * ask._REQUESTS + 1))
+    uids = list(range(1, 2 * limits.NAMESPACE_REQUESTS + 1))
     for uid in uids:
         machine.put(uid, NAMED)
     waiting = machine.asked()
-    assert len(waiting) == ask._REQUESTS
+    assert len(waiting) == limits.NAMESPACE_REQUESTS
     served = []
     while waiting:
         served.append(waiting[0].uid)
@@ -133,7 +134,7 @@ def test_many_users_at_once_are_at_most_so_many_and_all_get_their_turn(machine):
 def test_those_that_clients_can_stop_never_take_all_places(machine):
     for uid in range(1, 40):
         machine.put(uid, NEW)
-    assert len(machine.asked()) == ask._REQUESTS - ask._FOR_OTHERS
+    assert len(machine.asked()) == limits.NAMESPACE_REQUESTS - ask._FOR_OTHERS
     for uid in range(100, 110):
         machine.put(uid, NAMED)
     assert [one.uid for one in machine.asked()] == list(range(100, 100 + ask._FOR_OTHERS))
@@ -150,9 +151,22 @@ def test_what_one_users_requests_hold_while_they_wait_is_bounded(machine):
                 finished += refusal is None
                 opening.close()
             most = max(most, sum(len(one.descriptors) + len(one.owners) for one in openings))
-    assert most <= 2 * ask._HELD
+    assert most <= 2 * limits.NAMESPACE_HELD
     assert refused + finished == 64
     assert finished >= 1
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_of_one_user_so_many_may_be_held_by_those_that_wait_and_not_one_more(machine, more):
+    """NAMESPACE_HELD descriptors; with one more the next question is refused."""
+    machine.put(5, NAMED, NAMED)  # its second part will wait, with the first one held
+    asking, waiting = machine.put(5, NAMED), machine.put(5, NAMED)
+    waiting.descriptors.update((-index, null()) for index in range(1, limits.NAMESPACE_HELD + more))
+    (asked,) = machine.asked()
+    ready = machine.answer(asked)
+    assert [(one.opening, getattr(one.refusal, "retry_after_ms", 0)) for one in ready] == (
+        [(asking, limits.BUSY_RETRY_MS)] if more else []
+    )
 
 
 def test_what_was_made_is_known_the_next_time_and_what_died_is_not(machine):
@@ -260,6 +274,19 @@ def test_nobody_waits_longer_than_the_limit_and_a_worker_that_says_nothing_is_en
     machine.worker.send(worker.LOST)
     machine.asking.read()
     assert [one.opening for one in machine.asking.ready()] == [late]
+
+
+def test_nobody_is_given_up_before_the_limit(machine, monkeypatch):
+    """NAMESPACE_WAIT_SECONDS, by a clock of our own."""
+    now = [100.0]
+    monkeypatch.setattr(ask.time, "monotonic", lambda: now[0])
+    opening = machine.put(5, NAMED)
+    now[0] += limits.NAMESPACE_WAIT_SECONDS - 0.5
+    assert machine.asking.expire() is False
+    assert machine.asking.ready() == []
+    now[0] += 1
+    assert machine.asking.expire() is True
+    assert [(one.opening, one.refusal.number) for one in machine.asking.ready()] == [(opening, 110)]
 
 
 def test_who_waits_longest_is_refused_in_time_also_behind_one_who_came_later(machine, monkeypatch):
