@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import socket
 import time
 
 import harness
+import pytest
 from harness import EVERYONE_NULL, Raw, ask, outcome, running
 
 from fdbroker import limits
@@ -44,6 +46,8 @@ def test_accepting_pauses_nothing_spins_and_service_comes_back(dev):
 
 
 def test_at_emfile_the_reserve_says_the_refusal():
+    """EMFILE as the kernel says it."""
+
     def starve(path):
         with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
             listener.bind(path)
@@ -74,6 +78,47 @@ def test_at_emfile_the_reserve_says_the_refusal():
     assert "QuotaExceeded" in text
     assert '"descriptors"' in text
     assert nobody_waits
+
+
+class Lacking(socket.socket):
+    """A listening socket that lacks something once."""
+
+    lacks = 0
+
+    def accept(self):
+        if self.lacks:
+            number, self.lacks = self.lacks, 0
+            raise OSError(number, os.strerror(number))
+        return super().accept()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_whatever_accept_lacks_one_client_is_told_and_the_next_is_served(number):
+    """ENFILE, all descriptors of the machine, is said by the test, for nobody else should have to do without them."""
+    with Lacking(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind("")
+        listener.listen()
+        listener.setblocking(False)
+        acceptor = Acceptor(listener)
+        try:
+            first.settimeout(10)
+            first.connect(listener.getsockname())
+            listener.lacks = number
+            with pytest.raises(OutOfDescriptors):
+                acceptor.accept()
+            assert b'"limit":"descriptors"' in first.recv(1000)
+            assert first.recv(1) == b""
+            with socket.socket(socket.AF_UNIX) as second:
+                second.connect(listener.getsockname())
+                accepted = acceptor.accept()
+                assert accepted is not None
+                accepted.close()
+            assert acceptor.accept() is None
+            listener.lacks = errno.EINVAL  # a fault of ours is no lack
+            with pytest.raises(OSError, match="Invalid argument"):
+                acceptor.accept()
+        finally:
+            acceptor.close()
 
 
 def test_the_refusal_is_said(dev):
