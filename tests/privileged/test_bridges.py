@@ -83,6 +83,7 @@ def impatient(monkeypatch):
 
 
 def test_a_desktop_that_hangs_is_waited_for_a_while(impatient, broker, session):
+    """BUS_SECONDS, here one."""
     os.kill(session.desktop.pid, signal.SIGSTOP)
     as_user(ALICE, [], send, broker.socket, "one", "two")
     session.bridge.wait_for("1 message was dropped: org.freedesktop.Notifications does not answer")

@@ -1,0 +1,812 @@
+"""Each maximum at its value and one above it, where it is enforced; the table of all of them is in test_limits.py."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import resource
+import socket
+import time
+import types
+from unittest import mock
+
+import harness
+import pytest
+
+from fdbroker import limits
+from fdbroker.bucket import Bucket
+from fdbroker.errors import (
+    Denied,
+    Finding,
+    LinkViolation,
+    MessageTooLong,
+    OpenFailed,
+    PolicyError,
+    QuotaExceeded,
+    RateLimited,
+)
+from fdbroker.inbox import dispatch, service, topics
+from fdbroker.inbox import store as store_module
+from fdbroker.inbox.attached import Ledger, Unread
+from fdbroker.inbox.client import Client, User
+from fdbroker.inbox.reserve import Reserve
+from fdbroker.inbox.store import NotStored, Store, Stored
+from fdbroker.inbox.topics import Member, Topics
+from fdbroker.kernel import memfd, orders
+from fdbroker.kernel.link import Link
+from fdbroker.kernel.records import NotRecorded, Records
+from fdbroker.launcher import service as launcher
+from fdbroker.launcher import start
+from fdbroker.namespaces import service as namespaces
+from fdbroker.opener import door as door_module
+from fdbroker.opener import listing, send
+from fdbroker.opener.audit import Audit, Record, fields
+from fdbroker.opener.door import Door
+from fdbroker.pace import Pace
+from fdbroker.policy import load, paths
+from fdbroker.policy.compile import load_policy
+from fdbroker.policy.compiled import to_bytes
+from fdbroker.policy.decide import View
+from fdbroker.terms import Device, DeviceRule, Grant, Namespace, SocketRule, Subject, Topic, TopicUse
+from fdbroker.terms import User as Known
+from fdbroker.wire import link, rights, worker
+from fdbroker.wire.rights import Rights, Sender
+
+UID = os.getuid()
+FAR_US = 1 << 60
+MAY = Rights(frozenset({0}), frozenset({0}), 100_000, 100_000, 2, 10_000, 1 << 30)
+
+
+def at(monkeypatch, name, value):
+    """A small one in the place of a maximum that is too large to reach."""
+    monkeypatch.setitem(limits.LIMITS, name, limits.LIMITS[name]._replace(value=value))
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def monotonic(self):
+        return self.now_s
+
+    def time_ns(self):
+        return round(self.now_s * 1e6) * 1000
+
+
+@pytest.fixture
+def pair():
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    yield ends
+    for end in ends:
+        end.close()
+
+
+def policy_errors(tmp_path, text):
+    """What is wrong with a policy, in one text; "" when nothing is."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(f"version: 1\n{text}\n")
+    try:
+        load_policy(str(path), trusted=False)
+    except PolicyError as error:
+        return "\n".join(map(str, error.findings))
+    return ""
+
+
+# ---- the wire
+
+
+def test_resources_of_one_open(pair):
+    """RESOURCES_PER_OPEN, where a call is read, where the inbox asks, and where the opener reads it."""
+    most = limits.RESOURCES_PER_OPEN
+    head = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":['
+
+    def call(count):
+        return dispatch.dispatch_varlink(head + b",".join([b'{"device":"/dev/x"}'] * count) + b"]}}")
+
+    assert len(call(most).resources) == most
+    assert b"InvalidParameter" in call(most + 1).data
+    asked = [Device("/dev/x", "ro")] * most
+    message = link.encode_open(1, asked)
+    assert link.decode(link.INBOX_TO_OPENER, message).resources == asked
+    with pytest.raises(ValueError, match=f"{most + 1} resources"):
+        link.encode_open(1, [*asked, asked[0]])
+    piece = (len(message) - len(link.encode_open(1, asked[:1]))) // (most - 1)
+    longer = message[: len(message) - most * piece - 1] + bytes([most + 1]) + message[-piece:] * (most + 1)
+    with pytest.raises(LinkViolation, match=f"{most + 1} resources"):
+        link.decode(link.INBOX_TO_OPENER, longer)
+
+
+def test_a_reply_with_descriptors():
+    most = limits.REPLY_WITH_DESCRIPTORS_BYTES
+
+    def reply(where):
+        rule = DeviceRule("/dev/x", "ro", "", "", False, "everyone", where)
+        return send.compose([Grant(Device("/dev/x", "ro"), rule)])
+
+    fits = most - len(reply(""))
+    assert len(reply("x" * fits)) == most
+    with pytest.raises(QuotaExceeded) as caught:
+        reply("x" * (fits + 1))
+    assert (caught.value.limit, caught.value.maximum) == ("reply_bytes", most)
+
+
+def test_a_path():
+    def long(count):
+        head = "/dev/" + "x/" * ((count - 6) // 2)
+        return head + "x" * (count - len(head))
+
+    most = limits.PATH_BYTES
+    assert [len(long(most)), len(long(most + 1))] == [most, most + 1]
+    assert [paths.is_device_path(long(count)) for count in (most, most + 1)] == [True, False]
+    assert [paths.glob_error(long(count)) for count in (most, most + 1)] == ["", f"it is over {most} bytes"]
+
+
+def test_a_name():
+    most = limits.NAME_BYTES
+    names = ["x" * most, "x" * (most + 1)]
+    assert [paths.is_device_path(f"/dev/{name}") for name in names] == [True, False]
+    assert [paths.is_namespace_name(name) for name in names] == [True, False]
+    assert [paths.name_glob_error(name) for name in names] == ["", f"a name is over {most} bytes"]
+    message = rights.encode_denied_use(1, TopicUse("send", names[1]))  # cut
+    assert rights.decode_denied_use(message).use.topic == names[0]
+    with pytest.raises(LinkViolation, match="too long"):
+        rights.decode_denied_use(message + b"x")
+
+
+def test_a_listing(monkeypatch, tmp_path):
+    monkeypatch.setattr(listing, "NETNS", str(tmp_path))
+    (tmp_path / "a").touch()
+
+    def listed(count):
+        rule = SocketRule("a", ("inet",), ("stream",), tuple(range(1, count)), "everyone", "f:1")
+        return listing.offers(View((), (rule,), (), (), {}, administrator=False), 0, None, set())
+
+    most = limits.OFFERS
+    assert [len(listed(count)) for count in (most - 1, most, most + 1)] == [most - 1, most, most]
+
+
+# ---- the links
+
+
+def test_a_message_of_a_link(pair):
+    theirs, most = Link(pair[1]), limits.LINK_BYTES
+    for receive in (theirs.receive, lambda: theirs.receive_with_descriptors(1)[0]):
+        pair[0].send(b"x" * most)
+        assert len(receive()) == most
+        pair[0].send(b"x" * (most + 1))
+        with pytest.raises(LinkViolation):
+            receive()
+
+
+def test_messages_that_wait_for_a_link(pair):
+    ours, most = Link(pair[0]), limits.LINK_WAITING
+    while ours.waiting < most:
+        ours.send(b"x")
+    with pytest.raises(LinkViolation, match="does not read"):
+        ours.send(b"x")
+    assert ours.waiting == most
+
+
+def test_a_compiled_policy(monkeypatch, tmp_path):
+    """POLICY_LINK_BYTES: the launcher does not send more, the opener does not take more."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(harness.EVERYONE_NULL)
+    monkeypatch.setattr(launcher, "load_policy", lambda file, *, trusted: load_policy(file, trusted=False))
+    size = len(to_bytes(load_policy(str(path), trusted=False).policy))
+    at(monkeypatch, "POLICY_LINK_BYTES", size)
+    assert launcher.checked_policy(str(path))
+    at(monkeypatch, "POLICY_LINK_BYTES", size - 1)
+    with pytest.raises(PolicyError, match=f"at most {size - 1} bytes, found {size} bytes"):
+        launcher.checked_policy(str(path))
+    number = memfd.sealed("x", b"x" * size)
+    assert len(memfd.read(number, size)) == size
+    with pytest.raises(LinkViolation):
+        memfd.read(number, size - 1)
+    os.close(number)
+
+
+# ---- the namespaces worker
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_question_to_the_worker_has_its_time(monkeypatch, pair, stuck):
+    """NAMESPACE_SECONDS: who answers is heard; who does not is given up."""
+    assert namespaces._CHILD_S == limits.NAMESPACE_SECONDS
+    if stuck:
+        monkeypatch.setattr(namespaces, "_CHILD_S", 0.2)
+
+    def answer(*_):
+        if stuck:
+            os.read(os.pipe()[0], 1)  # for ever
+        raise Denied("no")
+
+    monkeypatch.setattr(namespaces, "answer", answer)
+    process = os.fork()
+    if process == 0:
+        try:
+            pair[1].close()
+            namespaces.Worker(Link(pair[0]), frozenset()).serve()
+        finally:
+            os._exit(0)
+    pair[0].close()
+    pair[1].settimeout(60)
+    pair[1].send(worker.encode_ask(worker.Ask(1, UID, Namespace("net", "a"))))
+    refusal = link.decode_outcome(pair[1].recv(1000)).refusal
+    pair[1].close()
+    os.waitpid(process, 0)
+    assert isinstance(refusal, OpenFailed if stuck else Denied)
+    assert not stuck or refusal.number == errno.ETIMEDOUT
+
+
+# ---- who is let in
+
+
+@pytest.fixture
+def make_door(monkeypatch, pair):
+    """A door on a clock of the test's, which lets in whom it lets in by a list; and its address."""
+    clock, made = Clock(), []
+    monkeypatch.setattr(door_module, "time", clock)
+
+    def make():
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind("")
+        listener.listen()
+        listener.setblocking(False)
+        door = Door(listener, Link(pair[0]), None, Audit(None), {})
+        monkeypatch.setattr(door, "_welcome", lambda sock: made.append(sock) or sock.close())
+        door.let_in, door.clock, door.address = made, clock, listener.getsockname()
+        doors.append(door)
+        return door
+
+    doors = []
+    yield make
+    for door in doors:
+        door._acceptor.close()
+        os.close(door._identifier._proc)
+
+
+def test_descriptors_of_the_opener(monkeypatch, make_door):
+    """Of DESCRIPTORS some are reserved; the others are as many connections, and then accepting pauses."""
+    most = limits.DESCRIPTORS
+    monkeypatch.setattr(
+        door_module, "resource", types.SimpleNamespace(getrlimit=lambda _: (most, most), RLIMIT_NOFILE=0)
+    )
+    door = make_door()
+    connections = most - limits.reserved(most)
+    door._connections.update(dict.fromkeys(range(connections - 1)))
+    with socket.socket(socket.AF_UNIX) as client, socket.socket(socket.AF_UNIX) as other:
+        client.connect(door.address)
+        door.accept()
+        assert (len(door.let_in), door.paused()) == (1, False)
+        door._connections[connections] = None
+        other.settimeout(10)
+        other.connect(door.address)
+        door.accept()
+        assert (len(door.let_in), door.paused()) == (1, True)
+        assert b"QuotaExceeded" in other.recv(1000)
+
+
+@pytest.mark.parametrize("hard", [limits.DESCRIPTORS - 1, limits.DESCRIPTORS, limits.DESCRIPTORS + 1, -1])
+def test_what_the_kernel_is_asked_for(monkeypatch, hard):
+    """DESCRIPTORS, or what the hard limit leaves of it; -1 is none."""
+    monkeypatch.setattr(start, "compile_filter", lambda _: os.open("/dev/null", os.O_RDONLY))
+    monkeypatch.setattr(start, "subprocess", types.SimpleNamespace(Popen=lambda words, **_: words, DEVNULL=0))
+    words = start._start("opener", (UID, UID), {}, start._Kept())
+    order = orders.Order(**json.loads(words[-1]))
+    said = []
+    names = ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIM_INFINITY")
+    numbers = {name: getattr(resource, name) for name in names}
+    limited = types.SimpleNamespace(
+        getrlimit=lambda _: (hard, hard), setrlimit=lambda *values: said.append(values), **numbers
+    )
+    monkeypatch.setattr(orders, "resource", limited)
+    monkeypatch.setattr(orders, "confine", lambda _: False)
+    monkeypatch.setattr(orders, "signal", mock.MagicMock())
+    monkeypatch.setattr(
+        orders, "os", types.SimpleNamespace(chdir=lambda _: None, read=lambda *_: b"", close=lambda _: 0)
+    )
+    orders.obey(order, 0)
+    most = limits.DESCRIPTORS if hard < 0 else min(hard, limits.DESCRIPTORS)
+    assert (resource.RLIMIT_NOFILE, (most, most)) in said
+
+
+def test_accepting_goes_on_after_its_pause(make_door):
+    door = make_door()
+    door._pause()
+    door.clock.now_s += limits.ACCEPT_PAUSE_MS / 1000 - 0.001
+    assert door.paused()
+    door.clock.now_s += 0.002
+    assert not door.paused()
+
+
+def test_knocks_while_others_of_the_user_wait(make_door):
+    door = make_door()
+    maxima = {"burst": 1, "connections": 1000, "requests_per_second": 1}
+    account = door._accounts.of(UID, maxima, door.clock.now_s)
+    account.pace.spend(10_000, 1, 1000, door.clock.now_s)
+    door._contested_s = door.clock.now_s
+    ends = socket.socketpair()
+    for _ in range(limits.KNOCKS_FREE):
+        assert door._must_wait(ends[0])
+    assert account.pace._offences == 0
+    assert door._must_wait(ends[0])
+    assert account.pace._offences == 1
+    for end in ends:
+        end.close()
+
+
+# ---- the audit
+
+
+class Written:
+    """Stands for the journal."""
+
+    def __init__(self):
+        self.records = []
+
+    def write(self, values):
+        self.records.append(values)
+
+
+def test_users_whose_refusals_are_counted():
+    audit = Audit(None)
+    audit._records = written = Written()
+
+    def refuse(uid):
+        subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True)
+        audit.refuse(Record("refused", "authorize", 1, subject, Device("/dev/a", "ro"), "why"), 100.0)
+
+    most = limits.AUDIT_USERS
+    for uid in [*range(most), *range(most)]:
+        refuse(uid)
+    assert len(written.records) == len(audit._windows) == most
+    refuse(most)
+    assert len(audit._windows) == 1
+    assert len(written.records) == most + most + 1
+    assert {record["FDBROKER_UID"] for record in written.records[most:-1]} == set(map(str, range(most)))
+
+
+def test_a_value_of_a_record():
+    most = limits.AUDIT_VALUE_CHARACTERS
+    reasons = ["x" * most, "x" * (most + 1)]
+    found = [fields(Record("refused", "a", 1, None, None, reason))["FDBROKER_REASON"] for reason in reasons]
+    assert found == ["x" * most, "x" * (most - 1) + "…"]
+
+
+# ---- messages
+
+
+def test_topics_of_a_policy_and_of_a_subscription(tmp_path):
+    most = limits.TOPICS
+
+    def policy(count):
+        return "topics: {" + ", ".join(f"t{number}: {{}}" for number in range(count)) + "}"
+
+    def call(count):
+        call = {"method": "io.fdbroker.Inbox.Subscribe", "parameters": {"topics": ["x"] * count}, "more": True}
+        return dispatch.dispatch_varlink(json.dumps(call).encode())
+
+    assert policy_errors(tmp_path, policy(most)) == ""
+    assert f"over {most} topics" in policy_errors(tmp_path, policy(most + 1))
+    assert len(call(most).topics) == most
+    assert b"InvalidParameter" in call(most + 1).data
+
+
+def test_the_name_of_a_topic(tmp_path):
+    most = limits.TOPIC_BYTES
+    assert policy_errors(tmp_path, "topics: {" + "x" * most + ": {}}") == ""
+    assert f"at most {most}" in policy_errors(tmp_path, "topics: {" + "x" * (most + 1) + ": {}}")
+
+
+def test_messages_that_wait_for_a_subscriber():
+    member = Member(Sender(5, 5, 5, ""))
+    for _ in range(limits.SUBSCRIBER_MESSAGES):
+        member.put(b"x")
+    assert (len(member.queue), member.lost) == (limits.SUBSCRIBER_MESSAGES, 0)
+    member.put(b"y")
+    assert (len(member.queue), member.lost) == (limits.SUBSCRIBER_MESSAGES, 1)
+    assert member.queue[-1] == (b"y", None)
+
+
+def test_bytes_that_wait_for_a_subscriber():
+    member = Member(Sender(5, 5, 5, ""))
+    member.put(b"x" * 10)
+    member.put(b"x" * (limits.SUBSCRIBER_BYTES - 10))
+    assert (member.queued_bytes, member.lost) == (limits.SUBSCRIBER_BYTES, 0)
+    member.put(b"y")
+    assert (member.queued_bytes, member.lost) == (limits.SUBSCRIBER_BYTES - 10 + 1, 1)
+
+
+def test_descriptors_of_a_user_that_nobody_has_read():
+    unread = Unread()
+    pairs = [socket.socketpair() for _ in range(3)]
+    (first, _), (second, _), (third, _) = pairs
+    for ours in (first, second):
+        ours.send(b"x")
+    unread.add(5, first, limits.UNREAD_OF_USER // 2)
+    unread.add(5, second, limits.UNREAD_OF_USER // 2 - 3)
+    assert unread.may_send(5, third, 3)
+    assert not unread.may_send(5, third, 4)
+    for ends in pairs:
+        for end in ends:
+            end.close()
+
+
+def test_a_payload_in_a_memfd(tmp_path):
+    """ATTACHED_BYTES, where the topic says nothing."""
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\ntopics: {x: {}}\n")
+    made, ledger = Topics(Records(None)), Ledger()
+    made.use(load_policy(str(path), trusted=False).policy.topics)
+    sender = Member(Sender(5, 5, 5, ""))
+    made.allow(sender, MAY)
+
+    def publish(size):
+        number = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+        os.ftruncate(number, size)  # takes no memory
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, memfd.SEALS)
+        made.publish(sender, dispatch.Publish("x", b"", "", "text", file=0), ledger.take(5, [number]))
+
+    publish(limits.ATTACHED_BYTES)
+    with pytest.raises(MessageTooLong) as caught:
+        publish(limits.ATTACHED_BYTES + 1)
+    assert caught.value.maximum == limits.ATTACHED_BYTES
+    caught = None
+    for _ in range(500):
+        if not ledger._held:
+            break
+        time.sleep(0.01)
+    assert not ledger._held
+
+
+def test_what_a_policy_may_say_of_payloads(tmp_path):
+    most = limits.ATTACHED_BYTES_MAX
+    assert policy_errors(tmp_path, f"topics: {{x: {{maximum_bytes: {most}}}}}") == ""
+    assert f"a number from 1 to {most}" in policy_errors(tmp_path, f"topics: {{x: {{maximum_bytes: {most + 1}}}}}")
+
+
+def test_users_that_may_subscribe(monkeypatch, tmp_path):
+    at(monkeypatch, "USERS", 3)
+
+    def policy(count):
+        users = ", ".join(f"{50000 + number}: {{subscribe: [x]}}" for number in range(count))
+        return f"topics: {{x: {{deliver: [queue]}}}}\nusers: {{{users}}}"
+
+    assert policy_errors(tmp_path, policy(3)) == ""
+    assert "at most 3 users, found 4" in policy_errors(tmp_path, policy(4))
+
+
+class Held:
+    """A database in memory needs no reserve."""
+
+    held = True
+
+    def take(self):
+        """It is there."""
+
+
+@pytest.fixture
+def store():
+    made = Store(":memory:", Held())
+    yield made
+    made.close()
+
+
+def queue(store, users=(7,), keep_s=60, **others):
+    """Topics with one that is stored for these users, and who may send to it."""
+    made = Topics(Records(None), store)
+    made.add_users([Known(uid, f"u{uid}", frozenset({0})) for uid in users])
+    made.use((Topic("mail", ("queue",), 65536, keep_s),))
+    sender = Member(Sender(5, 5, 5, ""))
+    made.allow(sender, MAY._replace(subscribe=frozenset(), **others))
+    return made, sender
+
+
+def reader(made, uid=7):
+    member = Member(Sender(uid, uid, uid, ""))
+    made.allow(member, MAY)
+    return member
+
+
+def mail(made, sender):
+    return made.publish(sender, dispatch.Publish("mail", b"x", "x", "text"))
+
+
+def test_rows_that_a_message_has_for_nothing(store):
+    """ROWS_PER_MESSAGE of them; with one more it counts as two messages."""
+    for count, passes in ((limits.ROWS_PER_MESSAGE, True), (limits.ROWS_PER_MESSAGE + 1, False)):
+        made, sender = queue(store, range(1000, 1000 + count), messages_per_second=1, burst=1)
+        with contextlib.nullcontext() if passes else pytest.raises(RateLimited):
+            assert mail(made, sender)
+
+
+def test_a_message_is_kept_for_so_long_where_a_topic_says_nothing(monkeypatch, tmp_path, store):
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\ntopics: {mail: {deliver: [queue]}}\n")
+    (topic,) = load_policy(str(path), trusted=False).policy.topics
+    assert topic.keep_s == limits.KEEP_SECONDS
+    clock = Clock()
+    for module in (topics, store_module):
+        monkeypatch.setattr(module, "time", clock)
+    made, sender = queue(store, keep_s=topic.keep_s)
+    mail(made, sender)
+    made.commit()
+    clock.now_s += limits.KEEP_SECONDS - 1
+    assert len(made.receive(reader(made), 10)) == 1
+    clock.now_s += 1
+    assert made.receive(reader(made), 10) == []
+    store.check(5, 1, 1, 1)  # and it counts for nobody
+
+
+def test_bytes_of_the_store(store):
+    """STORE_BYTES is what SQLite is told; above it nothing more is stored, below it is."""
+    (pages,) = store._database.execute("PRAGMA max_page_count").fetchone()
+    assert pages * 4096 == limits.STORE_BYTES
+    (used,) = store._database.execute("PRAGMA page_count").fetchone()
+    store._database.execute(f"PRAGMA max_page_count = {used + 10}")
+    number = 0
+    with pytest.raises(NotStored, match="full"):
+        while number < 100:
+            number += 1
+            store.put(Stored(number, 5, "mail", FAR_US, b"x" * 4096), frozenset({7}))
+            store.commit()
+    (used_now,) = store._database.execute("PRAGMA page_count").fetchone()
+    assert used < used_now <= used + 10
+    assert [one for one, _ in store.waiting(7, ["mail"], 0, 100)] == list(range(1, number))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_the_reserve_is_held_whole_or_not_at_all(tmp_path, missing):
+    """STORE_RESERVE_BYTES, where a file may have as many, or one less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "reserve"
+    reserve = Reserve(str(path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits.STORE_RESERVE_BYTES - missing, hard))
+    try:
+        reserve.take()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert reserve.held is not bool(missing)
+    assert path.exists() is not bool(missing)
+    assert missing or path.stat().st_size == limits.STORE_RESERVE_BYTES
+    reserve.give()
+
+
+def test_messages_of_one_reply_to_receive(store):
+    most = limits.RECEIVED_MESSAGES
+    made, _ = queue(store)
+    for number in range(1, most + 2):
+        store.put(Stored(number, 5, "mail", FAR_US, b"{}"), frozenset({7}))
+    store.commit()
+    one = reader(made)
+    assert [len(made.receive(one, count)) for count in (most - 1, most, most + 1)] == [most - 1, most, most]
+    made.acknowledge(one, range(1, most + 1))
+    made.commit()
+    assert len(made.receive(one, most)) == 1
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_bytes_of_one_reply_to_receive(store, more):
+    """RECEIVED_BYTES in two messages, and with one byte more the second comes the next time."""
+    for number, size in ((1, 1000), (2, limits.RECEIVED_BYTES - 1000 + more)):
+        store.put(Stored(number, 5, "mail", FAR_US, b"x" * size), frozenset({7}))
+    store.commit()
+    assert [number for number, _ in store.waiting(7, ["mail"], 0, 10)] == [1, 2][: 2 - more]
+    assert [number for number, _ in store.waiting(7, ["mail"], 1, 10)] == [2]
+
+
+def test_numbers_that_are_acknowledged_at_once():
+    def call(count):
+        call = {"method": "io.fdbroker.Inbox.Receive", "parameters": {"maximum": 1, "acknowledge": [1] * count}}
+        return dispatch.dispatch_varlink(json.dumps(call).encode())
+
+    assert len(call(limits.ACKNOWLEDGED).acknowledge) == limits.ACKNOWLEDGED
+    assert b'"acknowledge"' in call(limits.ACKNOWLEDGED + 1).data
+
+
+# ---- a client of the inbox
+
+
+class Desk:
+    """An inbox whose loop the test is, with one client, whose other end is `client`."""
+
+    def __init__(self, stack):
+        def ends(kind):
+            return [stack.enter_context(end) for end in socket.socketpair(socket.AF_UNIX, kind)]
+
+        (self.launcher, to_launcher), (self.opener, to_opener) = (
+            ends(socket.SOCK_SEQPACKET),
+            ends(socket.SOCK_SEQPACKET),
+        )
+        self.client, sock = ends(socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.inbox = service.Inbox(Link(to_launcher), Link(to_opener), Topics(Records(None)))
+        stack.callback(self.inbox._epoll.close)
+        sender = Sender(UID, 0, 1, "")
+        self.one = Client(1, sender, sock, self.inbox._turns.join(UID, MAY))
+        self.inbox._welcome(self.one)
+
+    def send(self, data):
+        """The client sends this, and the inbox reads it: how many units of work that was."""
+        before = self.one.user.used
+        self.client.sendall(data)
+        self.inbox._read(self.one)
+        return self.one.user.used - before
+
+    def said(self):
+        return link.decode(link.INBOX_TO_OPENER, self.opener.recv(200_000, socket.MSG_DONTWAIT))
+
+
+@pytest.fixture
+def desk():
+    with contextlib.ExitStack() as stack:
+        yield Desk(stack)
+
+
+def test_a_message_must_be_complete_in_time(desk, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(service, "time", clock)
+    desk.send(b"{")
+    clock.now_s += limits.MESSAGE_SECONDS - 0.5
+    desk.inbox._end_slow()
+    assert desk.inbox._by_number == {1: desk.one}
+    clock.now_s += 1
+    desk.inbox._end_slow()
+    assert desk.inbox._by_number == {}
+    assert desk.said() == link.Closed(1, service.SLOW)
+
+
+def test_answers_that_wait_for_who_does_not_read(desk):
+    """UNSENT_BYTES, when a listing comes for who watches: with one more the client is disconnected."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            desk.one.sock.send(b"x" * 1000, socket.MSG_DONTWAIT)
+    desk.one.state = "watching"
+    desk.one.out[:] = bytes(limits.UNSENT_BYTES)
+    desk.inbox._offered(desk.one, [], last=True)
+    assert desk.inbox._by_number == {1: desk.one}
+    desk.one.out[:] = bytes(limits.UNSENT_BYTES + 1)
+    desk.inbox._offered(desk.one, [], last=True)
+    assert desk.inbox._by_number == {}
+    assert desk.said() == link.Closed(1, service.DEAF)
+
+
+# ---- fairness
+
+
+def test_bytes_that_are_read_count(desk):
+    """Each BYTES_PER_UNIT of them is a unit beside that of the read."""
+    assert desk.send(b"{" + b" " * (limits.BYTES_PER_UNIT - 2)) == 1
+    assert desk.send(b" " * limits.BYTES_PER_UNIT) == 2
+
+
+def test_resources_that_are_asked_for_count(desk):
+    """UNITS_PER_RESOURCE each, beside the read and the message."""
+    resources = ",".join(['{"device":"/dev/x"}'] * 2)
+    call = f'{{"method":"io.fdbroker.Broker.Open","parameters":{{"resources":[{resources}]}}}}\0'
+    assert desk.send(call.encode()) == 2 + 2 * limits.UNITS_PER_RESOURCE
+
+
+def test_deliveries_count():
+    """So many subscribers are a unit, one less is none."""
+    made = Topics(Records(None))
+    made.use((Topic("news", ("subscribers",), 100),))
+    sender = reader(made)
+
+    def work():
+        made.publish(sender, dispatch.Publish("news", b"x", "x", "text"))
+        return made.take_work()
+
+    for _ in range(limits.DELIVERIES_PER_UNIT - 1):
+        made.subscribe(reader(made), ["news"], None, 0)
+    assert work() == 0
+    made.subscribe(reader(made), ["news"], None, 0)
+    assert work() == 1
+
+
+def test_a_users_budget():
+    """What the policy lets it send at once times UNITS_PER_REQUEST; for a unit more it waits."""
+    user = User(5, Rights(messages_per_second=10, burst=20), 0.0)
+    user.pace.spend(20 * limits.UNITS_PER_REQUEST, user.rate, user.size, 0.0)
+    assert user.pace.wait_s(user.rate, user.size, 0.0) == 0
+    user.pace.spend(1, user.rate, user.size, 0.0)
+    assert user.pace.wait_s(user.rate, user.size, 0.0) == 1 / (10 * limits.UNITS_PER_REQUEST)
+
+
+def test_a_budget_is_forgotten_when_it_was_not_used_for_so_long():
+    pace = Pace(10, 0.0)
+    assert not pace.is_idle(limits.IDLE_SECONDS)
+    assert pace.is_idle(limits.IDLE_SECONDS + 0.1)
+
+
+# ---- the policy
+
+
+def test_bytes_of_a_policy_file(tmp_path):
+    path = tmp_path / "policy.yaml"
+    found: list[Finding] = []
+    path.write_bytes(b"#" * limits.POLICY_FILE_BYTES)
+    assert len(load._read(str(path), found, trusted=False)) == limits.POLICY_FILE_BYTES
+    assert not found
+    path.write_bytes(b"#" * (limits.POLICY_FILE_BYTES + 1))
+    assert load._read(str(path), found, trusted=False) is None
+    assert str(found[0]) == f"{path}: is too large, expected at most {limits.POLICY_FILE_BYTES} bytes"
+
+
+def test_files_of_a_policy(tmp_path):
+    """The first one counts."""
+    policy, folder = str(tmp_path / "policy.yaml"), tmp_path / "policy.d"
+    folder.mkdir()
+    for number in range(limits.POLICY_FILES - 1):
+        (folder / f"{number}.yaml").touch()
+    assert len(load.policy_files(policy)) == limits.POLICY_FILES
+    (folder / "more.yaml").touch()
+    with pytest.raises(PolicyError, match=f"over {limits.POLICY_FILES} files"):
+        load.policy_files(policy)
+
+
+def test_levels_of_a_policy():
+    said = f"over {limits.POLICY_DEPTH} levels deep"
+    for depth, passes in ((limits.POLICY_DEPTH, True), (limits.POLICY_DEPTH + 1, False)):
+        found: list[Finding] = []
+        load.parse("F", "[" * depth + "]" * depth, found)
+        assert found
+        assert (said not in [one.what for one in found]) is passes
+
+
+def test_errors_that_are_said_at_once():
+    most = limits.POLICY_FINDINGS
+    findings = [Finding("F", line, 1, "wrong") for line in range(1, most + 2)]
+    assert load.in_order(findings[:most]) == findings[:most]
+    assert load.in_order(findings) == [*findings[:most], Finding("F", 0, 0, "and 1 errors more")]
+
+
+# ---- what a client is told to wait
+
+
+def test_a_wait_that_is_promised():
+    """WAIT_LIMIT_MS: what is longer is said to be as long."""
+    for tokens, said in ((-1, -1), (0, 0), (1, 0)):
+        bucket = Bucket(10**6, 0.0)
+        bucket.take(1000, 10**6, 0.0, 10**6)
+        assert bucket.take(1000, 10**6, 0.0, limits.WAIT_LIMIT_MS + tokens) == limits.WAIT_LIMIT_MS + said
+
+
+def test_a_full_journal_says_when_to_come_again():
+    class Full:
+        def write(self, values):
+            raise NotRecorded("EAGAIN")
+
+    made = Topics(Full())
+    made.use((Topic("news", ("journal",), 100),))
+    with pytest.raises(RateLimited) as caught:
+        made.publish(reader(made), dispatch.Publish("news", b"x", "x", "text"))
+    assert caught.value.retry_after_ms == limits.JOURNAL_RETRY_MS
+
+
+def test_too_many_descriptors_on_their_way_say_when_to_come_again(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ETOOMANYREFS, "")
+
+    monkeypatch.setattr(send.sockets, "send", full)
+    with pytest.raises(RateLimited) as caught:
+        send.send_grants(None, b"x", [0])
+    assert caught.value.retry_after_ms == limits.BUSY_RETRY_MS
+
+
+# ---- what the policy may say of users
+
+
+@pytest.mark.parametrize("name", limits.USER_LIMITS)
+def test_limits_of_users_have_limits(tmp_path, name):
+    one = limits.USER_LIMITS[name]
+    for value in (one.least, one.most):
+        assert policy_errors(tmp_path, f"limits: {{{name}: {value}}}") == ""
+    for value in (one.least - 1, one.most + 1):
+        said = policy_errors(tmp_path, f"limits: {{{name}: {value}}}")
+        assert f"a number from {one.least} to {one.most}" in said
