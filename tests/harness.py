@@ -14,6 +14,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -243,10 +244,17 @@ def folder() -> Iterator[Path]:
         where.rmdir()
 
 
+# a child that another thread forks just now must not have the end of our pipe, or we would wait for its end as well
+_forking = threading.Lock()
+
+
 def as_user(uid: int, groups: list[int], action: Callable[..., Any], *arguments: Any, gid: int | None = None) -> Any:
     """Run `action` in a child with that identity and no capability; its result comes back as JSON."""
-    reading, writing = os.pipe()
-    child = os.fork()
+    with _forking:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child != 0:
+            os.close(writing)
     if child == 0:
         code = 1
         try:
@@ -262,7 +270,6 @@ def as_user(uid: int, groups: list[int], action: Callable[..., Any], *arguments:
             traceback.print_exc()
         finally:
             os._exit(code)
-    os.close(writing)
     with os.fdopen(reading) as result:
         text = result.read()
     _, status = os.waitpid(child, 0)
