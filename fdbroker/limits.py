@@ -83,7 +83,7 @@ LIMITS: dict[str, Limit] = {
     "BYTES_PER_UNIT": Limit(8192, "bytes", "guess: reading and decoding them", "counts as more"),
     "DELIVERIES_PER_UNIT": Limit(16, "deliveries", "measured: to subscribers, several of them in one send", "likewise"),
     "TURN_UNITS": Limit(8, "units", "guess: what one user may delay others by", "next turn"),
-    "TURN_UNITS_ALONE": Limit(128, "units", "guess: the same, while nobody else has work", "next turn"),
+    "TURN_UNITS_ALONE": Limit(2048, "units", "guess: the same, while nobody else has work", "next turn"),
     "UNDIVIDED_FACTOR": Limit(4, "times", "guess: work above TURN_UNITS that cannot be divided counts as more", "-"),
     "ASKED_AT_ONCE": Limit(2, "resources", "guess: of one user, that the opener has yet to open", "the others wait"),
     "CONTEST_SECONDS": Limit(1, "seconds", "guess: since another user had work", "nobody has to rest"),
