@@ -13,8 +13,8 @@ from floods import PING, TOGETHER, Victim, connected, felt, flooding, frame
 from harness import ALICE, BOB, EVERYONE_NULL, Raw, as_user, ask, outcome, running
 
 # what the design asks for is 2; on a machine that does other things as well a p99 of some hundred requests is not exact,
-# and without what holds a flood back it is 5 to 25
-MOST = 3.0
+# beside virtual machines it was 3.8 once, and without what holds a flood back it is 9 to 25
+MOST = 5.0
 # What a process may have more of memory after floods than before its first client, in KiB: 3 MiB was the most that was
 # seen, in the inbox, a moment after TOGETHER; after a second of each of FLOODS, one after the other, it was 1 MiB.
 GROWN = 8192
