@@ -6,12 +6,13 @@ or out of its turn is a LinkViolation, which ends the service.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.errors import (
+    RETRY_CAUSES,
     ClientNotReading,
     Denied,
     LinkViolation,
@@ -23,8 +24,7 @@ from fdbroker.errors import (
     Refused,
 )
 from fdbroker.terms import Offer, Resource
-from fdbroker.wire import resources, rights
-from fdbroker.wire.pack import Cursor, exact, flag
+from fdbroker.wire import admin, codec, resources, rights
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
 
@@ -35,7 +35,7 @@ class Open(NamedTuple):
     """The client of `connection` asks for `resources`."""
 
     connection: int
-    resources: list[Resource]
+    resources: tuple[Resource, ...]
 
 
 class List(NamedTuple):
@@ -58,7 +58,9 @@ CLOSED_REASONS = (
     "a message came from another uid than the connection",
     "a message was not complete in time",
     "the client does not read its answers",
+    "the inbox has no descriptor left for it",
 )
+NOT_TAKEN = len(CLOSED_REASONS) - 1  # of these: the inbox never had it
 
 
 class Closed(NamedTuple):
@@ -123,6 +125,14 @@ class StopAsked(NamedTuple):
     """An administrator asks the service to stop."""
 
 
+class Look(NamedTuple):
+    """Somebody waits at the socket: see whether the policy is still broken."""
+
+
+class StillBroken(NamedTuple):
+    """It is: refuse all who wait."""
+
+
 class WorkerStuck(NamedTuple):
     """The namespaces worker does not answer any more."""
 
@@ -143,9 +153,21 @@ class Pong(NamedTuple):
     """The answer, the same way back: so one answer speaks for both children."""
 
 
-ToOpener = Open | List | Shutdown | Closed | Slowed | Drained | rights.DeniedUse | Policy | Stop
-ToInbox = rights.Connected | Outcome | Offered | Drain | rights.RightsChanged | rights.Topics | rights.Users
-Message = ToOpener | ToInbox | Applied | StopAsked | WorkerStuck | Restart | Ready | Ping | Pong
+FromInbox = Open | List | Shutdown | admin.Reload | Closed | Slowed | Drained | Pong | rights.DeniedUse
+ToInbox = (
+    rights.Connected
+    | Outcome
+    | Offered
+    | admin.Reloaded
+    | admin.InForce
+    | Drain
+    | Ping
+    | rights.RightsChanged
+    | rights.Topics
+    | rights.Users
+)
+ToLauncher = Applied | Ready | Pong | StopAsked | admin.ReloadAsked | admin.Judge | WorkerStuck
+FromLauncher = Policy | Stop | Ping | admin.Judged | admin.Reloaded
 
 # What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
 # that has no row here is out of turn. docs/protocol.md prints it.
@@ -160,106 +182,34 @@ TURNS: Mapping[tuple[str, str], str] = {
     ("watching", "Outcome"): "idle",
     ("idle", "Shutdown"): "stopping",
     ("stopping", "Outcome"): "idle",
+    ("idle", "Reload"): "reloading",
+    ("reloading", "Outcome"): "idle",
+    ("reloading", "Reloaded"): "idle",
     ("idle", "DeniedUse"): "idle",
     ("idle", "Slowed"): "idle",
     ("opening", "Slowed"): "opening",
     ("listing", "Slowed"): "listing",
     ("watching", "Slowed"): "watching",
     ("stopping", "Slowed"): "stopping",
+    ("reloading", "Slowed"): "reloading",
     ("idle", "Closed"): "gone",
     ("opening", "Closed"): "gone",
     ("listing", "Closed"): "gone",
     ("watching", "Closed"): "gone",
     ("stopping", "Closed"): "gone",
+    ("reloading", "Closed"): "gone",
 }
 
-# ---- formats. First byte: the type. All numbers in network byte order.
-_TYPE = struct.Struct("!B")
-_CLOSED = struct.Struct("!BQB")
-_SHUTDOWN = struct.Struct("!BQ")
-_SLOWED = struct.Struct("!BQ")
-_OPEN = struct.Struct("!BQB")  # then `count` resources
-_LIST = struct.Struct("!BQB")
-_OUTCOME = struct.Struct("!BQBBI")  # code, index of the resource (255: none), number; then text
-_OFFERED = struct.Struct("!BQBH")  # last, count; then `count` times a resource and its rule:
-_WHERE = struct.Struct("!H")  # length of where; where
-_GENERATION = struct.Struct("!BI")
+# ---- formats
 
 _OFFERS_PER_MESSAGE = 8  # two names of at most 4 KiB an offer: far below LINK_BYTES
-_NO_INDEX = 255
-_GRANTED = 0
-_REFUSAL_CODES: dict[type[Refused], int] = {
-    Denied: 1,
-    NoSuchResource: 2,
-    NotWhatItWas: 3,
-    OpenFailed: 4,
-    QuotaExceeded: 5,
-    RateLimited: 6,
-    ClientNotReading: 7,
-}
+_REASON_BYTES = 8192
+# by their codes
+_REFUSALS = (Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, ClientNotReading)
 
 
-def encode_open(connection: int, asked: Sequence[Resource]) -> bytes:
-    """Raises ValueError when a path is over 65535 bytes or there are over RESOURCES_PER_OPEN resources."""
-    if not 1 <= len(asked) <= _RESOURCES:
-        raise ValueError(f"{len(asked)} resources")
-    return b"".join([_OPEN.pack(1, connection, len(asked)), *map(resources.pack, asked)])
-
-
-def _decode_open(data: bytes) -> Open:
-    cursor = Cursor(data)
-    _, connection, count = cursor.fields(_OPEN)
-    if not 1 <= count <= _RESOURCES:
-        raise LinkViolation(f"{count} resources")
-    asked = [resources.take(cursor) for _ in range(count)]
-    cursor.end()
-    return Open(connection, asked)
-
-
-def encode_list(connection: int, *, watch: bool) -> bytes:
-    """With `watch` the listing comes again after each change."""
-    return _LIST.pack(2, connection, watch)
-
-
-def _decode_list(data: bytes) -> List:
-    _, connection, watch = exact(_LIST, data)
-    return List(connection, flag(watch))
-
-
-def encode_closed(connection: int, reason: int) -> bytes:
-    """The last word on a connection; `reason` is an index of CLOSED_REASONS."""
-    return _CLOSED.pack(3, connection, reason)
-
-
-def _decode_closed(data: bytes) -> Closed:
-    _, connection, reason = exact(_CLOSED, data)
-    if reason >= len(CLOSED_REASONS):
-        raise LinkViolation(f"a reason of value {reason}")
-    return Closed(connection, reason)
-
-
-def encode_shutdown(connection: int) -> bytes:
-    """Inbox to opener, which alone knows who is an administrator."""
-    return _SHUTDOWN.pack(5, connection)
-
-
-def _decode_shutdown(data: bytes) -> Shutdown:
-    return Shutdown(exact(_SHUTDOWN, data)[1])
-
-
-def encode_slowed(connection: int) -> bytes:
-    """For the record; it says nothing of what is asked or answered."""
-    return _SLOWED.pack(7, connection)
-
-
-def _decode_slowed(data: bytes) -> Slowed:
-    return Slowed(exact(_SLOWED, data)[1])
-
-
-def encode_outcome(connection: int, refusal: Refused | None, *, why: bool = False) -> bytes:
-    """`refusal` None: the descriptors and the reply have left. `why`: say of a denial what only the record may say."""
-    if refusal is None:
-        return _OUTCOME.pack(2, connection, _GRANTED, _NO_INDEX, 0)
+def _told(refusal: Refused, *, why: bool = False) -> tuple[int, int | None, int, str]:
+    """Code, index of the resource, number, text; with `why` also that of a denial, which only a record may say."""
     number, text = 0, ""
     match refusal:
         case Denied() if why:
@@ -271,139 +221,106 @@ def encode_outcome(connection: int, refusal: Refused | None, *, why: bool = Fals
         case QuotaExceeded():
             number, text = refusal.maximum, refusal.limit
         case RateLimited():
-            number = refusal.retry_after_ms
-    index = _NO_INDEX if refusal.index is None else refusal.index
-    return _OUTCOME.pack(2, connection, _REFUSAL_CODES[type(refusal)], index, number) + text.encode()
+            number, text = refusal.retry_after_ms, refusal.cause
+    return _REFUSALS.index(type(refusal)), refusal.index, number, text
 
 
-def decode_outcome(data: bytes) -> Outcome:
-    """Also what the namespaces worker refuses. Raises LinkViolation."""
-    cursor = Cursor(data)
-    _, connection, code, position, number = cursor.fields(_OUTCOME)
-    text = cursor.rest()
-    index = None if position == _NO_INDEX else position
-    refusal: Refused | None
-    match code:
-        case 0:
-            refusal = None
-        case 1:
-            refusal = Denied(text or "no rule allows it", index=index)
-        case 2:
-            refusal = NoSuchResource("it is not there now", index=index)
-        case 3:
-            refusal = NotWhatItWas(text, index=index)
-        case 4:
-            refusal = OpenFailed(number, index=index)
-        case 5:
-            refusal = QuotaExceeded(text, number)
-        case 6:
-            refusal = RateLimited(number)
-        case 7:
-            refusal = ClientNotReading()
-        case _:
-            raise LinkViolation(f"outcome {code}")
-    return Outcome(connection, refusal)
+def _refusal(told: tuple[int, int | None, int, str]) -> Refused:
+    code, index, number, text = told
+    match _REFUSALS[code].__name__:
+        case "Denied":
+            return Denied(text or "no rule allows it", index=index)
+        case "NoSuchResource":
+            return NoSuchResource("it is not there now", index=index)
+        case "NotWhatItWas":
+            return NotWhatItWas(text, index=index)
+        case "OpenFailed":
+            return OpenFailed(number, index=index)
+        case "QuotaExceeded":
+            return QuotaExceeded(text, number)
+        case "RateLimited" if text in RETRY_CAUSES:
+            return RateLimited(number, text)
+        case "ClientNotReading":
+            return ClientNotReading()
+    raise LinkViolation(f"no refusal: {told}")
 
 
-def encode_offered(connection: int, offers: Sequence[Offer], *, last: bool) -> bytes:
-    """One part of a listing; `split_offers` makes them of the right size."""
-    parts = [_OFFERED.pack(3, connection, last, len(offers))]
-    for offer in offers:
-        where = offer.where.encode()
-        parts += (resources.pack(offer.resource), _WHERE.pack(len(where)), where)
-    return b"".join(parts)
+_TOLD = codec.Record(
+    lambda *told: told,
+    *(codec.number(8, len(_REFUSALS) - 1), codec.Maybe(codec.U8), codec.U32, codec.Text(_REASON_BYTES, cut=True)),
+)
+_REFUSAL = codec.Mapped(_TOLD, _told, _refusal)
+REFUSAL_AND_WHY = codec.Mapped(_TOLD, partial(_told, why=True), _refusal)
+_OFFER = codec.Record(Offer, resources.RESOURCE, codec.Text(0xFFFF), codec.U64)
+_REASON = codec.number(8, len(CLOSED_REASONS) - 1)
+_ONE = (codec.U64,)  # just the connection's number
+
+INBOX_TO_OPENER: codec.Table[FromInbox] = codec.Table(
+    (1, Open, (codec.U64, codec.Kept(codec.Some(resources.RESOURCE, _RESOURCES, 1)))),
+    (2, List, (codec.U64, codec.FLAG)),
+    (3, Closed, (codec.U64, _REASON)),
+    (4, Drained, ()),
+    (5, Shutdown, _ONE),
+    (6, rights.DeniedUse, (codec.U64, rights.USE)),
+    (7, Slowed, _ONE),
+    (8, Pong, ()),
+    (9, admin.Reload, _ONE),
+)
+OPENER_TO_INBOX: codec.Table[ToInbox] = codec.Table(
+    (1, rights.Connected, (codec.U64, rights.SENDER, rights.RIGHTS)),
+    (2, Outcome, (codec.U64, codec.Maybe(_REFUSAL))),
+    (3, Offered, (codec.U64, codec.FLAG, codec.Some(_OFFER, _OFFERS_PER_MESSAGE, 0, list))),
+    (4, Drain, ()),
+    (5, rights.RightsChanged, (codec.U64, rights.RIGHTS)),
+    (6, rights.Topics, (codec.Some(rights.TOPIC, limits.TOPICS),)),
+    (7, Ping, ()),
+    (8, rights.Users, (codec.Some(rights.USER, rights.USERS_AT_ONCE),)),
+    (9, admin.InForce, (codec.U32, codec.Text(64), codec.U64)),
+    (13, admin.Reloaded, (codec.U64, admin.FINDINGS)),
+)
+LAUNCHER_TO_OPENER: codec.Table[FromLauncher] = codec.Table(
+    (1, Policy, (codec.U32,)),
+    (5, Stop, ()),
+    (7, Ping, ()),
+    (12, admin.Judged, (codec.U64, codec.FLAG)),
+    (13, admin.Reloaded, (codec.U64, admin.FINDINGS)),
+)
+OPENER_TO_LAUNCHER: codec.Table[ToLauncher] = codec.Table(
+    (4, Applied, (codec.U32,)),
+    (6, Ready, ()),
+    (8, Pong, ()),
+    (9, StopAsked, ()),
+    (10, WorkerStuck, ()),
+    (12, admin.Judge, _ONE),
+    (13, admin.ReloadAsked, _ONE),
+)
+# While the policy is broken, the refuser asks before it refuses clients whether the policy still is.
+REFUSER_TO_LAUNCHER: codec.Table[Ready | Look] = codec.Table((6, Ready, ()), (14, Look, ()))
+LAUNCHER_TO_REFUSER: codec.Table[Stop | StillBroken] = codec.Table((5, Stop, ()), (14, StillBroken, ()))
+LAUNCHER_TO_WORKER: codec.Table[Stop | Restart] = codec.Table((5, Stop, ()), (11, Restart, ()))
+# They may say that they are there, and nothing else: a taken-over inbox must not speak for the opener.
+INBOX_TO_LAUNCHER: codec.Table[Ready] = codec.Table((6, Ready, ()))
+WORKER_TO_LAUNCHER: codec.Table[Ready] = codec.Table((6, Ready, ()))
+LAUNCHER_TO_WITNESS: codec.Table[Stop | admin.Judge] = codec.Table((5, Stop, ()), (12, admin.Judge, _ONE))
+WITNESS_TO_LAUNCHER: codec.Table[Ready | admin.Judged] = codec.Table(
+    (6, Ready, ()), (12, admin.Judged, (codec.U64, codec.FLAG))
+)
 
 
 def split_offers(connection: int, offers: Sequence[Offer]) -> list[bytes]:
     """A whole listing as messages, at least one."""
     starts = range(0, max(1, len(offers)), _OFFERS_PER_MESSAGE)
     return [
-        encode_offered(connection, offers[start : start + _OFFERS_PER_MESSAGE], last=start == starts[-1])
+        OPENER_TO_INBOX.encode(
+            Offered(connection, start == starts[-1], list(offers[start : start + _OFFERS_PER_MESSAGE]))
+        )
         for start in starts
     ]
 
 
-def _decode_offered(data: bytes) -> Offered:
-    cursor = Cursor(data)
-    _, connection, last, count = cursor.fields(_OFFERED)
-    offers = []
-    for _ in range(count):
-        resource = resources.take(cursor)
-        (length,) = cursor.fields(_WHERE)
-        offers.append(Offer(resource, cursor.text(length)))
-    cursor.end()
-    return Offered(connection, flag(last), offers)
-
-
-def encode_policy(generation: int) -> bytes:
-    """The memfd goes with it as the only descriptor."""
-    return _GENERATION.pack(1, generation)
-
-
-def _decode_policy(data: bytes) -> Policy:
-    return Policy(exact(_GENERATION, data)[1])
-
-
-def encode_applied(generation: int) -> bytes:
-    """Opener to launcher."""
-    return _GENERATION.pack(4, generation)
-
-
-def _decode_applied(data: bytes) -> Applied:
-    return Applied(exact(_GENERATION, data)[1])
-
-
-def _plain(message: Message) -> Callable[[bytes], Message]:
-    def decode(data: bytes) -> Message:
-        exact(_TYPE, data)
-        return message
-
-    return decode
-
-
-DRAINED, DRAIN, STOP, READY, PING, PONG, STOP_ASKED = (_TYPE.pack(number) for number in (4, 4, 5, 6, 7, 8, 9))
-WORKER_STUCK, RESTART = (_TYPE.pack(number) for number in (10, 11))
-
-Decoders = Mapping[int, Callable[[bytes], Message]]
-INBOX_TO_OPENER: Decoders = {
-    1: _decode_open,
-    2: _decode_list,
-    3: _decode_closed,
-    4: _plain(Drained()),
-    5: _decode_shutdown,
-    6: rights.decode_denied_use,
-    7: _decode_slowed,
-    8: _plain(Pong()),
-}
-OPENER_TO_INBOX: Decoders = {
-    1: rights.decode_connected,
-    2: decode_outcome,
-    3: _decode_offered,
-    4: _plain(Drain()),
-    5: rights.decode_changed,
-    6: rights.decode_topics,
-    8: rights.decode_users,
-    7: _plain(Ping()),
-}
-LAUNCHER_TO_OPENER: Decoders = {1: _decode_policy, 5: _plain(Stop()), 7: _plain(Ping())}
-OPENER_TO_LAUNCHER: Decoders = {
-    4: _decode_applied,
-    6: _plain(Ready()),
-    8: _plain(Pong()),
-    9: _plain(StopAsked()),
-    10: _plain(WorkerStuck()),
-}
-LAUNCHER_TO_WORKER: Decoders = {5: _plain(Stop()), 11: _plain(Restart())}
-# They may say that they are there, and nothing else: a taken-over inbox must not speak for the opener.
-INBOX_TO_LAUNCHER: Decoders = {6: _plain(Ready())}
-WORKER_TO_LAUNCHER: Decoders = {6: _plain(Ready())}
-
-
-def decode(decoders: Decoders, data: bytes) -> Message:
-    """One message, by the table of the direction that it came from. Raises LinkViolation."""
-    if not data:
-        raise LinkViolation("an empty message")
-    decoder = decoders.get(data[0])
-    if decoder is None:
-        raise LinkViolation(f"unknown message type {data[0]}")
-    return decoder(data)
+READY = INBOX_TO_LAUNCHER.encode(Ready())  # whoever says it
+STOP, STOP_ASKED = LAUNCHER_TO_OPENER.encode(Stop()), OPENER_TO_LAUNCHER.encode(StopAsked())
+PING, PONG = LAUNCHER_TO_OPENER.encode(Ping()), INBOX_TO_OPENER.encode(Pong())
+DRAIN, DRAINED = OPENER_TO_INBOX.encode(Drain()), INBOX_TO_OPENER.encode(Drained())
+WORKER_STUCK, RESTART = OPENER_TO_LAUNCHER.encode(WorkerStuck()), LAUNCHER_TO_WORKER.encode(Restart())
+LOOK, STILL_BROKEN = REFUSER_TO_LAUNCHER.encode(Look()), LAUNCHER_TO_REFUSER.encode(StillBroken())

@@ -1,11 +1,10 @@
 """A resource as JSON on the wire, and as bytes between our processes. As words: terms.parse.
 
-Runs in: every process. An attacker controls what is read here; a taken-over inbox controls what `take` reads.
+Runs in: every process. A client controls the JSON; a taken-over inbox controls the bytes.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 from fdbroker.errors import LinkViolation
@@ -21,7 +20,7 @@ from fdbroker.terms import (
     Resource,
     Socket,
 )
-from fdbroker.wire.pack import Cursor, word
+from fdbroker.wire import codec
 
 # ---- JSON, as io.fdbroker.Broker says
 
@@ -120,49 +119,24 @@ def _socket(value: Any) -> Socket:
     )
 
 
-# ---- bytes between our processes: the kind, what it has of numbers, then a text and its length
-
-_DEVICE = struct.Struct("!BBH")  # 0, access, length of path
-_NAMESPACE = struct.Struct("!BBIH")  # 1, type, pid, length of name
-_SOCKET = struct.Struct("!BBBHH")  # 2, family, type, port, length of name
-_TEXT_BYTES = 0xFFFF
+# ---- bytes between our processes
 
 
-def pack(resource: Resource) -> bytes:
-    """Raises ValueError when a text is over 65535 bytes."""
-    text = (resource.path if isinstance(resource, Device) else _name(resource)).encode()
-    if len(text) > _TEXT_BYTES:
-        raise ValueError("a text that is too long")
-    match resource:
-        case Device(_, access):
-            return _DEVICE.pack(0, ACCESS_NAMES.index(access), len(text)) + text
-        case Namespace(type_, _, pid):
-            return _NAMESPACE.pack(1, NAMESPACE_TYPES.index(type_), pid, len(text)) + text
-        case Socket(_, family, type_, port):
-            return _SOCKET.pack(2, FAMILIES.index(family), SOCKET_TYPES.index(type_), port, len(text)) + text
+def _as_asked(type_: str, name: str, pid: int) -> Namespace:
+    if pid and name:
+        raise LinkViolation("a namespace that cannot be")
+    return Namespace(type_, name, pid)
 
 
-def _name(resource: Namespace | Socket) -> str:
-    return resource.name if isinstance(resource, Namespace) else resource.namespace
+def _in_a_namespace(namespace: str, family: str, type_: str, port: int) -> Socket:
+    if not namespace:
+        raise LinkViolation("a socket in no namespace")
+    return Socket(namespace, family, type_, port)
 
 
-def take(cursor: Cursor) -> Resource:
-    """The next resource of a message. Raises LinkViolation."""
-    kind = cursor.kind()
-    match kind:
-        case 0:
-            _, access, length = cursor.fields(_DEVICE)
-            return Device(cursor.text(length), word(ACCESS_NAMES, access))
-        case 1:
-            _, type_, pid, length = cursor.fields(_NAMESPACE)
-            name = cursor.text(length)
-            if pid > PID_MAX or (pid and name):
-                raise LinkViolation("a namespace that cannot be")
-            return Namespace(word(NAMESPACE_TYPES, type_), name, pid)
-        case 2:
-            _, family, type_, port, length = cursor.fields(_SOCKET)
-            if not length:
-                raise LinkViolation("a socket in no namespace")
-            return Socket(cursor.text(length), word(FAMILIES, family), word(SOCKET_TYPES, type_), port)
-        case _:
-            raise LinkViolation(f"a resource of kind {kind}")
+_NAME = codec.Text(0xFFFF)
+NAMESPACE = codec.Record(_as_asked, codec.word(*NAMESPACE_TYPES), _NAME, codec.number(32, PID_MAX))
+SOCKET = codec.Record(_in_a_namespace, _NAME, codec.word(*FAMILIES), codec.word(*SOCKET_TYPES), codec.U16)
+RESOURCE = codec.Choice(
+    {Device: codec.Record(Device, _NAME, codec.word(*ACCESS_NAMES)), Namespace: NAMESPACE, Socket: SOCKET}
+)

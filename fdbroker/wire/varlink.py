@@ -178,6 +178,7 @@ def _members(text: str, kind: str) -> list[str]:
     return re.findall(rf"^{kind} ([A-Z][A-Za-z0-9]*) ?\(", text, re.MULTILINE)
 
 
-DESCRIPTIONS: dict[str, str] = {name: _shipped(name) for name in (SERVICE, "io.fdbroker.Broker", "io.fdbroker.Inbox")}
+_INTERFACES = (SERVICE, "io.fdbroker.Broker", "io.fdbroker.Inbox", "io.fdbroker.Admin")
+DESCRIPTIONS: dict[str, str] = {name: _shipped(name) for name in _INTERFACES}
 METHODS: dict[str, list[str]] = {name: _members(text, "method") for name, text in DESCRIPTIONS.items()}
 ERRORS: dict[str, list[str]] = {name: _members(text, "error") for name, text in DESCRIPTIONS.items()}

@@ -36,7 +36,9 @@ def seeds() -> Iterator[bytes]:
     namespace = NamespaceRule(("net",), "", False, True, Uplink("br0", "10.0.0.0/24", isolated=True), "everyone", "p:8")
     socket = SocketRule("vpn*", ("inet",), ("stream",), (443,), "user bob", "p:9")
     topic = TopicRule("send", "news", "everyone", "p:10")
-    deny = DenyRule(("/dev/snd/*",), (namespace, socket), frozenset({5}), frozenset(), False, "user eve", "p:11")
+    deny = DenyRule(
+        ("/dev/snd/*",), (namespace, socket), frozenset({5}), frozenset(), False, "user eve", "p:11", (), ((9, 10),)
+    )
     empty = Policy(frozenset(), frozenset(), {}, {}, {}, (), (), {}, {}, {})
     yield to_bytes(empty)
     yield to_bytes(empty._replace(by_uid={1000: (device, namespace, socket, topic)}, uid_limits={1000: {"burst": 5}}))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 from fdbroker import limits
-from fdbroker.policy import paths
+from fdbroker.policy import fit, globs, paths
 
 WORDS = (
     b"/dev/",
@@ -23,6 +22,8 @@ WORDS = (
     b"[^",
     b"\xe2\x80\xae",
     b"nvme",
+    b"\\\\",
+    b"[[:",
 )
 
 
@@ -34,29 +35,46 @@ def seeds() -> Iterator[bytes]:
         ("/dev/*a*a*a*b", "/dev/" + "a" * 40),
         ("/dev/tty*", "/dev/ttyUSB0"),
         ("/dev/[a-", "/dev/x/mem"),
+        ("/dev/disk/by-id/x\\\\x20y[\\\\]*", "/dev/disk/by-id/x\\x20y\\"),
+        ("/dev/[[:digit:]][^0]", "/dev/0"),
+        ("/dev/" + "*?" * 120, "/dev/" + "a" * 250),
     ):
         yield f"{pattern}\n{path}".encode()
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether one name matches the glob of one name."""
+    """Whether one name matches the glob of one name: the places of the glob that the name so far can lead to."""
+    places = beyond_stars(pattern, {0})
+    for letter in name:
+        places = beyond_stars(pattern, {after for at in places for after in step(pattern, at, letter)})
+    return len(pattern) in places
 
-    @cache
-    def rest(i: int, j: int) -> bool:
-        if i == len(pattern):
-            return j == len(name)
-        if pattern[i] == "*":
-            return rest(i + 1, j) or (j < len(name) and rest(i, j + 1))
-        if j == len(name):
-            return False
-        if pattern[i] == "?":
-            return rest(i + 1, j + 1)
-        if pattern[i] == "[":
-            end, members, negated = members_of(pattern, i)
-            return ((name[j] in members) != negated) and rest(end, j + 1)
-        return pattern[i] == name[j] and rest(i + 1, j + 1)
 
-    return rest(0, 0)
+def beyond_stars(pattern: str, places: set[int]) -> set[int]:
+    """These places, and those behind the stars that stand at them, for a star may match nothing."""
+    found = set(places)
+    for at in places:
+        end = at
+        while pattern[end : end + 1] == "*":
+            end += 1
+            found.add(end)
+    return found
+
+
+def step(pattern: str, at: int, letter: str) -> set[int]:
+    """Where one letter of the name leads from a place of the glob."""
+    if at == len(pattern):
+        return set()
+    if pattern[at] == "*":
+        return {at}
+    if pattern[at] == "?":
+        return {at + 1}
+    if pattern[at] == "[":
+        end, members, negated = members_of(pattern, at)
+        return {end} if (letter in members) != negated else set()
+    if pattern[at] == "\\":  # the second of the two is what it names
+        return {at + 2} if letter == "\\" else set()
+    return {at + 1} if pattern[at] == letter else set()
 
 
 class Members(list[tuple[str, str]]):
@@ -72,7 +90,7 @@ def members_of(pattern: str, at: int) -> tuple[int, Members, bool]:
     negated = pattern[at] == "!"
     at += negated
     end = pattern.index("]", at + 1)  # one that comes first is a member
-    body, members = pattern[at:end], Members()
+    body, members = pattern[at:end].replace("\\\\", "\\"), Members()
     while body:
         if body[1:2] == "-" and len(body) > 2:
             members.append((body[0], body[2]))
@@ -108,9 +126,11 @@ def judge_pattern(pattern: str, path: str) -> None:
     wanted, asked = pattern.split("/"), path.split("/")
     assert matched == (len(wanted) == len(asked) and all(map(fits, wanted, asked)))
     if paths.is_literal(pattern):
-        assert paths.matcher(pattern).fullmatch(pattern)
-    assert paths.is_literal(paths.literal_folder(pattern))
+        assert paths.matcher(pattern).fullmatch(paths.literal(pattern))
+        assert not matched or path == paths.literal(pattern)
+    if paths.is_device_path(path) and len(path) < 100:  # each is a regular expression to compile
+        assert paths.matcher(globs.as_glob(path)).fullmatch(path)
     if matched:
         assert path.startswith(paths.literal_folder(pattern) + "/")
-        if paths.is_device_path(path) and paths.is_dangerous(path):
-            assert paths.dangerous_name(pattern)
+        if paths.is_device_path(path) and fit.is_dangerous(path):
+            assert globs.dangerous_name(pattern) or "*" in wanted[3:]  # a star alone names nothing

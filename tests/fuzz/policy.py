@@ -5,6 +5,7 @@ What compiles goes to the opener and back unchanged, and its tests, and question
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +19,10 @@ from fdbroker.policy import compile as compiler
 from fdbroker.policy import names, schema
 from fdbroker.policy.compiled import from_bytes, to_bytes
 from fdbroker.policy.decide import decide, view
+from fdbroker.policy.fit import Facts
+from fdbroker.policy.lint import Look, Machine, warnings
 from fdbroker.policy.load import Node, in_order, parse
+from fdbroker.policy.paths import matcher
 from fdbroker.terms import Device, DeviceRule, Subject
 
 _STEP = 400
@@ -62,6 +66,7 @@ WORDS = (
     b"? ",
 )
 WORDS += (b"|\n", b">\n", b'"', b"'", b"<<: ", b"audio", b"alice", b"true", b"%YAML 1.1", b"\xc2\x85", b"\xe2\x80\xa8")
+WORDS += (b"\t", b"\x1e", b"\x0c", b"\r", b"\r\n", b"\xef\xbb\xbf")
 
 
 def seeds() -> Iterator[bytes]:
@@ -86,6 +91,7 @@ tests: [{as: {user: alice, groups: [audio]}, open: /dev/snd/pcmC0D0p, access: rw
     yield b"version: 1\nversion: 1\nuser: {\n"
     yield b"version: yes\neveryone: &a {devices: [{path: /dev/../mem, acess: r}]}\n---\n*a"
     yield b"[" * 40
+    yield b"version: 1\n# \x1e\x0c\x0b\n\tx: 1\n"
     yield (Path(__file__).parents[2] / "policy" / "policy.yaml").read_bytes()[:4000]
 
 
@@ -133,6 +139,20 @@ def known_names() -> Iterator[None]:
         names.pwd, names.grp = had
 
 
+NODES = {
+    "/dev/null": Facts("/dev/null", stat.S_IFCHR, "1:3", "mem", "null"),
+    "/dev/snd": Facts("/dev/snd", stat.S_IFDIR, "0:0", "", ""),
+    "/dev/sda": Facts("/dev/sda", stat.S_IFBLK, "8:0", "block", "sda"),
+    "/dev/pts/0": Facts("/dev/pts/0", stat.S_IFCHR, "136:0", "", ""),
+}
+MACHINE = Machine(
+    lambda pattern: [path for path in NODES if matcher(pattern).fullmatch(path)],
+    lambda path: Look((path,), NODES[path]),
+    lambda: ["vpn"],
+    lambda uid, gids: "no" if uid not in gids else "",
+)
+
+
 def target(data: bytes) -> None:
     try:
         text = data.decode()
@@ -155,11 +175,11 @@ def target(data: bytes) -> None:
 
 def judge_findings(text: str, findings: list[Finding]) -> None:
     assert len(in_order(findings)) <= limits.POLICY_FINDINGS + 1
-    rows = text.count("\n") + text.count("\r") + text.count("\x85") + text.count("\u2028") + text.count("\u2029") + 2
+    rows = text.split("\n")
     for finding in findings:
         assert finding.what
-        assert 0 <= finding.line <= rows
-        assert 0 <= finding.column <= len(text) + 1
+        assert 0 <= finding.line <= len(rows)
+        assert 0 <= finding.column <= len(rows[finding.line - 1]) + 1
         assert str(finding).startswith("p.yaml:")
 
 
@@ -167,6 +187,9 @@ def judge_policy(tree: Node, loaded: compiler.Loaded) -> None:
     policy = loaded.policy
     assert from_bytes(to_bytes(policy)) == policy
     compiler.failed_tests(loaded)
+    for warning in warnings(policy, MACHINE):
+        assert warning.line > 0
+        assert warning.what
     nobody = Subject(1001, frozenset({1001}), 1001, 1, "", "", foreign=False)
     for rule in policy.all_rules():
         if isinstance(rule, DeviceRule):

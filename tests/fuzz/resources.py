@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 
 from fdbroker.errors import LinkViolation
@@ -21,13 +20,12 @@ from fdbroker.terms import (
     parse,
 )
 from fdbroker.wire import resources
-from fdbroker.wire.pack import Cursor
+from fdbroker.wire.codec import Cursor
 
 ASKED = (
     *(Device("/dev/snd/ä", "rw"), Namespace("net", "vpn"), Namespace("mnt", pid=7), Namespace("uts")),
     *(Socket("vpn", "inet6", "dgram", 443), Socket("vpn", "inet", "stream")),
 )
-_TYPE = struct.Struct("!B")
 WORDS = (
     *(
         f'"{word}"'.encode()
@@ -41,7 +39,7 @@ WORDS = (
 def seeds() -> Iterator[bytes]:
     for one in ASKED:
         yield b"\0" + json.dumps(resources.to_json(one)).encode()
-        yield b"\1" + resources.pack(one)
+        yield b"\1" + resources.RESOURCE.write(one)
         yield b"\2" + one.text.encode()
 
 
@@ -53,7 +51,7 @@ def target(data: bytes) -> None:
                 resource = resources.from_json(json.loads(data))
             case 1:
                 resource = taken(data)
-                assert resources.pack(resource) == data
+                assert resources.RESOURCE.write(resource) == data
             case _:
                 resource = parse(data.decode(), "rw")
                 assert parse(resource.text, resource.access) == resource
@@ -62,7 +60,7 @@ def target(data: bytes) -> None:
     judge(resource)
     assert resources.from_json(json.loads(json.dumps(resources.to_json(resource)))) == resource
     try:
-        packed = resources.pack(resource)
+        packed = resources.RESOURCE.write(resource)
     except UnicodeEncodeError:  # a lone surrogate, which our JSON reader refuses and Python's does not
         return
     assert taken(packed) == resource
@@ -70,9 +68,8 @@ def target(data: bytes) -> None:
 
 def taken(data: bytes) -> Resource:
     """As in a message that has nothing else but its type."""
-    cursor = Cursor(b"\1" + data)
-    cursor.fields(_TYPE)
-    resource = resources.take(cursor)
+    cursor = Cursor(data)
+    resource = resources.RESOURCE.read(cursor)
     cursor.end()
     return resource
 

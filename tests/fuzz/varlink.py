@@ -128,8 +128,8 @@ def judge_action(message: bytes, brought: Brought | None) -> None:
             assert not reply.error or error in varlink.ERRORS[interface]
         case dispatch.AskOpen(asked):
             assert 1 <= len(asked) <= limits.RESOURCES_PER_OPEN
-            assert [resources.from_json(resources.to_json(one)) for one in asked] == asked
-            assert link.decode(link.INBOX_TO_OPENER, link.encode_open(1, asked)) == link.Open(1, asked)
+            assert tuple(resources.from_json(resources.to_json(one)) for one in asked) == asked
+            assert link.INBOX_TO_OPENER.decode(link.INBOX_TO_OPENER.encode(link.Open(1, asked))) == link.Open(1, asked)
         case dispatch.Publish():
             text, encoding = action.text, action.encoding
             assert (base64.b64decode(text) if encoding == "base64" else text.encode()) == action.payload

@@ -22,7 +22,7 @@ from fdbroker.terms import (
     parse,
 )
 from fdbroker.wire import resources
-from fdbroker.wire.pack import Cursor
+from fdbroker.wire.codec import Cursor
 from fdbroker.wire.resources import WrongMember, from_json, to_json
 
 NAMES = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), min_size=1, max_size=60)
@@ -90,13 +90,13 @@ def test_other_words_are_an_error_that_says_what_to_write(text, why):
 @given(ANY)
 def test_a_resource_survives_json_and_bytes(resource):
     assert from_json(json.loads(json.dumps(to_json(resource)))) == resource
-    packed = resources.pack(resource)
+    packed = resources.RESOURCE.write(resource)
     cursor = Cursor(packed)
-    assert resources.take(cursor) == resource
+    assert resources.RESOURCE.read(cursor) == resource
     cursor.end()
     for cut in range(len(packed)):
         with pytest.raises(LinkViolation):
-            resources.take(Cursor(packed[:cut] or b"\0"))
+            resources.RESOURCE.read(Cursor(packed[:cut] or b"\0"))
 
 
 JSON = st.recursive(
@@ -128,7 +128,7 @@ def test_whatever_json_it_is_a_resource_or_the_name_of_a_member(value):
 @given(st.binary(min_size=1, max_size=40))
 def test_whatever_bytes_they_are_a_resource_or_a_violation(data):
     try:
-        resource = resources.take(Cursor(data))
+        resource = resources.RESOURCE.read(Cursor(data))
     except LinkViolation:
         return
     assert resource.access in ACCESS_NAMES
@@ -138,16 +138,16 @@ def test_whatever_bytes_they_are_a_resource_or_a_violation(data):
     "data",
     [
         b"\x03",
-        b"\0\x03\0\0",
+        b"\0\0\0\x03",
         b"\x01\x08\0\0\0\0\0\0",
-        b"\x01\0\0\0\0\x01\0\x01a",  # a name and a pid
-        b"\x01\0\xff\xff\xff\xff\0\0",
-        b"\x02\x02\0\0\0\0\x01a",
-        b"\x02\0\x02\0\0\0\x01a",
+        b"\x01\0\0\x01a\0\0\0\x01",  # a name and a pid
+        b"\x01\0\0\0\xff\xff\xff\xff",
+        b"\x02\0\x01a\x02\0\0\0",
+        b"\x02\0\x01a\0\x02\0\0",
         b"\x02\0\0\0\0\0\0",  # in no namespace
-        b"\0\0\0\x01\xff",
+        b"\0\0\x01\xff\0",
     ],
 )
 def test_a_kind_a_word_or_a_number_that_does_not_exist_is_a_violation(data):
     with pytest.raises(LinkViolation):
-        resources.take(Cursor(data))
+        resources.RESOURCE.read(Cursor(data))

@@ -1,0 +1,61 @@
+"""What administrators ask for, and which policy is in force: the messages of it between our processes.
+
+Runs in: launcher, witness, opener, inbox. A taken-over process controls what the others decode here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fdbroker import limits
+from fdbroker.errors import Finding
+from fdbroker.wire import codec
+
+
+class Reload(NamedTuple):
+    """The client of `connection` asks for a reload of the policy."""
+
+    connection: int
+
+
+class Reloaded(NamedTuple):
+    """A reload that the client of `connection` asked for is over: with no findings the new policy is in force.
+
+    From the launcher to the opener, and on to the inbox.
+    """
+
+    connection: int
+    findings: tuple[Finding, ...]
+
+
+class InForce(NamedTuple):
+    """Which policy is in force: how many were before it, the digest of its files, when it was loaded."""
+
+    generation: int
+    digest: str
+    loaded_us: int
+
+
+class Judge(NamedTuple):
+    """Say whether the process of the pidfd that comes along lives in our user namespace. To launcher and witness."""
+
+    connection: int
+
+
+class Judged(NamedTuple):
+    """The answer, the same way back."""
+
+    connection: int
+    home: bool
+
+
+class ReloadAsked(NamedTuple):
+    """An administrator, the client of `connection`, asks for a reload."""
+
+    connection: int
+
+
+# Longer texts are cut, so that POLICY_FINDINGS findings fit one message.
+_TOLD = codec.Record(Finding, codec.Text(255, cut=True), codec.U32, codec.U32, codec.Text(384, cut=True))
+_FINDING = codec.Mapped(_TOLD, lambda one: (one.file, one.line, one.column, one.text), lambda one: one)
+FINDINGS = codec.Some(_FINDING, limits.POLICY_FINDINGS)

@@ -1,0 +1,140 @@
+"""The codec: what it writes it reads, and every cut, every byte too many and every value that does not fit is an error.
+
+The property holds for each message of each table between our processes: a new row is tested without a line here.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdbroker import limits
+from fdbroker.errors import LinkViolation
+from fdbroker.terms import Device
+from fdbroker.wire import codec, link, worker
+
+TABLES = {
+    f"{module.__name__}.{name}": table
+    for module in (link, worker)
+    for name, table in vars(module).items()
+    if isinstance(table, codec.Table)
+}
+MESSAGES = [(name, number) for name, table in TABLES.items() for number in table.kinds]
+
+
+def _bytes_of(field: codec.Field) -> st.SearchStrategy[bytes]:
+    """Bytes that are mostly a value of this field, by its description alone."""
+    match field:
+        case codec.Number(form, most):
+            return st.integers(0, most).map(form.pack)
+        case codec.Mapped(inner, _, _):
+            return _bytes_of(inner)
+        case codec.Text(most, _):
+            texts = st.text(st.characters(codec="utf-8"), max_size=min(most, 40)).map(str.encode)
+            return texts.filter(lambda text: len(text) <= most).map(lambda text: struct.pack("!H", len(text)) + text)
+        case codec.Bytes(size):
+            return st.binary(min_size=size, max_size=size)
+        case codec.Maybe(inner):
+            return st.just(b"\0") | _bytes_of(inner).map(lambda data: b"\1" + data)
+        case codec.Some(inner, most, least, _):
+            lists = st.lists(_bytes_of(inner), min_size=least, max_size=min(most, max(least, 3)))
+            return lists.map(lambda parts: struct.pack("!H", len(parts)) + b"".join(parts))
+        case codec.Record():
+            return st.tuples(*map(_bytes_of, field.fields)).map(b"".join)
+        case codec.Choice():
+            return st.one_of(
+                *(
+                    _bytes_of(one).map(lambda data, index=index: bytes([index]) + data)
+                    for index, one in enumerate(field.fields)
+                )
+            )
+        case codec.Kept():
+            return _bytes_of(field.field)
+    raise TypeError(f"no bytes are known for {field!r}: describe them here")
+
+
+@pytest.mark.parametrize(("table", "number"), MESSAGES, ids=lambda part: str(part))
+@given(data=st.data())
+def test_what_is_read_is_written_again_and_nothing_else_is_read(table, number, data):
+    one = TABLES[table]
+    sent = bytes([number]) + data.draw(_bytes_of(one.formats[one.kinds[number]]))
+    try:
+        message = one.decode(sent)
+    except LinkViolation:  # no such refusal, no such resource
+        message = None
+    if message is not None:
+        assert type(message) is one.kinds[number]
+        again = one.encode(message)
+        assert one.encode(one.decode(again)) == again  # a refusal is not equal to another one
+        size = data.draw(st.integers(0, len(sent) - 1))
+        with pytest.raises(LinkViolation):
+            one.decode(sent[:size])
+    with pytest.raises(LinkViolation):
+        one.decode(sent + b"\0")
+
+
+@pytest.mark.parametrize("table", TABLES)
+@given(sent=st.binary(max_size=200))
+def test_whatever_comes_is_a_message_or_a_violation(table, sent):
+    try:
+        message = TABLES[table].decode(sent)
+    except LinkViolation:
+        return
+    again = TABLES[table].encode(message)
+    assert TABLES[table].encode(TABLES[table].decode(again)) == again
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        (codec.U8, [-1, 256]),
+        (codec.number(8, 3), [4]),
+        (codec.word("a", "b"), ["c"]),
+        (codec.Text(3), ["äö", "abcd"]),
+        (codec.Bytes(2), [b"", b"abc"]),
+        (codec.Some(codec.U8, 2, 1), [(), (1, 2, 3)]),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_what_does_not_fit_is_not_written(field, values):
+    for value in values:
+        with pytest.raises((ValueError, struct.error)):
+            field.write(value)
+
+
+def test_a_text_that_may_be_cut_loses_its_end():
+    field = codec.Text(3, cut=True)
+    assert field.read(codec.Cursor(field.write("abcd"))) == "abc"
+    assert field.read(codec.Cursor(field.write("aää"))) == "aä"
+    assert field.read(codec.Cursor(field.write("ää"))) == "ä\N{REPLACEMENT CHARACTER}"
+
+
+def test_so_many_values_are_kept_and_then_all_are_forgotten():
+    field = codec.Kept(codec.Text(0xFFFF))
+    for index in range(limits.KEPT_VALUES):
+        field.write(str(index))
+    assert field.kept == limits.KEPT_VALUES
+    assert field.read(codec.Cursor(field.write("0"))) == "0"
+    assert field.kept == limits.KEPT_VALUES
+    field.write("one more")
+    assert field.kept == 1
+
+
+def test_a_value_of_so_many_bytes_is_kept_and_none_that_is_longer():
+    field = codec.Kept(codec.Text(0xFFFF))
+    field.write("x" * (limits.KEPT_BYTES - 2))
+    assert field.kept == 1
+    longer = "x" * (limits.KEPT_BYTES - 1)
+    assert field.read(codec.Cursor(field.write(longer))) == longer
+    assert field.kept == 1
+
+
+def test_a_kept_value_is_still_the_one_that_was_asked_for():
+    table = link.INBOX_TO_OPENER
+    for path in ("/dev/a", "/dev/b", "/dev/a"):
+        for number in (1, 2):
+            asked = link.Open(number, (Device(path, "ro"),))
+            assert table.decode(table.encode(asked)) == asked
