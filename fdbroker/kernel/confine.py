@@ -1,6 +1,6 @@
 """Give up, for good, every right that a process of the broker does not need.
 
-Runs in: opener, inbox and namespaces worker before they read anything, launcher after start-up.
+Runs in: each child before it reads anything, launcher after start-up.
 Source: capabilities(7), prctl(2), seccomp(2); docs/confinement.md says what each step is against.
 """
 
@@ -54,8 +54,9 @@ def confine(to: Confinement) -> bool:
     """
     _empty_bounding_set()
     libc.prctl(_PR_SET_SECUREBITS, _SECUREBITS)  # python-prctl knows no ambient bit and refuses the number
-    if os.getuid() != to.uid:
+    if sorted(os.getgroups()) != sorted(to.groups):
         os.setgroups(to.groups)
+    if os.getuid() != to.uid:
         os.setresgid(to.gid, to.gid, to.gid)
         os.setresuid(to.uid, to.uid, to.uid)
     numbers = [capabilities.NUMBERS[name] for name in to.capabilities]
@@ -79,6 +80,23 @@ def die_with(parent: int) -> None:
     prctl.set_pdeathsig(signal.SIGKILL)
     if os.getppid() != parent:
         raise ProcessLookupError(errno.ESRCH, "the parent is gone")
+
+
+def new_identity_exposes(uid: int) -> bool:
+    """Whether a process that gets another identity becomes dumpable, as fs.suid_dumpable=1 has it.
+
+    Tried by a child that becomes `uid`, for a unit may hide /proc/sys; needs root. Source: proc_sys_fs(5), and
+    commit_creds() of Linux, which setns(2) into a user namespace calls as well.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setresuid(uid, uid, uid)
+            code = prctl.get_dumpable()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) not in (0, 2)
 
 
 def _empty_bounding_set() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from fdbroker.policy.paths import is_literal, matcher
+from fdbroker.policy.paths import is_literal, literal, matcher
 
 
 def nodes_matching(pattern: str, folders: set[str]) -> Iterator[str]:
@@ -23,7 +23,7 @@ def _below(folder: str, names: list[str], folders: set[str]) -> Iterator[str]:
     name, rest = names[0], names[1:]
     folders.add(folder)
     if is_literal(name):
-        candidates = [name]
+        candidates = [literal(name)]
     else:
         try:
             candidates = list(filter(matcher(name).fullmatch, os.listdir(folder)))

@@ -1,6 +1,7 @@
-"""inotify(7): be told that a directory's entries change.
+"""inotify(7): be told that a directory's entries, or their modes and owners, change.
 
-Runs in: opener. Only root changes /dev; nothing that is read here is used but the fact that something changed.
+Runs in: opener. Root alone changes names, modes and owners in /dev. A user with write access to a node can change its
+times at any rate, and inotify reports that too. Nothing read here is used but the fact that something changed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import os
 from fdbroker.kernel import libc
 
 # sys/inotify.h
-_IN_MOVED_FROM, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x40, 0x80, 0x100, 0x200
+_IN_ATTRIB, _IN_MOVED_FROM, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x4, 0x40, 0x80, 0x100, 0x200
 _IN_ONLYDIR = 0x01000000
-_CHANGES = _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_ONLYDIR
+_CHANGES = _IN_ATTRIB | _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_ONLYDIR
+
+_READ_BYTES = 65536
+_QUEUE_BYTES = 16384 * (16 + 256)  # max_queued_events, each with the longest name
 
 
 def create() -> int:
@@ -24,7 +28,7 @@ def create() -> int:
 
 
 def watch_directory(inotify: int, path: str) -> None:
-    """Report entries that come to or leave the directory `path`; watching it twice is one watch.
+    """Report entries that come to or leave the directory `path`, or change; watching it twice is one watch.
 
     A directory that is not there, or cannot be watched, is left out: its own directory's watch tells when it comes.
     So is one that others than root may write to, such as /dev/shm: they would keep us busy.
@@ -39,9 +43,9 @@ def watch_directory(inotify: int, path: str) -> None:
 
 
 def drain(inotify: int) -> None:
-    """Forget what was reported."""
+    """Forget what was reported: all of it, or as much as a full queue had, where more comes all the time."""
     try:
-        while os.read(inotify, 65536):
-            pass
+        for _ in range(_QUEUE_BYTES // _READ_BYTES):
+            os.read(inotify, _READ_BYTES)
     except BlockingIOError:
         pass

@@ -30,7 +30,7 @@ class _Ruleset(ctypes.Structure):
 
 
 class _PathBeneath(ctypes.Structure):
-    _pack_ = 1
+    # Packed in the kernel: 12 bytes. Here 4 bytes follow, which the kernel does not read; `_pack_` alone is deprecated.
     _fields_ = (("allowed", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
@@ -45,8 +45,9 @@ def abi() -> int:
 
 
 def restrict(rules: Iterable[tuple[str, int]]) -> bool:
-    """Forbid this process every file access but `rules`: (path, rights beneath it). A path that is gone is left out.
+    """Forbid this process every file access but `rules`: (path, rights beneath it).
 
+    A path that is gone, or that this process may not reach, is left out: without its rule nothing more can be opened.
     Returns False where the kernel has no Landlock. Needs no_new_privs.
     """
     version = abi()
@@ -73,7 +74,7 @@ def restrict(rules: Iterable[tuple[str, int]]) -> bool:
 def _allow(ruleset: int, path: str, rights: int) -> None:
     try:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return
     try:
         if not os.path.isdir(f"/proc/self/fd/{parent}"):

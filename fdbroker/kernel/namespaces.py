@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
 import sys
 from typing import NamedTuple
 
@@ -30,7 +29,12 @@ CLONE = {
 FOLDER = "/run/netns"  # ip-netns(8)
 _NS_GET_USERNS, _NS_GET_NSTYPE, _NS_GET_OWNER_UID = 0xB701, 0xB703, 0xB704
 _NS_GET_PID_FROM_PIDNS = 0x8004B706  # Linux 6.11
-QUESTIONS = (_NS_GET_USERNS, _NS_GET_NSTYPE, _NS_GET_OWNER_UID, _NS_GET_PID_FROM_PIDNS)
+QUESTIONS = {
+    "NS_GET_USERNS": _NS_GET_USERNS,
+    "NS_GET_NSTYPE": _NS_GET_NSTYPE,
+    "NS_GET_OWNER_UID": _NS_GET_OWNER_UID,
+    "NS_GET_PID_FROM_PIDNS": _NS_GET_PID_FROM_PIDNS,
+}
 _CAP_SYS_CHROOT, _CAP_SYS_ADMIN = 1 << 18, 1 << 21
 
 
@@ -101,7 +105,8 @@ def open_named(name: str) -> int:
     """An owned descriptor of the net namespace /run/netns/NAME; `name` has no slash.
 
     Raises FileNotFoundError, OSError, or NotANamespace: for a link, a file that no namespace is mounted on, a folder
-    that is not root's alone. Nothing but a namespace is opened for more than looking at it.
+    that is not root's alone. Nothing but a namespace is opened for more than looking at it: what is found must be on
+    the file system of namespaces, which has nothing else.
     """
     if "/" in name:
         raise NotANamespace("it is no name")
@@ -115,21 +120,16 @@ def open_named(name: str) -> int:
     finally:
         os.close(folder)
     try:
-        status = os.fstat(found)
-        if stat.S_ISLNK(status.st_mode):
-            raise NotANamespace("it is a link")
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != 0:
-            raise NotANamespace("it is no file of root's")
-        # the very file that was looked at; a regular file's open has no effect and never waits
+        if os.fstat(found).st_dev != os.stat("/proc/self/ns/net").st_dev:
+            raise NotANamespace("no namespace is mounted there")
+        # the very namespace that was looked at
         descriptor = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(found)
     kind = type_of(descriptor)
     if kind != "net":
         os.close(descriptor)
-        raise NotANamespace(
-            f"it is a {kind} namespace, not a net namespace" if kind else "no namespace is mounted there"
-        )
+        raise NotANamespace(f"it is a {kind or 'strange'} namespace, not a net namespace")
     return descriptor
 
 
@@ -178,17 +178,6 @@ def _rules_over(user: int, who: Caller, *, admin: bool) -> bool:
                 return True  # who makes a user namespace has all capabilities in it, from outside
             user = parent
         return admin
-
-
-def maker(user: int) -> int | None:
-    """Who made the outermost user namespace around the borrowed `user`, as a uid of ours; None for our own."""
-    made_by = None
-    with open("/proc/self/ns/user", "rb") as own, contextlib.ExitStack() as owned:
-        while identity(user) != identity(own.fileno()):
-            made_by = owner_uid(user)
-            user = owner(user)
-            owned.callback(os.close, user)
-    return made_by
 
 
 def is_at_or_above(user: int, below: int) -> bool:

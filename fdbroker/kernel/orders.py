@@ -10,7 +10,10 @@ import json
 import os
 import resource
 import signal
-from typing import NamedTuple
+import sys
+from functools import partial
+from types import TracebackType
+from typing import NamedTuple, NoReturn
 
 from fdbroker.kernel.confine import Confinement, confine
 
@@ -20,9 +23,11 @@ _FILTER_BYTES = 8 * 4096  # BPF_MAXINSNS
 class Order(NamedTuple):
     """How to run.
 
-    `files` are Landlock rules, None for no Landlock; `descriptors` names the inherited ones, `parent` is the launcher.
+    `process` is its name in messages. `files` are Landlock rules, None for no Landlock; `descriptors` names the
+    inherited ones, `parent` is the launcher.
     """
 
+    process: str
     uid: int
     gid: int
     groups: list[int]
@@ -39,11 +44,33 @@ def write(order: Order) -> str:
 
 
 def read(argument: str) -> tuple[Order, dict[str, int]]:
-    """The order, and its inherited descriptors by name, now close-on-exec and owned by the caller."""
+    """The order, and its inherited descriptors by name, now close-on-exec and owned by the caller.
+
+    From then on an exception that nobody handles says which process it ended.
+    """
     order = Order(**json.loads(argument))
+    sys.excepthook = partial(_say_failure, order.process)
     for descriptor in order.descriptors.values():
         os.set_inheritable(descriptor, False)
     return order, order.descriptors
+
+
+def _say_failure(process: str, kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+    refused = isinstance(error, PermissionError)
+    hint = "; a system call that its seccomp filter does not allow is refused with EPERM" if refused else ""
+    os.write(2, f"fdbroker: the {process} failed with {kind.__name__}{hint}:\n".encode())
+    sys.__excepthook__(kind, error, tb)
+    end(1)
+
+
+def end(code: int) -> NoReturn:
+    """End this process at once, whatever its threads do.
+
+    At the interpreter's own end glibc loads a library for each thread that still works, and aborts where Landlock and
+    seccomp refuse that. Source: pthread_exit() of glibc, libgcc_s.so.1.
+    """
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def obey(order: Order, filter_fd: int) -> bool:

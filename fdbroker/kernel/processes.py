@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import time
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -19,6 +20,11 @@ def is_alive(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return not poll.poll(0)
+
+
+def boot_s() -> float:
+    """Now, on the clock of `Process.started_s`."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _read(proc: int, name: str) -> bytes:
@@ -40,17 +46,30 @@ def comm(proc: int, pid: int) -> str:
         return ""
 
 
-# one line of cgroup(5) for the tree that systemd manages: "0::/…" or "1:name=systemd:/…"
-_SESSION = re.compile(rb"^(?:0:|1:name=systemd):/(?:[^\n]*/)?session-([A-Za-z0-9_]{1,32})\.scope(?:/|$)", re.MULTILINE)
+# The line of cgroup(5) for the tree that systemd manages. Root alone puts a process into `user-UID.slice` and, right
+# below it, `session-ID.scope`; a user may make whatever it likes in what is delegated to it, further below.
+_SLICE = re.compile(rb"0::/user\.slice/user-(0|[1-9][0-9]{0,9})\.slice(/[^\n]*)?")
+_SCOPE = re.compile(rb"/session-([A-Za-z0-9_]{1,32})\.scope")
 
 
-def session(proc: int, pid: int) -> str:
-    """The login session of process `pid`, as logind names it by its control group, or "". Root alone puts it there."""
+class Place(NamedTuple):
+    """Where logind put a process: in the slice of user `uid`, -1 for none, and in the user's `session`, "" for none."""
+
+    uid: int
+    session: str
+
+
+def place(proc: int, pid: int) -> Place:
+    """The login session of process `pid`, as logind names it, and its user, by the process's control group."""
     try:
-        found = _SESSION.search(_read(proc, f"{pid}/cgroup"))
+        lines = _read(proc, f"{pid}/cgroup").split(b"\n")
     except OSError:
-        return ""
-    return found[1].decode() if found else ""
+        lines = []
+    for line in lines:
+        if found := _SLICE.fullmatch(line):
+            scope = _SCOPE.fullmatch(found[2] or b"")
+            return Place(int(found[1]), scope[1].decode() if scope else "")
+    return Place(-1, "")
 
 
 def id_maps(proc: int, pid: int) -> tuple[bytes, bytes] | None:
@@ -63,6 +82,11 @@ def id_maps(proc: int, pid: int) -> tuple[bytes, bytes] | None:
         return _read(proc, f"{pid}/uid_map"), _read(proc, f"{pid}/gid_map")
     except OSError:
         return None
+
+
+def fields(status: bytes) -> dict[bytes, bytes]:
+    """The values of /proc/PID/status by their names. A newline alone ends a line, for a process's name may have CR."""
+    return dict(line.partition(b":\t")[::2] for line in status.split(b"\n"))
 
 
 class Status(NamedTuple):
@@ -108,17 +132,33 @@ class Process:
 
     def status(self) -> Status:
         """Its ids and capabilities now."""
-        fields = dict(line.partition(b":\t")[::2] for line in _read(self._folder, "status").splitlines())
+        said = fields(_read(self._folder, "status"))
         return Status(
-            tuple(map(int, fields[b"Uid"].split())),
-            tuple(map(int, fields[b"Gid"].split())),
-            int(fields[b"CapPrm"], 16),
-            int(fields[b"CapEff"], 16),
+            tuple(map(int, said[b"Uid"].split())),
+            tuple(map(int, said[b"Gid"].split())),
+            int(said[b"CapPrm"], 16),
+            int(said[b"CapEff"], 16),
         )
+
+    def started_s(self) -> float:
+        """When it started, in seconds of CLOCK_BOOTTIME, rounded down to hundredths. Source: proc(5), "starttime"."""
+        # behind its name, which may have anything in it
+        words = _read(self._folder, "stat").rpartition(b")")[2].split()
+        return int(words[19]) / os.sysconf("SC_CLK_TCK")
 
     def namespace(self, kind: str) -> int:
         """An owned descriptor of its namespace of that type. Needs CAP_SYS_PTRACE over it, or to be it."""
         return os.open(f"ns/{kind}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder)
+
+    def count_mounts(self, most: int) -> int:
+        """How many mounts it sees; of more than `most`, some number above that. Needs CAP_SYS_PTRACE over it."""
+        descriptor, count = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder), 0
+        try:
+            while count <= most and (part := os.read(descriptor, 65536)):
+                count += part.count(b"\n")
+            return count
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         """Let go of it."""
@@ -132,13 +172,18 @@ class Process:
         self.close()
 
 
+def state(pid: int) -> bytes:
+    """The state of a process, such as b"T" for a stopped one, b"" when there is none. Source: proc_pid_stat(5)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1]
+    except OSError:
+        return b""
+
+
 def main_thread_ended(pid: int) -> bool:
     """Whether that process has ended but for threads that cannot: it is no zombie to wait for, and serves nobody.
 
-    False when there is no such process. Source: proc_pid_stat(5).
+    False when there is no such process.
     """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b") ")[2][:1] == b"Z"
-    except OSError:
-        return False
+    return state(pid) == b"Z"

@@ -16,11 +16,19 @@ from collections.abc import Mapping
 from fdbroker.kernel import sockets
 from fdbroker.wire.journal import encode_fields
 
-_quoted = json.encoder.encode_basestring  # a text as JSON, and nothing around it: that takes five times as long
+_PIPE_BUF = select.PIPE_BUF
 
 
 class NotRecorded(Exception):
     """The record could not be written now; nothing may be granted on it, or said to be delivered."""
+
+
+def _quoted(text: str) -> str:
+    """A text as JSON, without any character that a terminal could take for a command."""
+    quoted = json.encoder.encode_basestring(text)
+    if quoted.isprintable():
+        return quoted
+    return "".join(one if one.isprintable() else json.encoder.encode_basestring_ascii(one)[1:-1] for one in quoted)
 
 
 class Records:
@@ -30,7 +38,22 @@ class Records:
         self._journal = journal
         self._stderr = select.poll()
         self._stderr.register(2, select.POLLOUT)
-        self._never_full = stat.S_ISREG(os.fstat(2).st_mode)
+        mode = os.fstat(2).st_mode
+        self._never_full, self._is_pipe = stat.S_ISREG(mode), stat.S_ISFIFO(mode)
+
+    @staticmethod
+    def _line(values: Mapping[str, str]) -> bytes:
+        members = ", ".join([f'"{name}": {_quoted(text)}' for name, text in values.items()])
+        return f"{{{members}}}\n".encode()
+
+    def _fitting(self, values: Mapping[str, str]) -> bytes:
+        """A line that a pipe which is writable takes at once: of one that is longer, the longest values are cut."""
+        line, cut = self._line(values), dict(values)
+        while self._is_pipe and len(line) > _PIPE_BUF:
+            longest = max(cut, key=lambda name: len(cut[name]))
+            cut |= {longest: cut[longest][: len(cut[longest]) // 2], "FDBROKER_CUT": "1"}
+            line = self._line(cut)
+        return line
 
     def write(self, values: Mapping[str, str]) -> None:
         """Write one record. Raises NotRecorded when the journal, or standard error, takes nothing now."""
@@ -39,8 +62,7 @@ class Records:
                 sockets.send(self._journal, encode_fields(values))
             else:
                 # never wait for who reads it; it is not ours to make non-blocking, others share it
-                members = ", ".join([f'"{name}": {_quoted(text)}' for name, text in values.items()])
-                line = f"{{{members}}}\n".encode(errors="backslashreplace")
+                line = self._fitting(values)
                 if not (self._never_full or self._stderr.poll(0)) or os.write(2, line) != len(line):
                     raise NotRecorded("standard error")
         except OSError as error:

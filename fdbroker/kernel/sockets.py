@@ -6,10 +6,12 @@ Runs in: every process. A client controls what is received, but not the descript
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import sys
@@ -30,6 +32,11 @@ _UCRED = struct.Struct("iII")  # struct ucred: pid, uid, gid
 DONT_WAIT = int(socket.MSG_DONTWAIT)
 _SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _CLOEXEC, _CTRUNC, _TRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
+_PEEK = int(socket.MSG_PEEK)
+_DRAINED = 65536  # bytes at a time
+_DROPPED = 4 * _DRAINED  # bytes of one connection: more than its sender's socket takes by default
+_LOOKED_AT = 4096  # bytes of a queue, to see whether a descriptor comes with them
+SCM_MAX_FD = 253  # net/scm.h: the most descriptors of one message
 _FD_SIZE = array.array("i").itemsize
 _LABEL_BYTES = limits.LABEL_BYTES
 _CREDENTIALS_SPACE = socket.CMSG_LEN(_UCRED.size)  # exactly: nothing else has room, so no descriptor comes in
@@ -62,15 +69,15 @@ def _option_bytes(sock: socket.socket, option: int, size: int) -> bytes:
         buffer = ctypes.create_string_buffer(size)
         length = ctypes.c_uint(size)
         if libc.GETSOCKOPT(sock.fileno(), socket.SOL_SOCKET, option, buffer, length) == 0:
-            return buffer.raw[: length.value]
+            return ctypes.string_at(buffer, length.value)
         if ctypes.get_errno() != errno.ERANGE:
             libc.fail(f"getsockopt({option})")
         size = max(length.value, size * 2)
 
 
-def peer_groups(sock: socket.socket) -> frozenset[int]:
+def peer_groups(sock: socket.socket) -> array.array[int]:
     """The peer's supplementary groups at connect(2), however many. Source: socket(7), SO_PEERGROUPS."""
-    return frozenset(array.array("I", _option_bytes(sock, _SO_PEERGROUPS, 256)))
+    return array.array("I", _option_bytes(sock, _SO_PEERGROUPS, 256))
 
 
 def peer_label(sock: socket.socket) -> str:
@@ -110,6 +117,19 @@ def peer_pidfd(sock: socket.socket) -> int | None:
         raise
 
 
+def says_peer_pidfd(sock: socket.socket) -> bool:
+    """Whether this kernel knows SO_PEERPIDFD, as Linux does from 6.5 on."""
+    pidfd = None
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        return error.errno != errno.ENOPROTOOPT
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+    return True
+
+
 def let_descriptors(sock: socket.socket, *, allowed: bool) -> None:
     """Whether the peer may send descriptors: else its attempt fails (Linux 6.16). Older kernels let it."""
     try:
@@ -117,6 +137,15 @@ def let_descriptors(sock: socket.socket, *, allowed: bool) -> None:
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
+
+
+def hear_urgent(sock: socket.socket) -> None:
+    """Make reads return bytes that came with MSG_OOB. Without this, reads skip them and poll(2) reports them for ever.
+
+    The kernel would let go of a descriptor that came with it as well, in the thread that reads. Source: socket(7),
+    SO_OOBINLINE; Linux from 5.15 on knows MSG_OOB for these sockets.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def ask_credentials(sock: socket.socket) -> None:
@@ -129,6 +158,91 @@ def unread_bytes(sock: socket.socket) -> int:
     buffer = bytearray(4)
     fcntl.ioctl(sock, termios.TIOCOUTQ, buffer)  # SIOCOUTQ is the same number
     return int.from_bytes(buffer, sys.byteorder)
+
+
+def waiting_bytes(sock: socket.socket) -> int:
+    """How many bytes have come and were not read. Source: unix(7), SIOCINQ."""
+    buffer = bytearray(4)
+    fcntl.ioctl(sock, termios.FIONREAD, buffer)  # SIOCINQ is the same number
+    return int.from_bytes(buffer, sys.byteorder)
+
+
+def has_more(sock: socket.socket) -> bool:
+    """Whether something has come and was not read; nothing is read now."""
+    try:
+        return bool(sock.recv(1, DONT_WAIT | _PEEK))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # who knows
+
+
+def plain_bytes(sock: socket.socket, size: int) -> int:
+    """How many bytes, of at most `size`, a read can take now without losing a descriptor that comes with them.
+
+    To lose a descriptor is to close it, which can take as long as its driver likes. At the end of the stream `size`.
+    Never blocks: raises BlockingIOError. Needs `ask_credentials`.
+    """
+    data, _, flags, _ = sock.recvmsg(size, _CREDENTIALS_SPACE, DONT_WAIT | _PEEK)
+    return 0 if flags & _CTRUNC else len(data) or size
+
+
+def only_bytes_wait(sock: socket.socket) -> bool:
+    """Whether the socket's queue holds few bytes and no descriptor: then closing the socket takes no time.
+
+    Nothing is read, and no more than _LOOKED_AT bytes are looked at. False where that is not sure. Needs
+    `ask_credentials` and `hear_urgent`.
+    """
+    waiting = waiting_bytes(sock)
+    if not 0 < waiting <= _LOOKED_AT:
+        return not waiting
+    try:
+        data, _, flags, _ = sock.recvmsg(waiting, _CREDENTIALS_SPACE, DONT_WAIT | _PEEK)
+    except OSError:
+        return False
+    return len(data) == waiting and not flags & _CTRUNC
+
+
+def drop_bytes(sock: socket.socket) -> bool:
+    """Read away the bytes that have come, up to the first descriptor: whether nothing is left.
+
+    For a connection that was hung up and that nobody else reads: what is looked at is then what is read. At most
+    _DROPPED bytes are read. Needs `ask_credentials` and `hear_urgent`.
+    """
+    left = _DROPPED
+    while left > 0 and waiting_bytes(sock):
+        try:
+            size = plain_bytes(sock, _DRAINED)
+            data = sock.recv(size, DONT_WAIT) if size else b""
+        except ConnectionResetError:  # the peer has left something unread: said once, and the queue is as it was
+            continue
+        except OSError:
+            return False
+        if not data:
+            return False
+        left -= len(data)
+    return left > 0
+
+
+def drain(sock: socket.socket) -> None:
+    """Read and forget all that has come on a connection that was hung up; borrows `sock`.
+
+    Descriptors that came along are closed by the kernel, in this thread. Until then the connection stays: one of them
+    can be its own other end.
+    """
+    with contextlib.suppress(OSError):
+        while sock.recv(_DRAINED, DONT_WAIT):
+            pass
+
+
+def collect() -> None:
+    """Have the kernel free sockets that nothing but their own queues holds: it looks when a Unix socket is closed.
+
+    Before Linux 6.10 it lets go of what is in them in this thread, which can take as long as a driver likes. Source:
+    net/unix/garbage.c.
+    """
+    for sock in socket.socketpair(socket.AF_UNIX):
+        sock.close()
 
 
 def _descriptors(value: bytes) -> list[int]:
@@ -187,6 +301,13 @@ def receive_into(
             raise NoRoomLeft(size)  # there was room in the buffer: this process has no descriptor left
         raise OSError(errno.EMSGSIZE, "recvmsg: message or descriptors were cut")
     return size, owned
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Whether the peer has closed its end, or both are shut down; nothing is read. Source: unix_poll(), POLLHUP."""
+    poll = select.poll()
+    poll.register(sock, 0)  # POLLHUP comes unasked
+    return bool(poll.poll(0))
 
 
 def hang_up(sock: socket.socket) -> None:

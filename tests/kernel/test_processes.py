@@ -1,13 +1,16 @@
-"""Whether a process whose main thread has ended is told from one that runs."""
+"""What /proc says of another process, whatever it calls itself; whether one whose main thread has ended still runs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
 
-from fdbroker.kernel.processes import main_thread_ended
+import pytest
+
+from fdbroker.kernel.processes import Process, comm, fields, main_thread_ended
 
 CODE = """
 import ctypes, threading, time
@@ -26,7 +29,7 @@ def test_a_process_without_its_main_thread_has_ended():
             assert not main_thread_ended(process.pid)
             process.stdin.write("\n")
             process.stdin.flush()
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while not main_thread_ended(process.pid):
                 assert time.monotonic() < end
                 time.sleep(0.01)
@@ -35,3 +38,46 @@ def test_a_process_without_its_main_thread_has_ended():
             process.kill()
     assert not main_thread_ended(process.pid)
     assert not main_thread_ended(os.getpid())
+
+
+NAMED = """
+import sys, time
+open("/proc/self/comm", "wb").write(bytes.fromhex(sys.argv[1]))
+print(flush=True)
+input()
+"""
+
+
+@contextlib.contextmanager
+def named(name):
+    """A process that calls itself so."""
+    command = [sys.executable, "-I", "-c", NAMED, name.hex()]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process.pid
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\x0b", b"\x0c", b"\x1c", b"\x85"])
+def test_what_a_process_calls_itself_is_no_line_of_its_status(end):
+    with named(end + b"Uid:\t0\t0\t0\t0"[: 15 - len(end)]) as pid, Process(pid) as process:
+        assert process.status().uids == (os.getuid(),) * 4
+    with named(end + b"Groups:\t1") as pid, open(f"/proc/{pid}/status", "rb") as file:
+        status = file.read()
+        found = fields(status)
+        assert found[b"Name"].endswith(b"Groups:\t1")
+        found.pop(b"", None)  # behind the end of the last line
+        assert len(found) == status.count(b":\t") - 1  # the one in its name
+        proc = os.open("/proc", os.O_PATH)
+        try:
+            assert comm(proc, pid) == (end + b"Groups:\t1").decode(errors="backslashreplace")
+        finally:
+            os.close(proc)
+
+
+def test_mounts_are_counted_as_far_as_anybody_wants_to_know():
+    with open("/proc/self/mountinfo", "rb") as file:
+        count = len(file.readlines())
+    with Process(os.getpid()) as process:
+        assert process.count_mounts(10_000) == count
+        assert count >= process.count_mounts(1) > 1

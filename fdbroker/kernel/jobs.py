@@ -1,0 +1,112 @@
+"""Work that can sleep in the kernel, in threads: opening and closing what has a driver, closing what others have sent.
+
+Runs in: opener, inbox, refuser. An attacker controls how long a job of its own takes, and how many it has. The jobs of
+one owner are done one after the other, and those of several owners in turn, so a slow owner holds up itself alone.
+What is put here may hold the very thing that another job waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+from fdbroker import errors, limits
+
+Job = Callable[[], None]
+_STUCK_S = limits.STUCK_SECONDS
+
+
+class Jobs:
+    """At most `threads_max` threads, and none while there is nothing to do.
+
+    A job that has run for STUCK_SECONDS counts no more, neither among the threads nor for its owner, and up to
+    `stuck_max` such jobs may be there, a quarter of them one owner's: what ends one can be the owner's next job. To
+    close a file of a FUSE server, for example, can wait until the server's own descriptor is closed.
+
+    A job must not raise: an exception, such as a capability that cannot be dropped, ends the whole process.
+    """
+
+    def __init__(self, threads_max: int, stuck_max: int = 0) -> None:
+        self._threads_max = threads_max
+        self._stuck_max = stuck_max
+        self._threads = 0
+        self._idle = 0  # threads that wait for a running job to become a stuck one
+        self._waiting: dict[int, deque[Job]] = {}  # by owner; the first owner that is not busy is next
+        self._running: dict[int, tuple[int, float]] = {}  # by thread: whose job, since when
+        # re-entrant: an object whose end puts a job may end anywhere
+        self._lock = threading.Condition(threading.RLock())
+
+    def put(self, owner: int, job: Job) -> None:
+        """Have `job` done, after the owner's other jobs."""
+        with self._lock:
+            self._waiting.setdefault(owner, deque()).append(job)
+            self.start()
+
+    def start(self) -> None:
+        """See that a thread works for all owners that wait; also when there was no thread to be had before."""
+        with self._lock:
+            if self._idle:
+                self._lock.notify()
+                return
+            watching = bool(self._stuck_max)  # one thread more, which runs nothing before there is room
+            if not self._waiting or not (watching or self._next() is not None):
+                return
+            if self._threads >= self._threads_max + len(self._stuck()) + watching:
+                return
+            self._threads += 1
+            try:
+                threading.Thread(target=self._work, daemon=True).start()
+            except RuntimeError:  # at the limit of tasks: a thread that runs, or the next `start`, does it as well
+                self._threads -= 1
+
+    def _stuck(self) -> list[int]:
+        """The owners of the jobs that count no more, each once for each of them."""
+        now_s = time.monotonic()
+        old = [owner for owner, since_s in self._running.values() if now_s - since_s >= _STUCK_S]
+        return old[: self._stuck_max]
+
+    def _next(self) -> int | None:
+        """The next owner that waits, and whose jobs that run, if any, are all stuck; None without room for a job."""
+        stuck = Counter(self._stuck())
+        if len(self._running) >= self._threads_max + stuck.total():
+            return None
+        running = Counter(owner for owner, _ in self._running.values())
+        for owner in self._waiting:
+            more = stuck.total() < limits.shared(self._stuck_max)  # the rest is for owners without a stuck job
+            if not running[owner] or (more and running[owner] == stuck[owner] < self._stuck_max // 4):
+                return owner
+        return None
+
+    def _take(self) -> tuple[int, Job] | None:
+        """The next owner, and its first job, which runs from now on; without one this thread is over."""
+        with self._lock:
+            while (owner := self._next()) is None:
+                # one thread waits to see whether the jobs that run come to an end
+                if self._idle or not self._waiting or not self._stuck_max:
+                    self._threads -= 1
+                    return None
+                self._idle += 1
+                self._lock.wait(_STUCK_S)
+                self._idle -= 1
+            jobs = self._waiting.pop(owner)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[owner] = jobs  # behind the other owners
+            self._running[threading.get_ident()] = owner, time.monotonic()
+            self.start()  # another thread for whoever else waits
+            return owner, job
+
+    def _work(self) -> None:
+        while (taken := self._take()) is not None:
+            try:
+                taken[1]()
+            except BaseException as error:  # noqa: BLE001 -- nobody is above a thread to hear of it
+                sys.excepthook(type(error), error, error.__traceback__)
+                os._exit(errors.EX_SOFTWARE)
+            del taken  # what the job held must not wait for the next one
+            with self._lock:
+                del self._running[threading.get_ident()]
