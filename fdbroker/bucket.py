@@ -37,6 +37,11 @@ class Bucket:
         self.tokens -= wanted
         return 0
 
+    def charge(self, rate: int, burst: int, now_s: float, cost: int) -> None:
+        """Count work that is done already: the bucket may owe what comes in DEBT_SECONDS, and no more."""
+        self.take(rate, burst, now_s, 0)
+        self.tokens = max(self.tokens - cost, -float(rate * limits.DEBT_SECONDS))
+
     def is_idle(self, now_s: float) -> bool:
         """Whether nothing would be lost if another bucket took its place."""
         return now_s - self.refilled_at_s > _IDLE_S

@@ -10,8 +10,8 @@ import errno
 from typing import ClassVar, NamedTuple
 
 # sysexits.h, as far as the command line uses it
-EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_SOFTWARE = 0, 64, 65, 69, 70
-EX_OSERR, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 71, 75, 77, 78
+EX_OK, EX_USAGE, EX_DATAERR, EX_NOINPUT, EX_UNAVAILABLE, EX_SOFTWARE = 0, 64, 65, 66, 69, 70
+EX_OSERR, EX_IOERR, EX_TEMPFAIL, EX_PROTOCOL, EX_NOPERM, EX_CONFIG = 71, 74, 75, 76, 77, 78
 
 
 class FdbrokerError(Exception):
@@ -43,7 +43,7 @@ class RestartNeeded(FdbrokerError):
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong in a policy file; `line` and `column` count from 1, 0 for the file as a whole."""
+    """One thing that is wrong in a policy file; `line` and `column` count from 1, 0 for the whole of it."""
 
     file: str
     line: int
@@ -54,8 +54,13 @@ class Finding(NamedTuple):
     hint: str = ""
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        text = f"{place}: {self.what}"
+        place = ":".join([self.file, *(str(number) for number in (self.line, self.column) if number)])
+        return f"{place}: {self.text}"
+
+    @property
+    def text(self) -> str:
+        """All but the place."""
+        text = self.what
         if self.expected:
             text += f", expected {self.expected}"
         if self.found:
@@ -75,16 +80,31 @@ class PolicyError(FdbrokerError):
         self.findings = findings
 
 
+# Why a request can pass later, in the words of a record.
+RETRY_CAUSES = {
+    "rate": "too many requests",
+    "records": "too many records of this owner",
+    "journal": "the journal takes no record now",
+    "in flight": "too many descriptors are on their way to others",
+    "busy": "the owner's requests before it are not done",
+    "unknown": "not now: too many requests, or the broker has no room",
+}
+
+
 class Refused(FdbrokerError):
     """A request that is answered with an error. The connection stays usable unless the class says otherwise.
 
     `wire_name` is the Varlink error's name below its interface, `errno` what the inbox framing would answer.
     `index` is the position of the refused resource in the request; None where the request as a whole is meant.
+    `cause` is the reason in one or two words, for the record alone: several causes can have one name on the wire.
+    `offends`: the client asked too often or too much, and is served more slowly if others wait.
     """
 
     wire_name: ClassVar[str]
     errno: ClassVar[int]
     index: int | None
+    cause: str
+    offends = False
 
     def __init__(self, message: str, *, index: int | None = None) -> None:
         super().__init__(message)
@@ -95,6 +115,7 @@ class Denied(Refused):
     """No rule allows it, or a deny rule forbids it. The same answer whether the path exists or not."""
 
     wire_name, errno, exit_code = "Denied", errno.EACCES, EX_NOPERM
+    cause = "policy"
 
     def __init__(self, message: str, *, index: int | None = None, rule: str = "") -> None:
         super().__init__(message, index=index)
@@ -104,13 +125,15 @@ class Denied(Refused):
 class NoSuchResource(Refused):
     """The policy allows it, and it is not there now."""
 
-    wire_name, errno, exit_code = "NoSuchResource", errno.ENOENT, EX_TEMPFAIL
+    wire_name, errno, exit_code = "NoSuchResource", errno.ENOENT, EX_NOINPUT
+    cause = "not there"
 
 
 class NotWhatItWas(Refused):
     """The node that was found is not what the rule says: its type, number, class, or the links that led to it."""
 
-    wire_name, errno, exit_code = "NotWhatItWas", errno.ENODEV, EX_NOPERM
+    wire_name, errno, exit_code = "NotWhatItWas", errno.ENODEV, EX_PROTOCOL
+    cause = "not what the rule says"
 
     def __init__(self, reason: str, *, index: int | None = None) -> None:
         super().__init__(f"not what the policy names: {reason}", index=index)
@@ -118,12 +141,18 @@ class NotWhatItWas(Refused):
 
 
 class OpenFailed(Refused):
-    """The kernel or the driver refused to open or to make what is allowed; `number` is its errno, e.g. EBUSY."""
+    """The kernel or the driver refused to open or to make what is allowed; `number` is its errno, e.g. EBUSY.
 
-    wire_name, errno, exit_code = "OpenFailed", errno.EIO, EX_TEMPFAIL
+    `rdev` is the device number, "" where who is told does not know it.
+    """
 
-    def __init__(self, number: int, *, index: int | None = None) -> None:
+    wire_name, errno, exit_code = "OpenFailed", errno.EIO, EX_IOERR
+    cause = "kernel"
+
+    def __init__(self, number: int, *, index: int | None = None, rdev: str = "") -> None:
         name = errno.errorcode.get(number, str(number))
+        if number in (errno.ENODEV, errno.ENXIO):
+            name += f": no driver is loaded for {rdev or 'its number'}, or the device behind it is gone"
         super().__init__(f"it could not be opened: {name}", index=index)
         self.number = number
 
@@ -137,25 +166,46 @@ class QuotaExceeded(Refused):
         super().__init__(f"limit {limit} is reached, maximum {maximum}")
         self.limit = limit
         self.maximum = maximum
+        self.cause = f"limit {limit}"
 
 
 class RateLimited(Refused):
-    """Too many requests by this user; the same request may pass after `retry_after_ms` milliseconds."""
+    """Not now; the same request may pass after `retry_after_ms` milliseconds.
+
+    `cause` is one of RETRY_CAUSES; the client is not told which: most say something of other users.
+    """
 
     wire_name, errno, exit_code = "RateLimited", errno.EAGAIN, EX_TEMPFAIL
 
-    def __init__(self, retry_after_ms: int) -> None:
-        super().__init__(f"too many requests, try again in {retry_after_ms} ms")
+    def __init__(self, retry_after_ms: int, cause: str = "rate") -> None:
+        super().__init__(f"{RETRY_CAUSES[cause]}, try again in {retry_after_ms} ms")
         self.retry_after_ms = retry_after_ms
+        self.cause = cause
+        self.offends = cause not in ("journal", "in flight")  # which are others' doing
 
 
 class ClientNotReading(Refused):
     """Too many grants wait unread on this connection, which is closed after this answer."""
 
     wire_name, errno, exit_code = "ClientNotReading", errno.EAGAIN, EX_TEMPFAIL
+    cause = "unread grants"
+    offends = True
 
     def __init__(self) -> None:
         super().__init__("too many grants wait unread; the connection is closed")
+
+
+class PolicyBroken(Refused):
+    """The broker's policy has an error, so it lets nobody in. The connection is closed after this answer."""
+
+    wire_name, errno, exit_code = "PolicyBroken", errno.EAGAIN, EX_TEMPFAIL
+    cause = "policy broken"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the broker's policy has an error, so it lets nobody in: an admin finds the error with "
+            "`fdbroker policy check` and `journalctl -u fdbroker`, and mends it; then try again"
+        )
 
 
 class QueueFull(QuotaExceeded):
@@ -168,6 +218,7 @@ class TopicDenied(Refused):
     """No rule allows to send to, or to subscribe to, that topic. The same answer whether it exists or not."""
 
     wire_name, errno, exit_code = "Denied", errno.EACCES, EX_NOPERM
+    cause = "policy"
 
     def __init__(self, topic: str) -> None:
         super().__init__(f"topic {topic}: denied: no rule of the policy allows it")
@@ -178,6 +229,7 @@ class MessageTooLong(Refused):
     """The message is longer than its topic allows; `maximum` is in bytes."""
 
     wire_name, errno, exit_code = "TooLong", errno.EMSGSIZE, EX_DATAERR
+    cause = "too long"
 
     def __init__(self, maximum: int) -> None:
         super().__init__(f"the message is longer than the topic allows: at most {maximum} bytes")
@@ -188,6 +240,7 @@ class DescriptorsRefused(Refused):
     """The descriptors that came with a message cannot go with it; `reason` says why."""
 
     wire_name, errno, exit_code = "DescriptorsRefused", errno.EOPNOTSUPP, EX_DATAERR
+    cause = "descriptors"
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the descriptors cannot go with the message: {reason}")
@@ -198,6 +251,7 @@ class NoSuchRecipient(Refused):
     """`to` names nobody who may subscribe to the topic."""
 
     wire_name, errno, exit_code = "NoSuchRecipient", errno.ENXIO, EX_DATAERR
+    cause = "no recipient"
 
     def __init__(self, to: str) -> None:
         super().__init__(f"{to}: no user of that name or number may subscribe to the topic")
@@ -207,9 +261,13 @@ class NoSuchRecipient(Refused):
 # by their wire names: those of io.fdbroker.Broker, and those of io.fdbroker.Inbox
 REFUSALS: dict[str, type[Refused]] = {
     kind.wire_name: kind
-    for kind in (Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, ClientNotReading)
+    for kind in (
+        *(Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, ClientNotReading),
+        PolicyBroken,
+    )
 }
 MESSAGE_REFUSALS: dict[str, type[Refused]] = {
     kind.wire_name: kind
     for kind in (TopicDenied, MessageTooLong, DescriptorsRefused, NoSuchRecipient, QuotaExceeded, RateLimited)
 }
+ADMIN_REFUSALS: dict[str, type[Refused]] = {kind.wire_name: kind for kind in (Denied, RateLimited)}

@@ -6,6 +6,8 @@ An attacker controls: what a Resource holds, and the `comm` of a Subject; nothin
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 # A uid or gid that the kernel could not map into our user namespace shows as this number
@@ -13,6 +15,10 @@ from typing import NamedTuple
 UNMAPPED_ID = 65534
 # (uid_t)-1: the kernel's "no such id"; never a user.
 INVALID_ID = 0xFFFF_FFFF
+# Ids that stand for "not known who": no rule is for them.
+NOBODY = frozenset({UNMAPPED_ID, INVALID_ID})
+# The one owner of all uids for which no owner is known: policy/owners.py.
+OTHERS = INVALID_ID
 
 ACCESS_NAMES = ("ro", "wo", "rw")
 # The accesses that may be asked for where a rule gives one.
@@ -21,6 +27,8 @@ ACCESS_COVERS: dict[str, frozenset[str]] = {
     "wo": frozenset({"wo"}),
     "rw": frozenset({"ro", "wo", "rw"}),
 }
+# The number of /dev/tty, whose open gives the controlling terminal of the opening process. Source: tty(4).
+OWN_TERMINAL = "5:0"
 # As in /proc/PID/ns. Source: namespaces(7).
 NAMESPACE_TYPES = ("net", "mnt", "pid", "user", "uts", "ipc", "cgroup", "time")
 # Those that a process can make and hand to another: a pid namespace wants a first process, a user namespace is the
@@ -34,6 +42,10 @@ TOPIC_VERBS = ("send", "subscribe")
 HANDLERS = ("journal", "subscribers", "queue")
 # Where the messages of the inbox framing go, which name no topic.
 FRAMED_TOPIC = "inbox"
+_FORMS = (
+    "a resource is a path below /dev, net:NAME, TYPE:pid:PID, TYPE:new or socket:net:NAME; "
+    f"TYPE is one of {', '.join(NAMESPACE_TYPES)}"
+)
 
 
 class Device(NamedTuple):
@@ -94,12 +106,22 @@ class Socket(NamedTuple):
 Resource = Device | Namespace | Socket
 
 
+def typed(text: str) -> str:
+    """A resource as people type it, and as `list` prints it, in the form that `parse` takes.
+
+    In a path, two backslashes are one; any other backslash stands for itself, as in a path that a shell completed.
+    """
+    return text.replace("\\\\", "\\") if text.startswith("/") else text
+
+
 def parse_asked(text: str, access: str) -> Resource | TopicUse:
-    """As `parse`, and send:TOPIC and subscribe:TOPIC beside it: what a policy can be asked about."""
+    """A resource as `typed` takes it, or a topic: send:TOPIC, subscribe:TOPIC. Raises ValueError as `parse` does."""
     verb, colon, topic = text.partition(":")
-    if colon and topic and verb in TOPIC_VERBS:
+    if verb in TOPIC_VERBS and colon and topic:
         return TopicUse(verb, topic)
-    return parse(text, access)
+    if not text.startswith("/") and (not colon or verb not in (*NAMESPACE_TYPES, "socket")):
+        raise ValueError(f"{_FORMS}; a topic is send:TOPIC or subscribe:TOPIC")
+    return parse(typed(text), access)
 
 
 def parse(text: str, access: str) -> Resource:
@@ -110,11 +132,7 @@ def parse(text: str, access: str) -> Resource:
     if colon and rest and kind == "socket":
         return _parse_socket(rest)
     if not colon or not rest or kind not in NAMESPACE_TYPES:
-        types = ", ".join(NAMESPACE_TYPES)
-        raise ValueError(
-            "a resource is a path below /dev, net:NAME, TYPE:pid:PID, TYPE:new or socket:net:NAME; "
-            f"TYPE is one of {types}"
-        )
+        raise ValueError(_FORMS)
     if rest.startswith("pid:"):
         number = _number(rest[4:], PID_MAX)
         if not number:
@@ -153,6 +171,28 @@ def _number(text: str, most: int) -> int:
     return number if number <= most else 0
 
 
+class Groups(Collection[int]):
+    """The groups that a process is in, up to 65,536 of them in 4 bytes each: `packed`, in no order."""
+
+    __slots__ = ("_packed",)
+
+    def __init__(self, packed: array[int]) -> None:
+        self._packed = packed.tobytes()
+
+    def __contains__(self, gid: object) -> bool:
+        wanted = array("I", [gid]).tobytes() if isinstance(gid, int) else b"?"
+        at = self._packed.find(wanted)
+        while at % len(wanted) and at >= 0:  # made of the bytes of two others
+            at = self._packed.find(wanted, at + 1)
+        return at >= 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(array("I", self._packed))
+
+    def __len__(self) -> int:
+        return len(self._packed) // array("I").itemsize
+
+
 class Subject(NamedTuple):
     """Who asks. Every field comes from the kernel; identity is frozen when the client called connect(2).
 
@@ -160,16 +200,23 @@ class Subject(NamedTuple):
     by it. `comm` is the program's own name for itself, hence for the record only as well. `label` is the MAC label
     of who made the socket, "" when it is not known. `foreign` is true unless the process is shown to live in the
     broker's own user namespace. `session` is logind's name for the login session that the process is in, or "".
+    `owner` is the user behind the uid, for whom everything is counted: policy/owners.py; rights are the uid's alone.
     """
 
     uid: int
-    gids: frozenset[int]
+    gids: Collection[int]
     gid: int
     pid: int
     comm: str
     label: str
     foreign: bool
     session: str = ""
+    owner: int = OTHERS
+
+
+def owner_text(owner: int) -> str:
+    """An owner in a record: a uid, or `others` for the one of all uids whose user is not known."""
+    return "others" if owner == OTHERS else str(owner)
 
 
 class DeviceRule(NamedTuple):
@@ -311,7 +358,8 @@ class DenyRule(NamedTuple):
     """One entry of `deny`: denied to every subject of `uids` or `gids`, or to all when `everyone`.
 
     `patterns` are globs of device paths, `rules` say which namespaces and sockets; a socket rule without ports is
-    for all sockets, bound or not.
+    for all sockets, bound or not. `uids` hold the members of the groups, too, as the group database listed them when
+    the policy was loaded; `ranges` are the subordinate uids of all of them, as (first, last).
     """
 
     patterns: tuple[str, ...]
@@ -322,6 +370,17 @@ class DenyRule(NamedTuple):
     source: str
     where: str
     labels: tuple[str, ...] = ()
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def names(self, subject: Subject) -> bool:
+        """Whether the rule is for this subject, whatever its label: by its uid, its owner, or one of its groups."""
+        return (
+            self.everyone
+            or subject.uid in self.uids
+            or subject.owner in self.uids
+            or any(gid in subject.gids for gid in self.gids - NOBODY)
+            or any(first <= subject.uid <= last for first, last in self.ranges)
+        )
 
 
 class Grant(NamedTuple):
@@ -339,7 +398,12 @@ class Grant(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """One resource that a subject may open now, with the most access it may ask for, and the rule that says so."""
+    """One resource that a subject may open now, with the most access it may ask for, and the rule that says so.
+
+    `generation`, 0 to 2**53 - 1, is another number once the node at a device's path is another one, or has another
+    mode or owner; 0 for what is no device.
+    """
 
     resource: Resource
     where: str
+    generation: int = 0

@@ -1,28 +1,31 @@
 """Trees of values to one Policy: names to numbers, globs checked, and what no schema can say.
 
-Runs in: launcher, command line. Opens nothing but the policy's files, by load; names come from names.py.
+Runs in: launcher, command line. Opens nothing but the policy's files, by files.py; names come from names.py.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.errors import Finding, PolicyError
 from fdbroker.policy import labels, names
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import NOBODY, decide, view
-from fdbroker.policy.load import Node, close, in_order, load
-from fdbroker.policy.paths import dangerous_name, glob_error, is_literal, name_glob_error
+from fdbroker.policy.decide import decide, view
+from fdbroker.policy.globs import dangerous_rule
+from fdbroker.policy.load import Digest, Node, close, in_order, load
+from fdbroker.policy.paths import glob_error, is_literal, name_glob_error
 from fdbroker.policy.recipients import with_recipients
 from fdbroker.terms import (
     ACCESS_COVERS,
     FAMILIES,
     INVALID_ID,
     NEW_NAMESPACE_TYPES,
+    NOBODY,
+    OWN_TERMINAL,
     SOCKET_TYPES,
     TOPIC_VERBS,
     DenyRule,
@@ -56,10 +59,16 @@ class PolicyTest(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A policy that has no error, and its tests."""
+    """A policy that has no error, its tests, and the trees of its files, as load.py makes them."""
 
     policy: Policy
     tests: tuple[PolicyTest, ...]
+    documents: tuple[Node, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it was read from."""
+        return tuple(document.file for document in self.documents)
 
 
 def load_policy(path: str, *, trusted: bool) -> Loaded:
@@ -68,14 +77,25 @@ def load_policy(path: str, *, trusted: bool) -> Loaded:
     Rules add up over the files; of a limit that several files set the last one counts.
     """
     findings: list[Finding] = []
+    digest = Digest()
+    documents = load(path, findings, trusted=trusted, digest=digest)
+    return compile_documents(path, documents, findings, digest.text())
+
+
+def compile_documents(path: str, documents: Sequence[Node], findings: list[Finding], digest: str) -> Loaded:
+    """Compile the trees of a policy's files with what the databases of users and groups say now.
+
+    `findings` holds what is wrong with the files already. Raises PolicyError.
+    """
     work = _Compiler(findings)
-    for document in load(path, findings, trusted=trusted):
+    for document in documents:
         work.document(document)
     work.check_topics()
     if findings:
         raise PolicyError(in_order(findings))
     loaded = work.result()
-    return loaded._replace(policy=with_recipients(loaded.policy, path))
+    policy = with_recipients(loaded.policy, path)._replace(digest=digest)
+    return loaded._replace(policy=policy, documents=tuple(documents))
 
 
 def failed_tests(loaded: Loaded) -> list[Finding]:
@@ -110,6 +130,8 @@ class _Compiler:
         self.gid_limits: dict[int, dict[str, int]] = {}
         self.everyone_limits: dict[str, int] = {}
         self.tests: list[PolicyTest] = []
+        self.owners = names.owners()
+        self.subordinate = names.subordinate_uids()
 
     def result(self) -> Loaded:
         return Loaded(
@@ -125,6 +147,7 @@ class _Compiler:
                 self.gid_limits,
                 self.everyone_limits,
                 tuple(self.topics.values()),
+                owners=self.owners,
             ),
             tuple(self.tests),
         )
@@ -207,7 +230,8 @@ class _Compiler:
     def glob(self, node: Node) -> str:
         trouble = glob_error(node.value)
         if trouble:
-            self.findings.append(node.finding(f"path {node.value!r}: {trouble}"))
+            what = repr(node.value).replace("\\\\", "\\")  # a glob's backslashes as they were written
+            self.findings.append(node.finding(f"path {what}: {trouble}"))
             return ""
         return str(node.value)
 
@@ -220,18 +244,22 @@ class _Compiler:
         if access not in ACCESS_COVERS[most]:
             place = node.value.get("access", node)
             self.findings.append(place.finding(f"access of class {kernel_class}", most, access))
-        if pattern and not dangerous:
-            name = dangerous_name(pattern)
-            if name or kernel_class == "block":
-                what = f"{pattern} can match /dev/{name}" if name else "class block"
-                self.findings.append(
-                    node.value["path"].finding(
-                        f"{what}, which gives power over the machine",
-                        hint="add `dangerous: true` to say that this is meant, or write a narrower path",
-                    )
-                )
-        where = f"{node.file}:{node.line}"
         number = node.get("device") or ""
+        power = dangerous_rule(pattern, kernel_class, number) if pattern and not dangerous else ""
+        if power:
+            self.findings.append(
+                node.value["path"].finding(
+                    f"{power}, which gives power over the machine",
+                    hint="add `dangerous: true` to say that this is meant, or write a narrower rule",
+                )
+            )
+        where = f"{node.file}:{node.line}"
+        if pattern == "/dev/tty" or number == OWN_TERMINAL:
+            place = node.value["path" if pattern == "/dev/tty" else "device"]
+            hint = "remove the rule: a program opens its own terminal by itself"
+            self.findings.append(
+                place.finding("/dev/tty (5:0), which is the terminal of the process that opens it", hint=hint)
+            )
         return DeviceRule(pattern, access, kernel_class, number, dangerous, source, where, self.labels(node))
 
     def name_glob(self, node: Node, key: str) -> str:
@@ -344,18 +372,13 @@ class _Compiler:
         others += [self.socket(one, source) for one in node.items("sockets")]
         if not any(key in node.value for key in ("devices", "namespaces", "sockets")):
             self.findings.append(node.finding("a deny rule without any of devices, namespaces, sockets"))
-        self.deny.append(
-            DenyRule(
-                patterns,
-                tuple(others),
-                self.ids(users, "user"),
-                self.ids(groups, "group"),
-                bool(node.get("everyone")),
-                source,
-                f"{node.file}:{node.line}",
-                globs,
-            )
-        )
+        gids = self.ids(groups, "group")
+        # a process can leave its groups, and be any subordinate uid of its user: the rule is for all of these
+        uids = self.ids(users, "user").union(*map(names.members_of, gids))
+        ranges = tuple((first, last) for user, first, last in self.subordinate if user in uids)
+        everyone = bool(node.get("everyone"))
+        where = f"{node.file}:{node.line}"
+        self.deny.append(DenyRule(patterns, tuple(others), uids, gids, everyone, source, where, globs, ranges))
 
     def test(self, node: Node) -> None:
         subject = node.value["as"]
@@ -367,7 +390,11 @@ class _Compiler:
         gid, all_gids = (min(gids, default=INVALID_ID), gids) if "groups" in subject.value else names.groups_of(uid)
         self.tests.append(
             PolicyTest(
-                Subject(uid, all_gids, gid, 0, "", subject.get("label") or "", foreign=False),
+                Subject(
+                    *(uid, all_gids, gid, 0, "", subject.get("label") or ""),
+                    foreign=False,
+                    owner=self.owners.known_of(uid),
+                ),
                 resource,
                 node.get("expect") == "allow",
                 node,

@@ -9,13 +9,18 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from fdbroker.policy.owners import Owners
 from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Topic, TopicRule, Uplink, User
 
 _KINDS: dict[str, Any] = {"device": DeviceRule, "namespace": NamespaceRule, "socket": SocketRule, "topic": TopicRule}
 
 
 class Policy(NamedTuple):
-    """The whole policy. `by_uid` and `by_gid` give the rules of a user or group; limits by name."""
+    """The whole policy. `by_uid` and `by_gid` give the rules of a user or group; limits by name.
+
+    `digest` says from which files it was made, `generation` how often one was loaded, `loaded_us` when: microseconds
+    since 1970.
+    """
 
     administrator_uids: frozenset[int]
     administrator_gids: frozenset[int]
@@ -29,6 +34,10 @@ class Policy(NamedTuple):
     everyone_limits: dict[str, int]
     topics: tuple[Topic, ...] = ()
     users: tuple[User, ...] = ()
+    owners: Owners = Owners()
+    digest: str = ""
+    generation: int = 1
+    loaded_us: int = 0
 
     def all_rules(self) -> Iterable[Rule]:
         """Every allow rule, each once."""
@@ -68,9 +77,8 @@ def from_bytes(data: bytes) -> Policy:
 
 
 def _policy(parts: Any) -> Policy:
-    uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits, topics, users = (
-        parts
-    )
+    uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits, *rest = parts
+    topics, users, (known, owned), digest, generation, loaded_us = rest
 
     def rules(items: list[list[Any]]) -> tuple[Any, ...]:
         return tuple(_rule(*item) for item in items)
@@ -84,15 +92,18 @@ def _policy(parts: Any) -> Policy:
         rules(for_everyone),
         tuple(
             DenyRule(
-                tuple(paths), rules(others), frozenset(uids), frozenset(gids), everyone, source, where, tuple(labels)
+                *(tuple(paths), rules(others), frozenset(uids), frozenset(gids), everyone, source, where),
+                *(tuple(labels), tuple((first, last) for first, last in ranges)),
             )
-            for paths, others, uids, gids, everyone, source, where, labels in deny
+            for paths, others, uids, gids, everyone, source, where, labels, ranges in deny
         ),
         {int(uid): maxima for uid, maxima in uid_limits.items()},
         {int(gid): maxima for gid, maxima in gid_limits.items()},
         everyone_limits,
         tuple(Topic(name, tuple(deliver), *rest) for name, deliver, *rest in topics),
         tuple(User(uid, name, frozenset(positions)) for uid, name, positions in users),
+        Owners(frozenset(known), tuple((first, last, owner) for first, last, owner in owned)),
+        *(digest, generation, loaded_us),
     )
 
 

@@ -8,6 +8,7 @@ user and for all groups of the subject, as far as they are for its label.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fdbroker.policy import labels
@@ -15,8 +16,8 @@ from fdbroker.policy.compiled import Policy
 from fdbroker.policy.paths import is_device_path, is_namespace_name, matcher
 from fdbroker.terms import (
     ACCESS_COVERS,
-    INVALID_ID,
-    UNMAPPED_ID,
+    NOBODY,
+    OTHERS,
     DenyRule,
     Device,
     DeviceRule,
@@ -30,9 +31,6 @@ from fdbroker.terms import (
     TopicRule,
     TopicUse,
 )
-
-# Ids that stand for "not known who": no rule is for them.
-NOBODY = frozenset({UNMAPPED_ID, INVALID_ID})
 
 
 class View(NamedTuple):
@@ -63,20 +61,15 @@ def view(policy: Policy, subject: Subject) -> View:
     """What the policy says about `subject`. A uid that is unmapped or unset gets nothing, not even everyone's."""
     if subject.uid in NOBODY:
         return _NOTHING._replace(limits=policy.limits)
-    gids = subject.gids - NOBODY
-    maxima = [policy.everyone_limits, *(policy.gid_limits.get(gid, {}) for gid in sorted(gids))]
-    deny = tuple(
-        rule
-        for rule in policy.deny
-        if (rule.everyone or subject.uid in rule.uids or not gids.isdisjoint(rule.gids))
-        and labels.denying(rule.labels, subject.label)
-    )
+    maxima = [policy.everyone_limits, *(policy.gid_limits[gid] for gid in _named(policy.gid_limits, subject))]
+    deny = tuple(rule for rule in policy.deny if rule.names(subject) and labels.denying(rule.labels, subject.label))
     limits = dict(policy.limits)
     for name in limits:
         overrides = [maximum[name] for maximum in maxima if name in maximum]
         if overrides:
             limits[name] = max(overrides)
-    limits |= policy.uid_limits.get(subject.uid, {})
+    # the owner's: with other limits for its subordinate uids, a user could choose
+    limits |= policy.uid_limits.get(subject.uid if subject.owner == OTHERS else subject.owner, {})
     each = [rule for rule in rules_of(policy, subject) if labels.allowing(rule.labels, subject.label)]
     devices = tuple(rule for rule in each if isinstance(rule, DeviceRule))
     others = tuple(rule for rule in each if isinstance(rule, NamespaceRule | SocketRule))
@@ -87,8 +80,8 @@ def view(policy: Policy, subject: Subject) -> View:
 def rules_of(policy: Policy, subject: Subject) -> tuple[Rule, ...]:
     """The rules for a subject's user and groups, and everyone's, each once, for whatever label and even for nobody."""
     rules = list(policy.by_uid.get(subject.uid, ()))
-    for gid in sorted(subject.gids - NOBODY):
-        rules += policy.by_gid.get(gid, ())
+    for gid in _named(policy.by_gid, subject):
+        rules += policy.by_gid[gid]
     return tuple(dict.fromkeys((*rules, *policy.everyone)))
 
 
@@ -97,10 +90,13 @@ def is_administrator(policy: Policy, subject: Subject) -> bool:
     if subject.foreign or subject.uid in NOBODY:
         return False
     return (
-        subject.uid == 0
-        or subject.uid in policy.administrator_uids
-        or not (subject.gids - NOBODY).isdisjoint(policy.administrator_gids)
+        subject.uid == 0 or subject.uid in policy.administrator_uids or bool(_named(policy.administrator_gids, subject))
     )
+
+
+def _named(by: Iterable[int], subject: Subject) -> list[int]:
+    """Which of these groups the subject is in; it takes as long as there are these, for a subject can be in 65,536."""
+    return sorted(gid for gid in by if gid in subject.gids and gid not in NOBODY)
 
 
 def well_formed(resource: Resource | TopicUse) -> bool:

@@ -1,18 +1,27 @@
 """Why a request is allowed or denied, what came near, and the smallest change that would allow it.
 
-Runs in: command line. Nothing is opened, and no service need run: it answers for any subject and any path.
+Runs in: command line. Nothing is opened, and no service need run: it answers for any subject and any path. The caller
+may pass the node that is at the path now.
+
+Suggested rules are YAML with globs, so their backslashes are doubled already.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from typing import NamedTuple
 
+from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import NOBODY, Decision, covers, decide, rules_of, view, well_formed
+from fdbroker.policy.decide import Decision, View, covers, decide, denying_rule, rules_of, view, well_formed
+from fdbroker.policy.fit import Facts, dangerous_node, is_device, misfit
+from fdbroker.policy.globs import as_glob, dangerous_name
+from fdbroker.policy.lint import Look, as_keys
 from fdbroker.policy.paths import matcher
 from fdbroker.terms import (
     ACCESS_COVERS,
+    NOBODY,
     DenyRule,
     Device,
     DeviceRule,
@@ -40,7 +49,11 @@ class Near(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """`rules` allow it, or `denied_by` forbids it, or neither. `change` is the smallest one that would allow it."""
+    """`rules` allow it, or `denied_by` forbids it, or neither. `change` is the smallest one that would allow it.
+
+    `now` describes the node that is there now, "" when it is not known. `refused` is the reason for which the opener
+    would refuse that node although a rule allows the path: "" for none, None without a known node.
+    """
 
     allowed: bool
     rules: tuple[Rule, ...]
@@ -48,18 +61,54 @@ class Explanation(NamedTuple):
     reason: str
     near: tuple[Near, ...]
     change: str
+    now: str = ""
+    refused: str | None = None
 
 
-def explain(policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str) -> Explanation:
-    """Judge as the opener would, and say why. `user` is the subject's name for the text."""
-    decision = decide(view(policy, subject), resource)
+def explain(
+    policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str, look: Look | None = None
+) -> Explanation:
+    """Judge as the opener would, and say why. `user` is the subject's name, or its number, in the text.
+
+    `look` describes the node that a device's path leads to now, None when it is not known.
+    """
+    seen = view(policy, subject)
+    decision = decide(seen, resource)
+    node = look.facts if look else None
     if isinstance(resource, TopicUse) and resource.topic not in {topic.name for topic in policy.topics}:
-        return _denied(policy, subject, resource, user, Decision((), None))
-    if decision.rules:
-        first = decision.rules[0]
-        reason = f"{first.where} ({first.source}{_with_label(first)}) allows it{_condition(first)}"
-        return Explanation(True, decision.rules, None, reason, (), "")
-    return _denied(policy, subject, resource, user, decision)
+        return _denied(policy, subject, resource, user, Decision((), None), None)
+    if not decision.rules:
+        return _denied(policy, subject, resource, user, decision, node)
+    first = decision.rules[0]
+    reason = f"{first.where} ({first.source}{_with_label(first)}) allows it{_condition(first)}"
+    explained = Explanation(True, decision.rules, None, reason, (), "")
+    if look is None:
+        return explained
+    refused = _refused(seen, decision, look)
+    if node is None and not refused:
+        return explained._replace(now="now it is not there")
+    now = f"now {_there(node)}: would be refused: {refused}" if refused else f"now {_there(node)}, as the rule says"
+    return explained._replace(now=now, refused=refused)
+
+
+def _there(node: Facts | None) -> str:
+    """A description of the node in a few words."""
+    if node is None:
+        return "it is a link"
+    if not is_device(node):
+        return "it is no device"
+    return f"it is {node.number}, class {node.kernel_class or 'unknown'}"
+
+
+def _refused(seen: View, decision: Decision, look: Look) -> str:
+    """The reason for which the opener would refuse the node that a path leads to now, or ""."""
+    by = next((rule for name in look.names[1:] if (rule := denying_rule(seen, Device(name, "ro")))), None)
+    if by is not None:
+        return f"it leads to what {by.where} denies to {by.source}"
+    if look.facts is None:
+        return look.trouble
+    reasons = [misfit(rule, look.facts) for rule in decision.rules if isinstance(rule, DeviceRule)]
+    return "" if "" in reasons else reasons[0]
 
 
 def _with_label(rule: Rule) -> str:
@@ -82,9 +131,15 @@ def _condition(rule: Rule) -> str:
 
 
 def _denied(
-    policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str, decision: Decision
+    policy: Policy,
+    subject: Subject,
+    resource: Resource | TopicUse,
+    user: str,
+    decision: Decision,
+    node: Facts | None,
 ) -> Explanation:
-    near = tuple(_near(policy, subject, resource, user)[:_NEAR_MOST])
+    new_rule = _new_rule(resource, user, node)
+    near = () if subject.uid in NOBODY else tuple(_near(policy, subject, resource, user, new_rule)[:_NEAR_MOST])
     if subject.uid in NOBODY:
         reason = f"uid {subject.uid} stands for users that the kernel cannot map: nothing is for it"
         change = "run the program as a user of this machine, or in a user namespace whose ids are mapped"
@@ -103,27 +158,35 @@ def _denied(
         reason = f"{rule.where} denies it to {rule.source}{unknown}, and a deny rule wins"
         change = f"narrow or remove the deny rule at {rule.where}"
         if not decide(view(policy._replace(deny=()), subject), resource).rules:
-            change += f", and {near[0].change if near else _new_rule(resource, user)}"
+            change += f", and {near[0].change if near else new_rule}"
     elif near:
         access = f"{resource.access} of " if isinstance(resource, Device) else ""
         reason = f"no rule allows {access}this {_KINDS[type(resource)]} to {user}"
         change = near[0].change
     else:
         reason = f"no rule names this {_KINDS[type(resource)]} for {user}"
-        change = _new_rule(resource, user)
-    return Explanation(False, (), decision.denied_by, reason, near, change)
+        change = new_rule
+    now = f"now {_there(node)}" if node else ""
+    return Explanation(False, (), decision.denied_by, reason, near, change, now)
 
 
-def _new_rule(resource: Resource | TopicUse, user: str) -> str:
-    key, text = _as_rule(resource)
-    return f"add under users: `{user}: {{{key}: [{text}]}}`"
+def _new_rule(resource: Resource | TopicUse, user: str, node: Facts | None) -> str:
+    key, text = _as_rule(resource, node)
+    return f"add under users: `{_quoted(user)}: {{{key}: [{text}]}}`"
 
 
-def _as_rule(resource: Resource | TopicUse) -> tuple[str, str]:
-    """The narrowest rule for it: under which key, and what stands in the list."""
+def _as_rule(resource: Resource | TopicUse, node: Facts | None) -> tuple[str, str]:
+    """The narrowest rule for the resource: its key, and its item of the list. `node` is the one that is there now."""
     match resource:
         case Device(path, access):
-            return "devices", f"{{path: {path}" + (f", access: {access}}}" if access != "ro" else "}")
+            glob = as_glob(path)
+            keys = [f"path: {_quoted(glob)}"]
+            keys += [f"access: {access}"] if access != "ro" else []
+            known = node if node and is_device(node) else None
+            keys += [as_keys(known)] if known else []
+            if (known and dangerous_node(known)) or dangerous_name(glob):
+                keys += ["dangerous: true"]
+            return "devices", f"{{{', '.join(keys)}}}"
         case Namespace(kind, name, pid):
             which = f'name: "{name}"' if name else "of: caller" if pid else "create: true"
             return "namespaces", f"{{type: {kind}, {which}}}"
@@ -134,18 +197,24 @@ def _as_rule(resource: Resource | TopicUse) -> tuple[str, str]:
             return verb, topic
 
 
-def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str) -> list[Near]:
-    """The rules that almost allow it, nearest first."""
+def _quoted(text: str) -> str:
+    """A YAML scalar for use inside brackets: single quotes where needed, for these keep backslashes."""
+    plain = re.fullmatch(r"[A-Za-z0-9/_][A-Za-z0-9/._+\\:=@-]*", text) and not text.endswith(":")
+    return text if plain else "'" + text.replace("'", "''") + "'"
+
+
+def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str, new_rule: str) -> list[Near]:
+    """The rules that almost allow it, nearest first; `new_rule` is the change where none of them is one to change."""
     seen = view(policy, subject)
     mine: set[Rule] = {*seen.devices, *seen.others, *seen.topics}
-    but_for_label = {*rules_of(policy, subject)} - mine
+    but_for_label = {rule for rule in rules_of(policy, subject) if rule.labels} - mine
     found: list[tuple[float, Near]] = []
     for rule in policy.all_rules():
         if rule in but_for_label and covers(rule, resource):
             found.append((0.5, _for_label(rule, subject)))
             continue
         if not isinstance(resource, Device) or not isinstance(rule, DeviceRule):
-            found += _near_other(rule, resource, user, is_mine=rule in mine)
+            found += _near_other(rule, resource, user, new_rule, is_mine=rule in mine)
             continue
         named = matcher(rule.pattern).fullmatch(resource.path) is not None
         enough = resource.access in ACCESS_COVERS[rule.access]
@@ -154,17 +223,17 @@ def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user:
             change = f"at {rule.where} set `access: {wanted}`"
             found.append((0, Near(rule, f"it gives {rule.access} only", change)))
         elif named and rule not in mine and enough:
-            found.append((1, _for_others(rule, resource, user)))
+            found.append((1, _for_others(rule, user, new_rule)))
         elif named and rule not in mine:
             missing = f"it is for {rule.source}, and gives {rule.access} only"
-            found.append((2, Near(rule, missing, _new_rule(resource, user))))
+            found.append((2, Near(rule, missing, new_rule)))
         elif rule in mine and not named:
             alike = difflib.SequenceMatcher(None, rule.pattern, resource.path).ratio()
             if alike >= _ALIKE_LEAST:
                 missing = f"its path {rule.pattern} does not match"
                 if rule.pattern.count("/") != resource.path.count("/") and "*" in rule.pattern:
                     missing += ": * never matches a slash"
-                change = f"at {rule.where} widen the path, or add `- path: {resource.path}` beside it"
+                change = f"at {rule.where} widen the path, or add `- path: {_quoted(as_glob(resource.path))}` beside it"
                 found.append((4 - alike, Near(rule, missing, change)))
     return [near for _, near in sorted(found, key=lambda one: one[0])]
 
@@ -175,21 +244,25 @@ def _for_label(rule: Rule, subject: Subject) -> Near:
     return Near(rule, missing, f"have the program confined so, or remove `label` at {rule.where}")
 
 
-def _for_others(rule: Rule, resource: Resource | TopicUse, user: str) -> Near:
-    kind, _, name = rule.source.partition(" ")
-    if kind == "group":
-        change = f"make {user} a member: `usermod -aG {name} {user}`, and log in again"
+def _for_others(rule: Rule, user: str, new_rule: str) -> Near:
+    kind, _, group = rule.source.partition(" ")
+    # usermod(8) takes an account by its name, and groups that the databases have
+    account = names.name_of(int(user)) if user.isdecimal() else user
+    if kind == "group" and not account.isdecimal() and names.has_group(group):
+        change = f"make {account} a member: `usermod -aG {group} {account}`, and log in again"
     else:
-        change = _new_rule(resource, user)
+        change = new_rule
     if rule.labels:
         change += f", and have the program confined with the label {' or '.join(rule.labels)}"
     return Near(rule, f"it is for {rule.source}{_with_label(rule)}", change)
 
 
-def _near_other(rule: Rule, resource: Resource | TopicUse, user: str, *, is_mine: bool) -> list[tuple[float, Near]]:
+def _near_other(
+    rule: Rule, resource: Resource | TopicUse, user: str, new_rule: str, *, is_mine: bool
+) -> list[tuple[float, Near]]:
     """Whether a rule for namespaces or sockets almost allows one."""
     if covers(rule, resource):
-        return [] if is_mine else [(1, _for_others(rule, resource, user))]
+        return [] if is_mine else [(1, _for_others(rule, user, new_rule))]
     match rule, resource:
         case NamespaceRule(types), Namespace(kind) if kind not in types and covers(
             rule._replace(types=(kind,)), resource
@@ -205,4 +278,4 @@ def _near_other(rule: Rule, resource: Resource | TopicUse, user: str, *, is_mine
     if is_mine:
         return [(0, Near(rule, missing, change))]
     missing = f"it is for {rule.source}, and {missing.removeprefix('it is ')}"
-    return [(2, Near(rule, missing, _new_rule(resource, user)))]
+    return [(2, Near(rule, missing, new_rule))]

@@ -1,7 +1,9 @@
 """Policy files to a tree of values with their places, strictly: every error at once, as file:line:column.
 
-Runs in: launcher, command line. With `trusted`, only root can have written what is read here; without it
-(`policy check`), whoever wrote the file.
+Runs in: launcher, command line. The author of a file controls its text: root alone where files.py demands that.
+
+A line ends with a line feed and with nothing else, as for editors and grep: characters that Python or YAML take for
+further line ends are errors.
 
 Only the YAML syntax is PyYAML's: a scalar stays the text that was written, so YAML 1.1's booleans, octal numbers
 and base-60 numbers do not exist here.
@@ -10,17 +12,20 @@ and base-60 numbers do not exist here.
 from __future__ import annotations
 
 import difflib
-import os
+import hashlib
 import re
-import stat
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import yaml
 
 from fdbroker import limits
-from fdbroker.errors import Finding, PolicyError
+from fdbroker.errors import Finding
 from fdbroker.policy import schema
+from fdbroker.policy.files import policy_files, read
+
+# What YAML 1.1 calls printable (its c-printable), but for what ends a line beside the line feed, and for the tab.
+_NOT_TEXT = re.compile("[^\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Node(NamedTuple):
@@ -46,106 +51,49 @@ class Node(NamedTuple):
         return Finding(self.file, self.line, self.column, what, expected, found, hint)
 
 
-def policy_files(policy: str) -> list[str]:
-    """The policy file and the *.yaml of the folder policy.d beside it, in order of name. Raises PolicyError."""
-    folder = os.path.join(os.path.dirname(policy), "policy.d")
-    try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".yaml"))
-    except (FileNotFoundError, NotADirectoryError):
-        names = []
-    except OSError as error:
-        raise PolicyError([Finding(folder, 0, 0, f"cannot be read: {error.strerror}")]) from None
-    if len(names) >= limits.POLICY_FILES:
-        raise PolicyError([Finding(folder, 0, 0, f"over {limits.POLICY_FILES} files")])
-    return [policy, *(os.path.join(folder, name) for name in names)]
+class Digest:
+    """SHA-256 over the files of a policy: of each its path, a NUL, its length in decimal, a NUL, and its bytes."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, file: str, text: str) -> None:
+        """The next file, in the order in which they are read."""
+        data = text.encode()
+        self._hash.update(b"%s\0%d\0%s" % (file.encode(errors="surrogateescape"), len(data), data))
+
+    def text(self) -> str:
+        """In hexadecimal, lower case."""
+        return self._hash.hexdigest()
 
 
-def load(policy: str, findings: list[Finding], *, trusted: bool) -> list[Node]:
+def load(policy: str, findings: list[Finding], *, trusted: bool, digest: Digest | None = None) -> list[Node]:
     """All files of a policy, each a tree of what fits the schema; what is wrong is added to `findings`.
+
+    `digest` takes the names and the text of all files.
 
     With `trusted`, every file and the folders above it must be root's and not writable by others. Raises PolicyError
     when the folder cannot be listed.
     """
-    policy = os.path.abspath(policy)
     documents = []
-    for file in policy_files(policy):
-        text = _read(file, findings, trusted=trusted)
+    for file in policy_files(policy, findings):
+        text = read(file, findings, trusted=trusted)
         if text is not None:
+            if digest is not None:
+                digest.add(file, text)
             document = parse(file, text, findings)
             if document is not None:
                 documents.append(document)
     return documents
 
 
-def in_order(findings: list[Finding]) -> list[Finding]:
+def in_order(findings: list[Finding], what: str = "errors") -> list[Finding]:
     """By file and line, and no more than a person reads."""
     findings = sorted(dict.fromkeys(findings), key=lambda one: (one.file, one.line, one.column))
     most = limits.POLICY_FINDINGS
     if len(findings) > most:
-        findings[most:] = [Finding(findings[0].file, 0, 0, f"and {len(findings) - most} errors more")]
+        findings[most:] = [Finding(findings[0].file, 0, 0, f"and {len(findings) - most} {what} more")]
     return findings
-
-
-# ---- files
-
-
-def untrusted(status: os.stat_result, *, sticky_is_fine: bool) -> str:
-    """Why somebody else than root could change what stands there, "" when nobody could."""
-    if status.st_uid != 0:
-        return f"must belong to root, belongs to uid {status.st_uid}"
-    if status.st_mode & 0o022 and not (sticky_is_fine and status.st_mode & stat.S_ISVTX):
-        return f"must not be writable by group or others, has mode {stat.S_IMODE(status.st_mode):04o}"
-    return ""
-
-
-def _folders_above(file: str) -> Iterable[tuple[str, bool]]:
-    folder = os.path.realpath(os.path.dirname(file))
-    yield folder, False
-    while folder != "/":
-        folder = os.path.dirname(folder)
-        yield folder, True  # in a sticky folder, such as /tmp, others cannot replace what is root's
-
-
-def _read(file: str, findings: list[Finding], *, trusted: bool) -> str | None:
-    def wrong(what: str, expected: str = "", hint: str = "") -> None:
-        findings.append(Finding(file, 0, 0, what, expected, "", hint))
-
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if trusted else 0))
-    except OSError as error:
-        wrong(f"cannot be read: {error.strerror}", hint="`--policy FILE` takes another file")
-        return None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            wrong("is not a regular file")
-            return None
-        if trusted:
-            trouble = untrusted(status, sticky_is_fine=False)
-            if trouble:
-                wrong(trouble, hint=f"chown root:root {file} && chmod 0644 {file}")
-            for folder, sticky_is_fine in _folders_above(file):
-                trouble = untrusted(os.stat(folder), sticky_is_fine=sticky_is_fine)
-                if trouble:
-                    wrong(f"its folder {folder} {trouble}")
-        data = b""
-        while len(data) <= limits.POLICY_FILE_BYTES:
-            piece = os.read(descriptor, 65536)
-            if not piece:
-                break
-            data += piece
-    finally:
-        os.close(descriptor)
-    if len(data) > limits.POLICY_FILE_BYTES:
-        wrong("is too large", expected=f"at most {limits.POLICY_FILE_BYTES} bytes")
-        return None
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        findings.append(Finding(file, line, column, "is not UTF-8"))
-        return None
 
 
 # ---- syntax
@@ -158,9 +106,13 @@ class _Text(yaml.SafeLoader):
 def parse(file: str, text: str, findings: list[Finding]) -> Node | None:
     """One file's text as a tree that fits the schema; what is wrong is added to `findings`."""
     before = len(findings)
-    for number, row in enumerate(text.splitlines(), 1):
-        if "\t" in row:
-            findings.append(Finding(file, number, row.index("\t") + 1, "a tab", "spaces"))
+    for number, row in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        wrong = _NOT_TEXT.search(row)
+        if wrong and wrong[0] == "\t":
+            findings.append(Finding(file, number, wrong.start() + 1, "a tab", "spaces"))
+        elif wrong:
+            what = f"the character U+{ord(wrong[0]):04X}"
+            findings.append(Finding(file, number, wrong.start() + 1, what, "text, and lines that end with a line feed"))
     if len(findings) > before:
         return None
     try:

@@ -9,6 +9,12 @@ import grp
 import os
 import pwd
 
+from fdbroker.policy.owners import Owners, make_owners
+from fdbroker.terms import INVALID_ID
+
+_SUBUID = "/etc/subuid"
+_DATABASES = ("/etc/passwd", "/etc/group", _SUBUID)
+
 
 def _number(name: str) -> int | None:
     return int(name) if name.isascii() and name.isdecimal() and len(name) <= 10 else None
@@ -36,6 +42,20 @@ def gid_of(name: str) -> int | None:
         return None
 
 
+def group_name(gid: int) -> str:
+    """A group's name by the databases, or its number."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def has_group(name: str) -> bool:
+    """Whether the databases list a group of that name, or that decimal number."""
+    gid = gid_of(name)
+    return gid is not None and (name != str(gid) or group_name(gid) != name)
+
+
 def groups_of(uid: int) -> tuple[int, frozenset[int]]:
     """The primary gid and all gids of a user by the databases; a uid without a user has its own number as group."""
     try:
@@ -57,6 +77,44 @@ def members_of(gid: int) -> frozenset[int]:
         if uid is not None:
             members.add(uid)
     return frozenset(members)
+
+
+def subordinate_uids() -> list[tuple[int | None, int, int]]:
+    """The ranges of subuid(5): (the user's uid, or None for an unknown user, first uid, last uid).
+
+    A line that newuidmap(1) would not use, either, is left out. What another NSS service knows cannot be listed.
+    """
+    try:
+        with open(_SUBUID, "rb") as file:
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return []
+    ranges = []
+    for line in lines:
+        name, *numbers = line.split(":")
+        first, count = (_number(text) for text in numbers) if len(numbers) == 2 else (None, None)
+        if first is not None and count and first < INVALID_ID:
+            user = uid_of(name)
+            ranges.append((user, first, min(first + count, INVALID_ID) - 1))
+    return ranges
+
+
+def owners() -> Owners:
+    """The owner of every uid, by passwd(5) and subuid(5) as they are now."""
+    return make_owners((user.pw_uid for user in pwd.getpwall()), subordinate_uids())
+
+
+def databases() -> tuple[tuple[int, int, int], ...]:
+    """What tells that passwd(5), group(5) or subuid(5) is another file than before."""
+    found = []
+    for path in _DATABASES:
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.append((0, 0, 0))
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(found)
 
 
 def name_of(uid: int) -> str:

@@ -1,4 +1,4 @@
-"""Device paths and globs as text: which paths are well-formed, what a glob matches, which names are dangerous.
+"""Device paths and globs as text: which paths are well-formed, and what a glob matches.
 
 Runs in: opener, launcher, command line. An attacker controls every path; only the admin writes globs.
 """
@@ -6,50 +6,30 @@ Runs in: opener, launcher, command line. An attacker controls every path; only t
 from __future__ import annotations
 
 import re
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from fdbroker import limits
 
 _PATH_BYTES, _NAME_BYTES = limits.PATH_BYTES, limits.NAME_BYTES
 
-# Nodes whose reader or writer has power over the machine, or over other people's sessions: the first name below /dev.
-DANGEROUS_NAMES = (
-    "mem",
-    "port",
-    "kmsg",
-    "watchdog*",
-    "tty*",
-    "pts",
-    "vcs*",
-    "console",
-    "sd*",
-    "nvme*",
-    "loop*",
-    "st*",
-    "uinput",
-    # beyond the design's list: block devices' other names, raw access to disks and firmware, and typing for others
-    "vd*",
-    "dm-*",
-    "mapper",
-    "mmcblk*",
-    "sg*",
-    "bsg",
-    "mtd*",
-    "nvram",
-    "ipmi*",
-    "btrfs-control",
-    "uhid",
-)
-
-# one component's piece: a star, a question mark, a set such as [!a-c], or one other character
-_PIECE = re.compile(r"(?P<star>\*)|(?P<any>\?)|\[(?P<set>!?\]?[^\]]*)\]|(?P<one>.)", re.DOTALL)
+# one component's piece: a star, a question mark, a set such as [!a-c], or one other character; two backslashes are one
+PIECE = re.compile(r"(?P<star>\*)|(?P<any>\?)|\[(?P<set>!?\]?[^\]]*)\]|(?P<one>\\\\|.)", re.DOTALL)
+BACKSLASH = "\\\\"  # as a glob has it
 # characters that a glob may not hold, and why
 _FORBIDDEN = {
-    "\\": "there is no escape character",
     "{": "there are no alternatives in braces; write two rules",
     "}": "there are no alternatives in braces; write two rules",
 }
-_ALPHABET = "".join(map(chr, range(33, 127)))
+# a character class as regular expressions have it: what to write instead, in a set
+_CLASSES = {
+    "digit": "0-9",
+    "alpha": "a-zA-Z",
+    "alnum": "0-9a-zA-Z",
+    "xdigit": "0-9a-fA-F",
+    "upper": "A-Z",
+    "lower": "a-z",
+}
+_CLASS = re.compile(r"\[[^\]]*\[[:.=](?P<name>[^\]:.=]*)[^\]]*\]*")
 
 
 def is_device_path(path: str) -> bool:
@@ -85,6 +65,8 @@ def glob_error(pattern: str) -> str:
 
 def name_glob_error(pattern: str) -> str:
     """What is wrong with a glob for one name, or ""."""
+    if "\\" in pattern.replace(BACKSLASH, ""):
+        return "a backslash is written as two, \\\\: there is no other use of it"
     for character, why in _FORBIDDEN.items():
         if character in pattern:
             return f"{character!r} is not allowed: {why}"
@@ -100,38 +82,53 @@ def name_glob_error(pattern: str) -> str:
         return "it is one name, without a slash"
     if len(pattern.encode()) > _NAME_BYTES:
         return f"a name is over {_NAME_BYTES} bytes"
-    if "[" in _PIECE.sub(lambda found: found["one"] or "", pattern):
+    if "[" in PIECE.sub(lambda found: found["one"] or "", pattern):
         return "a [ without its ]"
-    for found in _PIECE.finditer(pattern):
-        if found["set"] is not None and _set_error(found["set"]):
-            return f"[{found['set']}] is not a set of characters"
+    for found in PIECE.finditer(pattern):
+        trouble = "" if found["set"] is None else _set_error(found["set"], pattern[found.start() :])
+        if trouble:
+            return trouble
     return ""
+
+
+def literal(pattern: str) -> str:
+    """The one path, or name, that a glob without wildcards names."""
+    return pattern.replace(BACKSLASH, "\\")
 
 
 def _set_regex(text: str) -> str:
     negated = text.startswith("!")
-    body = text[1:] if negated else text
+    body = literal(text[1:] if negated else text)
     # only a range's hyphen keeps a meaning; the slash, which no set matches, stands apart: beside a hyphen it would
     # begin or end a range
     body = "".join(re.escape(one) if one != "-" else "-" for one in body)
     return f"(?!/)[{'^' if negated else ''}{body}]"
 
 
-def _set_error(text: str) -> bool:
+def _set_error(text: str, rest: str) -> str:
+    """What is wrong with the set `text`, or ""; `rest` is the glob from the set's bracket on."""
+    if text.startswith("^"):
+        return f"[{text}] would match ^ itself: a set of other characters is written [!{text[1:]}]"
+    named = _CLASS.match(rest)
+    if named and re.search(r"\[[:.=]", text):
+        letters = _CLASSES.get(named["name"], "a-z")
+        return f"{named[0]} is not known: write the characters themselves, such as [{letters}]"
+    wrong = f"[{text}] is not a set of characters"
     if text in ("", "!") or "--" in text:
-        return True
+        return wrong
     try:
         re.compile(_set_regex(text))
     except re.error:
-        return True
-    return False
+        return wrong
+    return ""
 
 
-def _component_regex(name: str) -> str:
+def component_regex(name: str) -> str:
+    """The regular expression, as text, of a glob for one name."""
     # The text between two stars may be matched at its first place for good (atomic group): what follows finds no
     # match later that it would not find then. So matching takes linear time, whatever path a client sends.
     chunks: list[str] = [""]
-    for found in _PIECE.finditer(name):
+    for found in PIECE.finditer(name):
         if found["star"]:
             chunks.append("")
         elif found["any"]:
@@ -139,7 +136,7 @@ def _component_regex(name: str) -> str:
         elif found["set"] is not None:
             chunks[-1] += _set_regex(found["set"])
         else:
-            chunks[-1] += re.escape(found["one"])
+            chunks[-1] += re.escape(literal(found["one"]))
     if len(chunks) == 1:
         return chunks[0]
     middle = "".join(f"(?>[^/]*?{chunk})" for chunk in chunks[1:-1])
@@ -149,7 +146,7 @@ def _component_regex(name: str) -> str:
 @lru_cache(maxsize=4096)
 def matcher(pattern: str) -> re.Pattern[str]:
     """The regular expression of a glob; use `fullmatch`. Wildcards never match a slash."""
-    return re.compile("/".join(map(_component_regex, pattern.split("/"))), re.DOTALL)
+    return re.compile("/".join(map(component_regex, pattern.split("/"))), re.DOTALL)
 
 
 def is_literal(pattern: str) -> bool:
@@ -162,39 +159,4 @@ def literal_folder(pattern: str) -> str:
     folder = pattern.rpartition("/")[0]
     while not is_literal(folder):
         folder = folder.rpartition("/")[0]
-    return folder
-
-
-_DANGEROUS = re.compile("/dev/(?:" + "|".join(map(_component_regex, DANGEROUS_NAMES)) + ")(?:/.*)?", re.DOTALL)
-
-
-def is_dangerous(path: str) -> bool:
-    """Whether a path below /dev, without wildcards, is on the list of dangerous names or below one of them."""
-    return _DANGEROUS.fullmatch(path) is not None
-
-
-def dangerous_name(pattern: str) -> str:
-    """The entry of DANGEROUS_NAMES that a glob below /dev can match, or ""."""
-    first = pattern.split("/", 3)[2]
-    return next((name for name in DANGEROUS_NAMES if _overlap(first, name)), "")
-
-
-def _overlap(left: str, right: str) -> bool:
-    """Whether one name matches both globs."""
-    lefts = list(_PIECE.finditer(left))
-    rights = list(_PIECE.finditer(right))
-
-    @cache
-    def meet(i: int, j: int) -> bool:
-        if i == len(lefts) and j == len(rights):
-            return True
-        if i < len(lefts) and lefts[i]["star"]:
-            return meet(i + 1, j) or (j < len(rights) and meet(i, j + 1))
-        if j < len(rights) and rights[j]["star"]:
-            return meet(i, j + 1) or (i < len(lefts) and meet(i + 1, j))
-        if i == len(lefts) or j == len(rights):
-            return False
-        both = [re.compile(_component_regex(side[0])) for side in (lefts[i], rights[j])]
-        return any(all(one.fullmatch(letter) for one in both) for letter in _ALPHABET) and meet(i + 1, j + 1)
-
-    return meet(0, 0)
+    return literal(folder)

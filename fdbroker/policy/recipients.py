@@ -11,8 +11,8 @@ from fdbroker import limits
 from fdbroker.errors import Finding, PolicyError
 from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import NOBODY, covers, rules_of
-from fdbroker.terms import Rule, Subject, TopicRule, TopicUse, User
+from fdbroker.policy.decide import covers, rules_of
+from fdbroker.terms import NOBODY, Rule, Subject, TopicRule, TopicUse, User
 
 
 def with_recipients(policy: Policy, path: str) -> Policy:

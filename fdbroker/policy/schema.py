@@ -117,7 +117,8 @@ _DEVICE = {
         "The device number that the opened node must have, e.g. `116:*`.",
     ),
     "dangerous": Field(
-        Flag(), "Needed for block devices and for nodes that give power over the machine. Default: `false`."
+        Flag(),
+        "Needed for terminals, block devices and other nodes that give power over the machine. Default: `false`.",
     ),
     "revoke": Field(Later(), "Take the descriptor back when the client disconnects."),
     "require": Field(Later(), "Ask for a password first."),

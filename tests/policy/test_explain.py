@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import stat
 import subprocess
 import sys
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from fdbroker.policy import compile as compiling
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.explain import explain
-from fdbroker.terms import Device, Subject
+from fdbroker.policy.fit import Facts
+from fdbroker.policy.lint import Look
+from fdbroker.policy.load import parse
+from fdbroker.policy.paths import is_device_path
+from fdbroker.terms import ACCESS_NAMES, Device, Subject, parse_asked
 
 POLICY = """version: 1
 groups:
@@ -82,6 +90,40 @@ def test_denied_says_why_and_what_would_change_it(policy, uid, gids, path, acces
     assert change in one.change
 
 
+NAMES = st.text(
+    st.one_of(st.sampled_from("\\\\*?[]!-{}:,#&'\"%@` ab01~=|>"), st.characters(exclude_categories=["C", "Zl", "Zp"])),
+    min_size=1,
+    max_size=12,
+)
+
+
+@example(["{t"], "ro")  # as a glob `?t`, which can be a dangerous name
+@given(st.lists(NAMES, min_size=1, max_size=3), st.sampled_from(ACCESS_NAMES))
+def test_whatever_the_path_the_suggested_rule_allows_it(names, access):
+    path = "/dev/" + "/".join(names)
+    asked = Device(path, access)
+    if not is_device_path(path):
+        return
+    empty = _compiled("version: 1\n")
+    subject = Subject(54321, frozenset({54321}), 54321, 0, "", "", foreign=False)
+    for look in (None, Look((path,), Facts(path, stat.S_IFCHR, "116:2", "sound", "x"))):
+        change = explain(empty, subject, asked, "54321", look).change
+        rule = change.removeprefix("add under users: `").removesuffix("`")
+        one = explain(_compiled(f"version: 1\nusers: {{{rule}}}\n"), subject, asked, "54321", look)
+        assert one.allowed, rule
+        assert not one.refused
+
+
+def _compiled(text):
+    findings = []
+    work = compiling._Compiler(findings)
+    tree = parse("p.yaml", text, findings)
+    assert tree, (text, findings)
+    work.document(tree)
+    assert not findings, (text, findings)
+    return work.result().policy
+
+
 def _fdbroker(*arguments):
     return subprocess.run([sys.executable, "-I", "-m", "fdbroker", *arguments], capture_output=True, text=True)
 
@@ -106,7 +148,9 @@ def test_the_command_answers_without_a_service_and_without_opening_anything(tmp_
 def test_check_test_and_schema(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text(POLICY)
-    assert _fdbroker("policy", "check", str(path)).stdout == f"{path}: valid, 3 rules, 0 tests\n"
+    assert _fdbroker("policy", "check", str(path)).stdout == (
+        f"read: {path}\n{path}: valid, 3 rules, 1 deny rule, 0 tests\n"
+    )
     assert _fdbroker("policy", "test", str(path)).stdout == "0 passed, 0 failed\n"
     assert json.loads(_fdbroker("policy", "schema").stdout)["title"] == "fdbroker policy"
     path.write_text("version: 1\nx: 1\ny: 1\n")
@@ -114,7 +158,7 @@ def test_check_test_and_schema(tmp_path):
     assert (result.returncode, result.stdout) == (78, "")
     assert [line.split(":")[1] for line in result.stderr.splitlines()] == ["2", "3"]
     findings = json.loads(_fdbroker("policy", "check", "--json", str(path)).stdout)
-    assert [finding["line"] for finding in findings] == [2, 3]
+    assert [(finding["line"], finding["severity"]) for finding in findings] == [(2, "error"), (3, "error")]
 
 
 @pytest.mark.parametrize(
@@ -137,3 +181,53 @@ def test_exit_codes(arguments, code):
     result = _fdbroker(*arguments)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_no_rule_comes_near_for_a_subject_that_nothing_is_for(tmp_path):
+    """A rule for everyone was said to be for programs with an empty label."""
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\neveryone: {devices: [{path: /dev/x}]}\n")
+    policy = load_policy(str(path), trusted=False).policy
+    one = _explain(policy, 65534, [], "/dev/x")
+    assert not one.allowed
+    assert one.near == ()
+
+
+@pytest.mark.parametrize(
+    ("user", "advice"),
+    [
+        ("1", "make daemon a member: `usermod -aG audio daemon`, and log in again"),
+        ("daemon", "make daemon a member: `usermod -aG audio daemon`, and log in again"),
+        ("54321", "add under users: `54321: {devices: [{path: /dev/x}]}`"),
+    ],
+)
+def test_the_advice_for_a_number_works(tmp_path, user, advice):
+    """usermod(8) takes the name of an account, and there may be none."""
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\ngroups: {audio: {devices: [{path: /dev/x}]}}\n")
+    policy = load_policy(str(path), trusted=False).policy
+    subject = Subject(int(user) if user.isdecimal() else 1, frozenset({6}), 6, 0, "", "", foreign=False)
+    assert explain(policy, subject, Device("/dev/x", "ro"), user).change == advice
+
+
+def test_no_advice_names_a_group_that_there_is_not(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\ngroups: {54322: {devices: [{path: /dev/x}]}}\n")
+    policy = load_policy(str(path), trusted=False).policy
+    subject = Subject(1, frozenset({6}), 6, 0, "", "", foreign=False)
+    assert "usermod" not in explain(policy, subject, Device("/dev/x", "ro"), "daemon").change
+
+
+@pytest.mark.parametrize("word", ["bogus", "tx:news", "dev/null", ""])
+def test_an_error_lists_all_that_can_be_asked_about(word):
+    with pytest.raises(ValueError, match=r"net:NAME.*send:TOPIC or subscribe:TOPIC"):
+        parse_asked(word, "ro")
+
+
+def test_the_exit_code_tells_a_test_that_fails_from_a_policy_with_errors(tmp_path):
+    path = tmp_path / "policy.yaml"
+    failing = "tests: [{as: {user: daemon, groups: [daemon]}, open: /dev/null, expect: allow}]\n"
+    for text, code in (("", 0), (failing, 1), ("versio: 1\n", 78)):
+        path.write_text(f"version: 1\n{text}")
+        result = _fdbroker("policy", "test", str(path))
+        assert result.returncode == code, result.stdout + result.stderr

@@ -310,9 +310,9 @@ def test_explain_names_the_label(tmp_path, asked, label, result, words):
 
 
 def test_explain_names_the_label_of_anothers_rule(tmp_path):
-    policy = loaded(tmp_path, "groups: {51: {devices: [{path: /dev/x, label: player}]}}\n").policy
-    change = explain(policy, subject("", 5, [50]), parse_asked("/dev/x", "ro"), "u").change
-    assert change.startswith("make u a member: `usermod -aG 51 u`")
+    policy = loaded(tmp_path, "groups: {50: {devices: [{path: /dev/x, label: player}]}}\n").policy
+    change = explain(policy, subject("", 5, [51]), parse_asked("/dev/x", "ro"), "u").change
+    assert change.startswith("make u a member: `usermod -aG 50 u`")
     assert change.endswith(", and have the program confined with the label player")
 
 

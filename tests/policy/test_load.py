@@ -29,11 +29,11 @@ def errors(tmp_path, text):
         ),
         (
             "version: 1\nusers: {0: {devices: [{path: /dev/tty0}]}}\n",
-            "F:2:30: /dev/tty0 can match /dev/tty*, which gives power over the machine; add `dangerous: true` to say that this is meant, or write a narrower path",
+            "F:2:30: /dev/tty0 can match /dev/tty*, which gives power over the machine; add `dangerous: true` to say that this is meant, or write a narrower rule",
         ),
         (
             "version: 1\nusers: {0: {devices: [{path: /dev/x, class: block}]}}\n",
-            "F:2:30: class block, which gives power over the machine; add `dangerous: true` to say that this is meant, or write a narrower path",
+            "F:2:30: class block, which gives power over the machine; add `dangerous: true` to say that this is meant, or write a narrower rule",
         ),
         (
             "version: 1\nusers: {0: {devices: [{path: /dev/rtc0, class: rtc, access: rw}]}}\n",

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from fdbroker.policy.paths import dangerous_name, glob_error, is_dangerous, is_device_path, literal_folder, matcher
+from fdbroker.policy.globs import as_glob
+from fdbroker.policy.paths import (
+    glob_error,
+    is_device_path,
+    is_literal,
+    literal,
+    literal_folder,
+    matcher,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +36,9 @@ from fdbroker.policy.paths import dangerous_name, glob_error, is_dangerous, is_d
         ("/dev/[]x]", ["/dev/]", "/dev/x"], ["/dev/[]x]"]),
         ("/dev/[a-]", ["/dev/a", "/dev/-"], ["/dev/b"]),
         ("/dev/a.b", ["/dev/a.b"], ["/dev/axb"]),
+        ("/dev/x\\\\x20y", ["/dev/x\\x20y"], ["/dev/x\\\\x20y", "/dev/x y", "/dev/xx20y"]),
+        ("/dev/x[\\\\a]?", ["/dev/x\\y", "/dev/xay"], ["/dev/xby", "/dev/x\\"]),
+        ("/dev/\\\\*", ["/dev/\\", "/dev/\\x2f"], ["/dev/x", "/dev/*"]),
         ("/dev/*/*", ["/dev/a/b"], ["/dev/a", "/dev/a/b/c"]),
         ("/dev/a*b*c", ["/dev/abc", "/dev/axxbxbxxc"], ["/dev/ab", "/dev/acb"]),
     ],
@@ -53,7 +64,9 @@ def test_wildcards_match_within_a_name(pattern, yes, no):
         ("/dev/./x", ". is not allowed"),
         ("/dev/**", "never matches a slash"),
         ("/dev/{a,b}", "write two rules"),
-        ("/dev/a\\*", "no escape"),
+        ("/dev/a\\*", "a backslash is written as two"),
+        ("/dev/a\\\\\\b", "a backslash is written as two"),
+        ("/dev/[\\]", "a backslash is written as two"),
         ("/dev/[a", "without its ]"),
         ("/dev/[z-a]", "not a set"),
         ("/dev/[]", "not a set"),
@@ -66,59 +79,11 @@ def test_a_glob_that_is_no_good_says_why(pattern, why):
     assert why in glob_error(pattern)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mem",
-        "port",
-        "kmsg",
-        "watchdog",
-        "watchdog0",
-        "tty",
-        "ttyS0",
-        "pts",
-        "vcs",
-        "vcsa1",
-        "console",
-        "sda",
-        "nvme0n1",
-        "loop0",
-        "st0",
-        "uinput",
-    ],
-)
-def test_dangerous_names(name):
-    assert is_dangerous(f"/dev/{name}")
-    assert is_dangerous(f"/dev/{name}/below")
-    assert dangerous_name(f"/dev/{name}")
-    assert dangerous_name("/dev/*")
-    assert dangerous_name(f"/dev/?{name[1:]}")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/dev/snd/pcmC0D0p",
-        "/dev/input/event0",
-        "/dev/null",
-        "/dev/kvm",
-        "/dev/fuse",
-        "/dev/net/tun",
-        "/dev/dri/card0",
-        "/dev/serial/by-id/x",
-        "/dev/rtc0",
-        "/dev/memx",
-    ],
-)
-def test_names_that_are_not(path):
-    assert not is_dangerous(path)
-    assert not dangerous_name(path)
-
-
 def test_the_folder_of_a_glob():
     assert literal_folder("/dev/snd/pcm*") == "/dev/snd"
     assert literal_folder("/dev/*/x") == "/dev"
     assert literal_folder("/dev/null") == "/dev"
+    assert literal_folder("/dev/a\\\\b/x") == "/dev/a\\b"
 
 
 def test_a_path_at_the_kernels_limits():
@@ -129,3 +94,38 @@ def test_a_path_at_the_kernels_limits():
     assert len(longest) == 4094
     assert is_device_path(longest + "a")
     assert not is_device_path(longest + "aa")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("/dev/snd/pcm[^0]", "[^0] would match ^ itself: a set of other characters is written [!0]"),
+        ("/dev/snd/pcm[^]0-9]", "a set of other characters is written [!"),
+        ("/dev/[[:digit:]]", "[[:digit:]] is not known: write the characters themselves, such as [0-9]"),
+        ("/dev/[![:alpha:]]x", "[![:alpha:]] is not known: write the characters themselves, such as [a-zA-Z]"),
+        ("/dev/[[:frob:]]", "[[:frob:]] is not known: write the characters themselves, such as [a-z]"),
+        ("/dev/[[=a=]]", "write the characters themselves"),
+        ("/dev/[[.-.]]", "write the characters themselves"),
+        ("/dev/[a[:digit:]b]", "write the characters themselves"),
+    ],
+)
+def test_sets_that_mean_something_else_in_other_languages_say_how_they_are_written(pattern, why):
+    assert why in glob_error(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["/dev/[a^]", "/dev/[!^]", "/dev/[[]", "/dev/[[a]", "/dev/[:a]", "/dev/[a:]"])
+def test_and_these_do_not(pattern):
+    assert not glob_error(pattern)
+
+
+@pytest.mark.parametrize("path", ["/dev/a", "/dev/x\\x20y", "/dev/a*b?c[d]e", "/dev/\\/\\\\", "/dev/]"])
+def test_a_path_as_a_glob_names_that_path_alone(path):
+    assert not glob_error(as_glob(path))
+    assert matcher(as_glob(path)).fullmatch(path)
+    assert not matcher(as_glob(path)).fullmatch(path.replace("a", "b") + "c")
+    if is_literal(as_glob(path)):
+        assert literal(as_glob(path)) == path
+
+
+def test_a_path_with_braces_is_named_as_nearly_as_globs_can():
+    assert as_glob("/dev/{a}") == "/dev/?a?"
