@@ -1,4 +1,4 @@
-"""Where the launcher starts the worker: `python -I -m fdbroker.namespaces ORDERS`.
+"""Where the launcher starts the worker: fdbroker/launcher/start.py calls `main`, with its orders as the one argument.
 
 Runs in: namespaces worker, as root until `obey` returns. Everything is imported before that.
 
@@ -16,17 +16,25 @@ import sys
 import time
 
 from fdbroker import errors
-from fdbroker.kernel import confine, orders
+from fdbroker.kernel import confine, lifeline, orders
 from fdbroker.kernel.link import Link
 from fdbroker.namespaces.service import Worker
 from fdbroker.wire import link, worker
 
+# A child that enters a client's user namespace would be dumpable there, so its memory the client's to read and write.
+_EXPOSED = (
+    b"fdbroker: the namespaces worker does not start: fs.suid_dumpable is 1, so clients could trace its children: "
+    b"sysctl fs.suid_dumpable=0, or 2\n"
+)
 _PAUSE_S = 0.1  # between an end and the next start: a worker that cannot live must not keep the machine busy
 
 
 def main() -> int:
     """Confine, then keep a worker running; the exit code tells the launcher how it ended."""
     order, descriptors = orders.read(sys.argv[1])
+    if confine.new_identity_exposes(order.uid):
+        os.write(2, _EXPOSED)
+        return errors.EX_CONFIG
     orders.obey(order, descriptors["filter"])
     launcher = Link(socket.socket(fileno=descriptors["launcher"]))
     opener = Link(socket.socket(fileno=descriptors["opener"]))
@@ -52,8 +60,8 @@ def _keep_running(service: Worker, opener: Link, launcher: Link) -> int:
         code = _wait(process, launcher)
         if code == errors.EX_OK:
             return code  # the opener has closed its end
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        os.write(2, f"fdbroker: the namespaces worker ended with {how} and is started again\n".encode())
+        how = lifeline.how_ended(process, code)
+        os.write(2, f"fdbroker: the namespaces worker {how}; it is started again\n".encode())
         opener.send(worker.LOST)
         time.sleep(_PAUSE_S)
 
@@ -76,13 +84,9 @@ def _wait(process: int, launcher: Link) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def _said(launcher: Link) -> link.Message | None:
+def _said(launcher: Link) -> link.Stop | link.Restart | None:
     """What the launcher says; its end is the service's."""
     data = launcher.receive()
     if data is None:
         return None
-    return link.decode(link.LAUNCHER_TO_WORKER, data) if data else link.Stop()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return link.LAUNCHER_TO_WORKER.decode(data) if data else link.Stop()

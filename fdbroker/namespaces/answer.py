@@ -18,7 +18,7 @@ from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed, Qu
 from fdbroker.kernel import confine, namespaces, sockets
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.namespaces import CLONE, Caller, NotANamespace
-from fdbroker.kernel.processes import Process, is_alive
+from fdbroker.kernel.processes import Process, is_alive, state
 from fdbroker.kernel.rtnetlink import RtNetlink
 from fdbroker.namespaces.connect import connect
 from fdbroker.namespaces.living import living
@@ -26,6 +26,8 @@ from fdbroker.terms import UNMAPPED_ID, Namespace, Socket
 from fdbroker.wire.worker import UNKNOWN, Ask, Made
 
 _ABROAD_MS = (limits.NAMESPACE_SECONDS - 1) * 1000
+_STOPPED, _STOPPED_MS, _LOOK_MS = (b"T", b"t"), limits.NAMESPACE_STOPPED_MS, 50
+_MOUNTS = limits.MOUNTS
 _OWN = "/proc/self/ns"
 _FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 _TYPES = {"stream": socket.SOCK_STREAM, "dgram": socket.SOCK_DGRAM}
@@ -153,7 +155,7 @@ class _Work:
             raise NotWhatItWas("it does not belong to the caller's user namespace")
         made = self.made(descriptor, kind, caller, known)
         if kind == "net":
-            self.set_up(descriptor, namespaces.maker(caller.user))
+            self.set_up(descriptor)
         return made, [descriptor]
 
     def count_living(self) -> tuple[bool, ...]:
@@ -162,7 +164,7 @@ class _Work:
         if len(known) < maximum:
             return (True,) * len(known)
         with self.raised("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"):
-            still = living(known, self.ask.uid)
+            still = living(self.ask)
         if len(still) >= maximum:
             raise QuotaExceeded("namespaces", maximum)
         return tuple(inode in still for inode in known)
@@ -188,10 +190,18 @@ class _Work:
         poll = select.poll()
         poll.register(ours, select.POLLIN)
         try:
-            if not poll.poll(_ABROAD_MS):
+            stopped_ms = 0
+            for _ in range(_ABROAD_MS // _LOOK_MS):
+                if poll.poll(_LOOK_MS):
+                    break
+                stopped_ms += _LOOK_MS if state(child) in _STOPPED else 0
+                if stopped_ms >= _STOPPED_MS:  # by its caller alone: others wait for this place
+                    raise OpenFailed(errno.ETIMEDOUT)
+            else:
                 raise OpenFailed(errno.ETIMEDOUT)
             size, descriptors = sockets.receive_into(ours, answer, 1)
         finally:
+            ours.close()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -204,6 +214,8 @@ class _Work:
         status = os.stat("user", dir_fd=own)
         with self.raised("CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE"):
             if kind == "mnt":  # a copy of what the caller sees, not of what we do
+                if process.count_mounts(_MOUNTS) > _MOUNTS:  # each copy takes memory that counts for this service
+                    raise OSError(errno.ENOSPC, "too many mounts")
                 namespaces.setns(process.namespace("mnt"), CLONE["mnt"])
             if namespaces.identity(caller.user) != (status.st_dev, status.st_ino):
                 # From here on the caller may signal this process. It cannot trace it: its memory is still ours.
@@ -212,12 +224,11 @@ class _Work:
             namespaces.unshare(CLONE[kind])
             return os.open(_NEW_LINKS.get(kind, kind), os.O_RDONLY | os.O_CLOEXEC, dir_fd=own)
 
-    def set_up(self, namespace: int, maker: int | None) -> None:
+    def set_up(self, namespace: int) -> None:
         """Bring `lo` up, and connect it, if the rule says so."""
         enter, change = self.raised("CAP_SYS_ADMIN"), self.raised("CAP_NET_ADMIN")
         if self.ask.uplink is not None:
-            uid = self.ask.uid if maker is None else maker  # a user's subordinate uids are that user
-            connect(namespace, self.ask.uplink, uid, self.ask.maximum, enter, change)
+            connect(namespace, self.ask.uplink, self.ask.owner, self.ask.maximum, enter, change)
             return
         with enter:
             namespaces.setns(namespace, CLONE["net"])

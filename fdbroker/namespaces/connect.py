@@ -14,17 +14,17 @@ from fdbroker.errors import NotWhatItWas, OpenFailed, QuotaExceeded
 from fdbroker.kernel import namespaces
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.rtnetlink import Interface, Link, RtNetlink
-from fdbroker.terms import Uplink
+from fdbroker.terms import Uplink, owner_text
 
 _INSIDE = "eth0"
 # One for all ends on bridges: a bridge takes the lowest of its ports' addresses, and that must not change with each.
 _OURS = bytes.fromhex("feffffffffff")
-_MARK = "fdbroker uid "  # then the uid, a space, and the address: written at our end of each pair
+_MARK = "fdbroker uid "  # then the owner's uid or `others`, a space, and the address: written at our end of each pair
 _TRIES = 4096
 
 
-def connect(namespace: int, uplink: Uplink, uid: int, maximum: int, enter: Bracket, change: Bracket) -> None:
-    """Connect the borrowed net namespace, made for `uid`; `lo` comes up as well.
+def connect(namespace: int, uplink: Uplink, owner: int, maximum: int, enter: Bracket, change: Bracket) -> None:
+    """Connect the borrowed net namespace, made for `owner`; `lo` comes up as well.
 
     It goes with the namespace: when one end of a pair is destroyed, so is the other. Enters the namespace, so the
     process is good for nothing else afterwards. Raises QuotaExceeded when the user has `maximum` of them already,
@@ -33,14 +33,14 @@ def connect(namespace: int, uplink: Uplink, uid: int, maximum: int, enter: Brack
     with change, RtNetlink() as here:
         bridge = _bridge(here, uplink.bridge)
         addresses = here.addresses(bridge.number)
-        if len([link for link in here.links() if link.alias.startswith(f"{_MARK}{uid} ")]) >= maximum:
+        if len([link for link in here.links() if link.alias.startswith(f"{_MARK}{owner_text(owner)} ")]) >= maximum:
             raise QuotaExceeded("namespaces", maximum)
         # not after the namespace's number: the kernel gives that again while eth0 may live on elsewhere
         name = f"fdb{os.urandom(6).hex()}"
         inside_mac = bytes([2, *os.urandom(5)])
         here.add_veth(name, _OURS, _INSIDE, inside_mac, namespace)
         ours = here.link(name)
-        address = _claim(here, ours, uplink.address, uid, addresses)
+        address = _claim(here, ours, uplink.address, owner, addresses)
         here.add_to_bridge(ours.number, bridge.number, inside_mac, isolated=uplink.isolated)
         here.set_up(ours.number)
     with enter:
@@ -65,7 +65,7 @@ def _bridge(here: RtNetlink, name: str) -> Link:
     return found
 
 
-def _claim(here: RtNetlink, ours: Link, wanted: str, uid: int, bridge: list[Interface]) -> Interface:
+def _claim(here: RtNetlink, ours: Link, wanted: str, owner: int, bridge: list[Interface]) -> Interface:
     """An address that no other namespace of ours has: noted at our end first, then looked whether others have it too.
 
     So two that are made at the same time cannot keep the same one: one of them at least sees the other's note.
@@ -73,7 +73,7 @@ def _claim(here: RtNetlink, ours: Link, wanted: str, uid: int, bridge: list[Inte
     tried: set[str] = set()
     while True:
         address = _free(wanted, tried | _taken(here, ours) | {str(one.ip) for one in bridge})
-        here.set_alias(ours.number, f"{_MARK}{uid} {address.ip}")
+        here.set_alias(ours.number, f"{_MARK}{owner_text(owner)} {address.ip}")
         if str(address.ip) not in _taken(here, ours):
             return address
         tried.add(str(address.ip))

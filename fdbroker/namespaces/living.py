@@ -10,30 +10,31 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from fdbroker.kernel import namespaces
 from fdbroker.kernel.namespaces import CLONE
+from fdbroker.wire.worker import Ask
 
 _LINKS = (*CLONE, "time_for_children")
 # what has no path of a file system, and no other kind of it than namespaces
 _NSFS = re.compile(rf"(?:{'|'.join(CLONE)}):\[([0-9]+)\]")
 
 
-def living(inodes: Iterable[int], uid: int) -> set[int]:
-    """Those of these namespaces, which were made for `uid`, that still are.
+def living(ask: Ask) -> set[int]:
+    """Those of the known namespaces, which were made for an owner, that still are: that any of its uids holds.
 
     A number that the kernel has given to somebody else's namespace since then does not count.
     """
-    wanted = set(inodes)
+    wanted = set(ask.known)
     found: set[int] = set()
     mounts: set[str] = set()
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         if wanted <= found:
             break
         with contextlib.suppress(OSError):  # it ended meanwhile
-            found |= set(_entered(pid, wanted - found, uid))
-            if os.stat(f"/proc/{pid}").st_uid == uid:
+            found |= set(_entered(pid, wanted - found, ask))
+            if any(map(ask.belongs, _uids(pid))):
                 found |= set(_opened(pid)) & wanted
                 mounted = os.readlink(f"/proc/{pid}/ns/mnt")
                 if mounted not in mounts:
@@ -42,31 +43,37 @@ def living(inodes: Iterable[int], uid: int) -> set[int]:
     return found
 
 
+def _uids(pid: str) -> tuple[int, ...]:
+    """Those of a process. Its folder's owner is root when it is not dumpable, which it decides itself."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        return next(tuple(map(int, line[5:].split())) for line in file if line.startswith(b"Uid:\t"))
+
+
 def _number(link: str) -> int:
     found = _NSFS.fullmatch(link)
     return int(found[1]) if found else 0
 
 
-def _entered(pid: str, wanted: set[int], uid: int) -> Iterator[int]:
+def _entered(pid: str, wanted: set[int], ask: Ask) -> Iterator[int]:
     for kind in _LINKS:
         path = f"/proc/{pid}/ns/{kind}"
         try:
             number = _number(os.readlink(path))
         except FileNotFoundError:  # a kernel without that type
             continue
-        if number in wanted and _is_of(path, uid):
+        if number in wanted and _is_of(path, ask):
             yield number
 
 
-def _is_of(path: str, uid: int) -> bool:
-    """Whether a namespace is owned by a user namespace of that user, or by ours."""
+def _is_of(path: str, ask: Ask) -> bool:
+    """Whether a namespace is owned by a user namespace of that owner, or by ours."""
     with contextlib.ExitStack() as owned:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         owned.callback(os.close, descriptor)
         user = namespaces.owner(descriptor)
         owned.callback(os.close, user)
         ours = os.stat("/proc/self/ns/user")
-        return namespaces.owner_uid(user) == uid or namespaces.identity(user) == (ours.st_dev, ours.st_ino)
+        return ask.belongs(namespaces.owner_uid(user)) or namespaces.identity(user) == (ours.st_dev, ours.st_ino)
 
 
 def _opened(pid: str) -> Iterator[int]:
@@ -77,7 +84,8 @@ def _opened(pid: str) -> Iterator[int]:
 
 
 def _mounted(pid: str) -> Iterator[int]:
-    with open(f"/proc/{pid}/mountinfo", errors="replace") as file:
+    # a newline alone ends a line: a mount's path may have "\r" in it
+    with open(f"/proc/{pid}/mountinfo", errors="replace", newline="\n") as file:
         for line in file:
             number = _number(line.split(" ", 4)[3])
             if number:

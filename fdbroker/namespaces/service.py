@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.errors import LinkViolation, OpenFailed, Refused
-from fdbroker.kernel import confine
+from fdbroker.kernel import confine, lifeline
 from fdbroker.kernel.link import Link
 from fdbroker.namespaces.answer import answer
-from fdbroker.wire import link, worker
+from fdbroker.wire import worker
 
+_to_opener = worker.FROM_WORKER.encode
 _CHILD_S = limits.NAMESPACE_SECONDS
 _CHILDREN = limits.NAMESPACE_REQUESTS
 _REAP_S = 0.05
@@ -62,7 +63,7 @@ class Worker:
                 if child.until_s <= time.monotonic():
                     self._forget(child)
                     self._fail(child, errno.ETIMEDOUT)
-            self._ended = [process for process in self._ended if os.waitpid(process, os.WNOHANG) == (0, 0)]
+            self._ended = [process for process in self._ended if not _reap(process)]
 
     def _timeout_s(self) -> float:
         if self._ended:
@@ -79,7 +80,7 @@ class Worker:
         try:
             if not data:
                 return False
-            ask = worker.decode_ask(data)
+            ask = worker.TO_WORKER.decode(data)
             self._start(ask, descriptors[0] if descriptors else None)
         finally:
             for descriptor in descriptors:
@@ -94,7 +95,7 @@ class Worker:
         except OSError as error:  # no process is left for us: a reason to fail this one question
             ours.close()
             theirs.close()
-            self._opener.send(link.encode_outcome(ask.request, OpenFailed(error.errno or errno.EAGAIN)))
+            self._opener.send(_to_opener(worker.Failed(ask.request, OpenFailed(error.errno or errno.EAGAIN))))
             return
         if process == 0:
             self._be_child(ask, caller, ours, Link(theirs), parent)
@@ -116,12 +117,12 @@ class Worker:
                 other.link.close()
             try:
                 made, descriptors = answer(ask, caller, self._permitted)
-                message = worker.encode_made(made)
+                message = _to_opener(made)
             except Refused as refusal:
-                message, descriptors = link.encode_outcome(ask.request, refusal, why=True), []
+                message, descriptors = _to_opener(worker.Failed(ask.request, refusal)), []
             except OSError as error:
                 failed = OpenFailed(error.errno or errno.EIO)
-                message, descriptors = link.encode_outcome(ask.request, failed), []
+                message, descriptors = _to_opener(worker.Failed(ask.request, failed)), []
             out.send_with_descriptors(message, descriptors)
             code = 0
         except Exception as error:  # noqa: BLE001 -- said here, for nothing above us does
@@ -137,7 +138,7 @@ class Worker:
         self._forget(child)
         data, descriptors = received
         try:
-            if not data or worker.request_of(worker.decode_answer(data)) != child.request:
+            if not data or worker.request_of(worker.FROM_WORKER.decode(data)) != child.request:
                 self._fail(child, errno.EIO)
             elif not self._opener.send_with_descriptors(data, descriptors):
                 raise LinkViolation("the opener does not read")
@@ -146,7 +147,7 @@ class Worker:
                 os.close(descriptor)
 
     def _fail(self, child: _Child, number: int) -> None:
-        self._opener.send(link.encode_outcome(child.request, OpenFailed(number)))
+        self._opener.send(_to_opener(worker.Failed(child.request, OpenFailed(number))))
 
     def _forget(self, child: _Child) -> None:
         """End a child, if it has not ended by itself."""
@@ -156,3 +157,12 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.process, signal.SIGKILL)
         self._ended.append(child.process)  # waited for without waiting: it may be stuck in the kernel
+
+
+def _reap(process: int) -> bool:
+    """Whether that child has ended; its filter's work is said, for the client learns no more than that it failed."""
+    found, status = os.waitpid(process, os.WNOHANG)
+    code = os.waitstatus_to_exitcode(status)
+    if found and code == -signal.SIGSYS:
+        os.write(2, f"fdbroker: a child of the namespaces worker {lifeline.how_ended(process, code)}\n".encode())
+    return bool(found)

@@ -10,6 +10,7 @@
 | ask | what only the namespaces worker can open |
 | audit | one record before a descriptor leaves |
 | send | descriptor and reply in one message |
+| close | closing, which may sleep |
 | listing | what a subject may open now |
 | service | the loop and the links |
 

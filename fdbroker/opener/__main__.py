@@ -1,4 +1,4 @@
-"""Where the launcher starts the opener: `python -I -m fdbroker.opener ORDERS`.
+"""Where the launcher starts the opener: fdbroker/launcher/start.py calls `main`, with its orders as the one argument.
 
 Runs in: opener, as root until `obey` returns. Everything is imported before that: nothing can be afterwards.
 """
@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from typing import NoReturn
 
 from fdbroker import errors, limits
 from fdbroker.errors import LinkViolation
@@ -22,7 +23,7 @@ from fdbroker.opener.service import Opener
 from fdbroker.policy.compiled import from_bytes
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Confine, then serve; the exit code tells the launcher how it ended."""
     order, descriptors = orders.read(sys.argv[1])
     orders.obey(order, descriptors["filter"])
@@ -39,15 +40,12 @@ def main() -> int:
         Nodes(Bracket(frozenset(order.capabilities))),
         audit,
     )
+    code = errors.EX_OK
     try:
         opener.serve()
     except LinkViolation as violation:
         opener.report_violation(violation)
-        return errors.EX_SOFTWARE
+        code = errors.EX_SOFTWARE
     finally:
         audit.flush(time.monotonic(), everything=True)
-    return errors.EX_OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    orders.end(code)

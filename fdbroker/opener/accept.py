@@ -11,8 +11,9 @@ import resource
 import socket
 
 from fdbroker.errors import QuotaExceeded
-from fdbroker.kernel import sockets
-from fdbroker.opener.send import say_refusal
+from fdbroker.kernel.refusal import say_refusal
+from fdbroker.opener.close import Closing
+from fdbroker.terms import OTHERS
 
 _OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -24,8 +25,9 @@ class OutOfDescriptors(Exception):
 class Acceptor:
     """Accepts from the listening socket, which it takes. Keeps one descriptor in reserve to say a refusal with."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, closing: Closing) -> None:
         self._listener = listener
+        self._closing = closing
         self._reserve = self._open_reserve()
 
     def fileno(self) -> int:
@@ -60,8 +62,7 @@ class Acceptor:
         except OSError:
             return
         say_refusal(sock, QuotaExceeded("descriptors", resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-        sockets.hang_up(sock)
-        sock.close()
+        self._closing.hang_up(sock, OTHERS)  # nobody has asked who it is
         self._reserve = self._open_reserve()
 
     def _open_reserve(self) -> int | None:
@@ -72,7 +73,7 @@ class Acceptor:
 
     def close(self) -> None:
         """Accept no more; who waits gets ECONNREFUSED or the next broker."""
-        self._listener.close()
         if self._reserve is not None:
             os.close(self._reserve)
             self._reserve = None
+        self._closing.leave(self._listener)

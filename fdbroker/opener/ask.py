@@ -18,8 +18,9 @@ from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.opener.authorize import Connection
 from fdbroker.opener.request import Opening
+from fdbroker.policy.owners import Owners
 from fdbroker.terms import Device, Grant, Namespace, NamespaceRule
-from fdbroker.wire import link, worker
+from fdbroker.wire import worker
 
 _REQUESTS = limits.NAMESPACE_REQUESTS
 _WAIT_S = limits.NAMESPACE_WAIT_SECONDS
@@ -51,12 +52,16 @@ class _Question(NamedTuple):
 
 
 class Asking:
-    """The opener's end of the link to the worker, which it takes; without one nothing may be asked."""
+    """The opener's end of the link to the worker, which it takes; without one nothing may be asked.
+
+    `owners` is the policy's table of owners, by which the worker tells the processes of one.
+    """
 
     def __init__(self, to_worker: Link | None) -> None:
+        self.owners = Owners()
         self._link = to_worker
         self._last = 0
-        self._waiting: dict[int, deque[tuple[Opening, float]]] = {}  # by uid, in turn; each until when
+        self._waiting: dict[int, deque[tuple[Opening, float]]] = {}  # by owner, in turn; each until when
         self._asked: dict[int, _Question] = {}  # by number; what the worker has not answered
         self._gone: set[Opening] = set()  # nobody waits for these any more, but the worker does not know
         self._stuck = False
@@ -81,8 +86,12 @@ class Asking:
 
     def ask(self, opening: Opening) -> None:
         """Have what is missing opened; `ready` returns it later."""
-        self._waiting.setdefault(opening.connection.subject.uid, deque()).append((opening, time.monotonic() + _WAIT_S))
+        self._queue(opening, time.monotonic() + _WAIT_S)
         self._ask_next()
+
+    def _queue(self, opening: Opening, until_s: float) -> None:
+        """Behind the owner's others: nobody holds up a program that asks for one by asking for many."""
+        self._waiting.setdefault(opening.connection.subject.owner, deque()).append((opening, until_s))
 
     def drop(self, connection: Connection) -> None:
         """That client is gone: nothing more is asked for it, and what comes is closed."""
@@ -97,20 +106,20 @@ class Asking:
         most_s = time.monotonic() + _HURRY_S
         for number, asked in self._asked.items():
             self._asked[number] = asked._replace(until_s=min(asked.until_s, most_s))
-        for uid, queue in self._waiting.items():
-            self._waiting[uid] = deque((opening, min(until_s, most_s)) for opening, until_s in queue)
+        for owner, queue in self._waiting.items():
+            self._waiting[owner] = deque((opening, min(until_s, most_s)) for opening, until_s in queue)
 
     def _ask_next(self) -> None:
-        """Put the questions that may be put now: of each user one, in turn."""
-        busy = {asked.opening.connection.subject.uid for asked in self._asked.values()}
-        for uid in [uid for uid in self._waiting if uid not in busy]:
+        """Put the questions that may be put now: of each owner one, in turn."""
+        busy = {asked.opening.connection.subject.owner for asked in self._asked.values()}
+        for owner in [owner for owner in self._waiting if owner not in busy]:
             if len(self._asked) >= _REQUESTS:
                 return
             # who asks for a new one can stop the child that makes it: so never all places for those
             making = sum(_makes(asked.opening) for asked in self._asked.values())
-            if making >= _REQUESTS - _FOR_OTHERS and self._waiting[uid] and _makes(self._waiting[uid][0][0]):
+            if making >= _REQUESTS - _FOR_OTHERS and self._waiting[owner] and _makes(self._waiting[owner][0][0]):
                 continue
-            queue = self._waiting.pop(uid)
+            queue = self._waiting.pop(owner)
             while queue:
                 opening, until_s = queue.popleft()
                 held = sum(len(other.descriptors) + len(other.owners) for other, _ in queue)
@@ -118,9 +127,9 @@ class Asking:
                     self._put(opening, until_s)
                     break
                 # what the user's other requests have open already is taken from everybody
-                self._ready.append(Answered(opening, RateLimited(_BUSY_MS)))
+                self._ready.append(Answered(opening, RateLimited(_BUSY_MS, "busy")))
             if queue:
-                self._waiting[uid] = queue  # behind the others
+                self._waiting[owner] = queue  # behind the others
 
     def _put(self, opening: Opening, until_s: float) -> None:
         index = opening.missing()
@@ -130,15 +139,16 @@ class Asking:
         if isinstance(resource, Device):
             raise TypeError("the worker opens no devices")
         self._last += 1
-        question = worker.Ask(self._last, connection.subject.uid, resource)
+        question = worker.Ask(self._last, connection.subject.uid, resource, connection.subject.owner)
         rule = opening.allowed[index][0]
         if isinstance(rule, NamespaceRule) and rule.create:
             maximum = opening.view.limits["namespaces"]
             known = connection.account.namespaces[-worker.KNOWN :]
-            question = question._replace(known=known, maximum=maximum, uplink=rule.uplink)
+            uids = ((question.uid, question.uid), *self.owners.uids(question.owner))[: worker.RANGES]
+            question = question._replace(known=known, maximum=maximum, uplink=rule.uplink, uids=uids)
         self._asked[self._last] = _Question(opening, index, time.monotonic(), until_s)
-        if not self._send(self._link, worker.encode_ask(question), connection):
-            self._end(self._last, RateLimited(_BUSY_MS))
+        if not self._send(self._link, worker.TO_WORKER.encode(question), connection):
+            self._end(self._last, RateLimited(_BUSY_MS, "busy"))
 
     @staticmethod
     def _send(to_worker: Link, question: bytes, connection: Connection) -> bool:
@@ -169,12 +179,12 @@ class Asking:
             if not data:
                 raise LinkViolation("the namespaces worker is gone")
             if descriptors is None:
-                number = worker.request_of(worker.decode_answer(data))
+                number = worker.request_of(worker.FROM_WORKER.decode(data))
                 if number in self._asked:
                     self._end(number, OpenFailed(errno.EMFILE))
                 continue
             try:
-                self._take(worker.decode_answer(data), descriptors)
+                self._take(worker.FROM_WORKER.decode(data), descriptors)
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
@@ -191,9 +201,9 @@ class Asking:
         asked = self._asked.get(number)
         if asked is None:
             return  # asked of the worker before this one
-        if isinstance(said, link.Outcome):
-            if said.refusal is None or descriptors:
-                raise LinkViolation("an answer without what it says")
+        if isinstance(said, worker.Failed):
+            if descriptors:
+                raise LinkViolation("a refusal with a descriptor")
             self._end(number, said.refusal)
             return
         resource = asked.opening.resources[asked.position]
@@ -239,8 +249,7 @@ class Asking:
         elif opening.missing() is None:
             self._ready.append(Answered(opening, None))
         else:
-            # behind the user's others: nobody holds up a program that asks for one by asking for many
-            self._waiting.setdefault(opening.connection.subject.uid, deque()).append((opening, asked.until_s))
+            self._queue(opening, asked.until_s)
 
     def expire(self) -> bool:
         """Refuse those that waited too long. Returns whether the worker is to be ended, for it answers nothing."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.kernel.records import NotRecorded, Records
-from fdbroker.terms import Device, Resource, Subject, TopicUse
+from fdbroker.terms import INVALID_ID, Device, Resource, Subject, TopicUse, owner_text
 from fdbroker.wire.journal import escaped
 
 _REPEAT_S = limits.AUDIT_REPEAT_SECONDS
@@ -33,6 +34,7 @@ MESSAGE_IDS = {
     "violation": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a05",
     "disconnected": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a06",
     "slowed": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a0a",
+    "reloading": "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a0b",
 }
 # syslog(3) levels
 _PRIORITIES = {
@@ -44,6 +46,7 @@ _PRIORITIES = {
     "violation": 2,
     "disconnected": 5,
     "slowed": 5,
+    "reloading": 5,
 }
 
 FIELDS = (
@@ -53,6 +56,7 @@ FIELDS = (
     "SYSLOG_IDENTIFIER",
     "FDBROKER_STAGE",
     "FDBROKER_DECISION",
+    "FDBROKER_CAUSE",
     "FDBROKER_REASON",
     "FDBROKER_RULE",
     "FDBROKER_RESOURCE",
@@ -60,17 +64,23 @@ FIELDS = (
     "FDBROKER_NAMESPACE",
     "FDBROKER_ACCESS",
     "FDBROKER_UID",
+    "FDBROKER_OWNER",
     "FDBROKER_GID",
     "FDBROKER_PID",
     "FDBROKER_COMM",
     "FDBROKER_LABEL",
     "FDBROKER_CONNECTION",
+    "FDBROKER_COUNT",
     "FDBROKER_REPEATED",
 )
 
 
 class Record(NamedTuple):
-    """One record. `stage` is where the request ended, `reason` says why it was refused, `rule` is "FILE:LINE"."""
+    """One record. `stage` is where the request ended, `reason` says why it was refused, `rule` is "FILE:LINE".
+
+    `times` is for how many equal descriptors the record stands, `cause` the kind of the reason in a word or two: two
+    refusals are alike when they have the same, whatever numbers are in the reason.
+    """
 
     kind: str
     stage: str
@@ -81,7 +91,8 @@ class Record(NamedTuple):
     rule: str = ""
     rdev: str = ""
     inode: str = ""
-    sort: str = ""  # what makes two refusals alike, where the reason has numbers in it
+    times: int = 1
+    cause: str = ""
 
 
 def fields(record: Record, repeated: int = 0) -> dict[str, str]:
@@ -92,18 +103,26 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
         "PRIORITY": str(_PRIORITIES[record.kind]),
         "SYSLOG_IDENTIFIER": "fdbroker",
         "FDBROKER_STAGE": record.stage,
-        "FDBROKER_DECISION": "allow" if record.kind in ("granted", "stopping") else "deny",
+        "FDBROKER_DECISION": "allow" if record.kind in ("granted", "stopping", "reloading") else "deny",
+        "FDBROKER_CAUSE": record.cause,
         "FDBROKER_REASON": reason,
         "FDBROKER_RULE": record.rule,
         "FDBROKER_RDEV": record.rdev,
         "FDBROKER_NAMESPACE": record.inode,
         "FDBROKER_CONNECTION": str(record.connection),
+        "FDBROKER_COUNT": str(record.times) if record.times > 1 else "",
         "FDBROKER_REPEATED": str(repeated) if repeated else "",
     }
     who = what = ""
     if record.subject is not None:
-        values |= _subject_fields(record.subject)
-        who = f"uid {record.subject.uid} pid {record.subject.pid} "
+        one = record.subject
+        of = "" if one.owner == one.uid else f" of {owner_text(one.owner)}"
+        if one.uid == INVALID_ID:
+            values["FDBROKER_OWNER"] = owner_text(one.owner)
+            who = f"uids{of} "
+        else:
+            values |= _subject_fields(one.uid, one.owner, one.gid, one.pid, one.comm, one.label)
+            who = f"uid {one.uid}{of} pid {one.pid} "
     if record.resource is not None:
         text = cut(escaped(record.resource.text), _CHARACTERS)
         values["FDBROKER_RESOURCE"] = text
@@ -111,20 +130,21 @@ def fields(record: Record, repeated: int = 0) -> dict[str, str]:
         what = f" {record.resource.access} {cut(text, _MESSAGE_CHARACTERS)}"
     why = f" by {record.rule}" if record.rule else ""
     why += f": {cut(reason, _MESSAGE_CHARACTERS)}" if reason else ""
-    again = f" ({repeated} times more)" if repeated else ""
+    again = f" ({repeated} times more)" if repeated else f" ({record.times} of them)" if record.times > 1 else ""
     values["MESSAGE"] = f"{who}{record.kind}{what}{why}{again}"
     return {name: value for name, value in values.items() if value}
 
 
 @lru_cache(maxsize=_USERS)
-def _subject_fields(subject: Subject) -> dict[str, str]:
-    """The same for all that a connection asks."""
+def _subject_fields(uid: int, owner: int, gid: int, pid: int, comm: str, label: str) -> dict[str, str]:
+    """The same for all that a connection asks. Without its groups, which would stay here when it has ended."""
     return {
-        "FDBROKER_UID": str(subject.uid),
-        "FDBROKER_GID": str(subject.gid),
-        "FDBROKER_PID": str(subject.pid),
-        "FDBROKER_COMM": escaped(subject.comm),
-        "FDBROKER_LABEL": escaped(subject.label),
+        "FDBROKER_UID": str(uid),
+        "FDBROKER_OWNER": owner_text(owner),
+        "FDBROKER_GID": str(gid),
+        "FDBROKER_PID": str(pid),
+        "FDBROKER_COMM": escaped(comm),
+        "FDBROKER_LABEL": escaped(label),
     }
 
 
@@ -133,8 +153,15 @@ def cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
+def _others(last: Record) -> Record:
+    """Of all that was not written one by one: of who and what that was, the owner alone is known any more."""
+    subject = last.subject and last.subject._replace(uid=INVALID_ID, gid=INVALID_ID, pid=0, comm="", label="")
+    reason = "other refusals of this owner, not written one by one"
+    return Record("refused", "", 0, subject, None, reason, cause="others")
+
+
 class _Window:
-    """The refusals of one user in AUDIT_REPEAT_SECONDS: what was written, how often it came again, what else came."""
+    """The refusals of one owner in AUDIT_REPEAT_SECONDS: what was written, how often it came again, what else came."""
 
     __slots__ = ("first", "others", "until_s")
 
@@ -144,15 +171,21 @@ class _Window:
         self.others = 0
 
 
+def _nobody(_owner: int, _now_s: float) -> None:
+    """Before the accounts are there, nobody is charged."""
+
+
 class Audit:
     """Writes records of what is granted and refused.
 
-    Takes `journal`, a connected datagram socket, or None.
+    Takes `journal`, a connected datagram socket, or None. `charge` is called with owner and time for each refusal that
+    has been written.
     """
 
     def __init__(self, journal: socket.socket | None) -> None:
+        self.charge: Callable[[int, float], None] = _nobody
         self._records = Records(journal)
-        self._windows: dict[int, _Window] = {}  # by uid, -1 for unknown
+        self._windows: dict[int, _Window] = {}  # by owner, -1 for unknown
         self._owed: deque[Record] = deque(maxlen=_USERS)
 
     @property
@@ -183,14 +216,16 @@ class Audit:
         Whatever a client varies in its requests, it makes AUDIT_REFUSALS records in that time and no more. A refusal
         that cannot be recorded stays a refusal.
         """
-        uid = record.subject.uid if record.subject is not None else -1
-        window = self._windows.get(uid)
+        owner = record.subject.owner if record.subject is not None else -1
+        window = self._windows.get(owner)
         if window is None:
             if len(self._windows) >= _USERS:
                 self.flush(now_s, everything=True)
-            window = self._windows[uid] = _Window(now_s + _REPEAT_S)
+            window = self._windows[owner] = _Window(now_s + _REPEAT_S)
         text = record.resource.text if record.resource is not None else ""
-        key = (record.kind, record.stage, record.sort or record.reason, hash(text))
+        uid = record.subject.uid if record.subject is not None else -1
+        access = record.resource.access if record.resource is not None else ""
+        key = (record.kind, record.stage, record.cause or record.reason, hash(text), access, uid)
         if key in window.first:
             first, repeated = window.first[key]
             window.first[key] = (first, repeated + 1)
@@ -202,6 +237,7 @@ class Audit:
             try:
                 self.write(record)
                 window.first[key] = (record, 0)
+                self.charge(owner, now_s)
             except NotRecorded:
                 window.first[key] = (record, 1)  # the count at the end says it
 
@@ -211,23 +247,23 @@ class Audit:
             while self._owed:
                 self.write(self._owed[0])
                 self._owed.popleft()
-        for uid, window in list(self._windows.items()):
+        for owner, window in list(self._windows.items()):
             if everything or now_s >= window.until_s:
                 try:
-                    self._write_counts(window)
+                    self._write_counts(owner, window, now_s)
                 except NotRecorded:
                     if not everything:
                         continue  # the next time
-                del self._windows[uid]
+                del self._windows[owner]
 
-    def _write_counts(self, window: _Window) -> None:
+    def _write_counts(self, owner: int, window: _Window, now_s: float) -> None:
         """Write what was counted, and forget each count as it is written."""
         last = None
         for key, (last, repeated) in window.first.items():
             if repeated:
                 self.write(last, repeated)
+                self.charge(owner, now_s)
                 window.first[key] = (last, 0)
         if window.others and last is not None:
-            reason = "and other refusals of this user, not written one by one"
-            self.write(last._replace(resource=None, reason=reason), window.others)
+            self.write(_others(last), window.others)
             window.others = 0

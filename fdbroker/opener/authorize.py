@@ -5,13 +5,15 @@ Runs in: opener. An attacker controls the asked paths and how often it asks.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+from fdbroker import limits
 from fdbroker.bucket import Bucket
-from fdbroker.errors import ClientNotReading, Denied, QuotaExceeded, RateLimited
-from fdbroker.kernel import sockets
+from fdbroker.errors import ClientNotReading, Denied, LinkViolation, QuotaExceeded, RateLimited
+from fdbroker.kernel import processes, sockets
 from fdbroker.pace import Pace
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import View, decide, view
@@ -21,20 +23,28 @@ from fdbroker.wire.rights import Rights
 # The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.
 _SKB_BYTES = 512
 _ACCOUNTS_KEPT = 1024
+_LOOK_S = limits.FLIGHT_LOOK_MS / 1000
+_BUSY_MS = limits.BUSY_RETRY_MS
+_CLOSING_HELD, _OPENING_HELD = limits.CLOSING_HELD, limits.OPENING_HELD
 
 
 class Account:
-    """What one user has in use, over all of its connections."""
+    """What one owner has in use, over all of its connections."""
 
     __slots__ = (
         "bucket",
+        "closed",
+        "closing",
         "connections",
         "knocking_since_s",
         "knocks",
         "lingering",
+        "lists",
         "maxima",
         "namespaces",
+        "opening",
         "pace",
+        "records",
         "unread",
         "waiting",
     )
@@ -46,20 +56,47 @@ class Account:
         self.lingering: set[Connection] = set()  # ended by us, with grants that the client has not read
         self.namespaces: tuple[int, ...] = ()  # inode numbers of those made for it that may be living
         self.bucket = Bucket(maxima["burst"], now_s)
+        self.lists = Bucket(maxima["burst"], now_s)  # of nodes that were looked at
+        self.records = Bucket(maxima["record_burst"], now_s)
         self.pace = Pace(max(maxima["burst"], maxima["connections"]), now_s)
         self.knocks = 0  # that came while others waited, in a second from then on
         self.knocking_since_s = now_s
         self.waiting: deque[socket.socket] = deque()  # accepted, to be let in when the debt is over
+        self.opening = 0  # descriptors of requests that a thread is opening
+        self.closing = 0  # descriptors that were given to a thread to be closed, and how many of these it has closed
+        self.closed = 0
 
-    def count_connections(self) -> int:
-        """Connections in use: the open ones, and the ended ones whose unread grants still weigh on us."""
-        for connection in tuple(self.lingering):
-            connection.linger()
+    def count_connections(self, maximum: int = 0) -> int:
+        """Connections in use: the open ones, and the ended ones whose unread grants still weigh on us.
+
+        Each ended one is looked at only where the count would be `maximum` or more.
+        """
+        if len(self.connections) + len(self.lingering) >= maximum:
+            for connection in tuple(self.lingering):
+                connection.linger()
         return len(self.connections) + len(self.lingering)
 
-    def note_connect(self, now_s: float) -> None:
-        """One connection more has been let in."""
-        self.pace.spend(1, *self._rate(), now_s)
+    def count_unread(self) -> int:
+        """Descriptors that were sent to any connection of the owner and not read, never too few."""
+        return sum(connection.unread_grants() for connection in tuple(self.unread))
+
+    def charge(self, maxima: Mapping[str, int], now_s: float, nodes: int) -> None:
+        """So many nodes were looked at for a List: whoever made them, what else the owner asks for is not slowed."""
+        self.lists.charge(maxima["requests_per_second"], maxima["burst"], now_s, nodes)
+
+    def note_records(self, now_s: float, records: int) -> None:
+        """So many records were written that nobody was asked for: of a refusal, or that a grant did not happen."""
+        self.records.charge(self.maxima["records_per_second"], self.maxima["record_burst"], now_s, records)
+
+    def is_idle(self, now_s: float) -> bool:
+        """Whether nothing would be lost if a new account took this one's place."""
+        in_use = self.namespaces or self.waiting or self.opening or self.closing != self.closed
+        buckets = (self.bucket, self.lists, self.records, self.pace)
+        return not (in_use or self.count_connections()) and all(one.is_idle(now_s) for one in buckets)
+
+    def note_connect(self, now_s: float, groups: int) -> None:
+        """One connection more has been let in, of a process in so many groups."""
+        self.pace.spend(1 + groups // limits.GROUPS_PER_CONNECT, *self._rate(), now_s)
 
     def offend(self, now_s: float) -> bool:
         """The user broke a rule, or comes again and again; returns whether that costs something for the first time."""
@@ -73,48 +110,99 @@ class Account:
         return self.maxima["requests_per_second"], max(self.maxima["burst"], self.maxima["connections"])
 
 
+class Flight:
+    """All descriptors that were sent and not read: the kernel sends none to anybody at RLIMIT_NOFILE of them.
+
+    A part of `most` is kept for owners of whom none is unread. Source: unix(7), ETOOMANYREFS.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.count = 0  # as it was when each connection was looked at last: never too few
+        self.unread: set[Connection] = set()
+        self._looked_s = 0.0
+
+    def has_room(self, account: Account, count: int, now_s: float) -> bool:
+        """Whether `count` more may be sent to that owner."""
+        most = limits.shared(self.most) if account.unread else self.most
+        if self.count + count > most and now_s - self._looked_s >= _LOOK_S:
+            self._looked_s = now_s
+            for connection in tuple(self.unread):
+                connection.unread_grants()
+        return self.count + count <= most
+
+
 class Accounts:
-    """One account a user. It outlives the user's connections, or a new connection would bring a new bucket."""
+    """One account an owner. It outlives the connections, or a new connection would bring a new bucket.
 
-    def __init__(self) -> None:
-        self._by_uid: dict[int, Account] = {}
+    `flight` is what all of them have in flight.
+    """
 
-    def known(self, uid: int) -> Account | None:
-        """The user's account, if it was here lately."""
-        return self._by_uid.get(uid)
+    def __init__(self, flight_most: int) -> None:
+        self.flight = Flight(flight_most)
+        self._by_owner: dict[int, Account] = {}
 
-    def of(self, uid: int, maxima: Mapping[str, int], now_s: float) -> Account:
-        """The user's account; `maxima` are its limits now."""
-        account = self._by_uid.get(uid)
+    def known(self, owner: int) -> Account | None:
+        """The owner's account, if it was here lately."""
+        return self._by_owner.get(owner)
+
+    def of(self, owner: int, maxima: Mapping[str, int], now_s: float) -> Account:
+        """The owner's account; `maxima` are its limits now."""
+        account = self._by_owner.get(owner)
         if account is None:
-            if len(self._by_uid) >= _ACCOUNTS_KEPT:
+            if len(self._by_owner) >= _ACCOUNTS_KEPT:
                 self._forget_idle(now_s)
-            account = self._by_uid[uid] = Account(maxima, now_s)
+            account = self._by_owner[owner] = Account(maxima, now_s)
         account.maxima = maxima
         return account
 
+    def note_refusal(self, owner: int, now_s: float) -> None:
+        """A refusal of that owner has been recorded."""
+        account = self._by_owner.get(owner)
+        if account is not None:
+            account.note_records(now_s, 1)
+
     def _forget_idle(self, now_s: float) -> None:
-        for uid, account in list(self._by_uid.items()):
-            if account.count_connections() or account.namespaces or account.waiting:
-                continue
-            if account.bucket.is_idle(now_s) and account.pace.is_idle(now_s):
-                del self._by_uid[uid]
+        for owner, account in list(self._by_owner.items()):
+            if account.is_idle(now_s):
+                del self._by_owner[owner]
 
 
 class Connection:
     """One client: its number, our copy of its socket, and who it is. Owns the socket until `close`."""
 
-    __slots__ = ("_queued", "_sent", "account", "number", "sock", "state", "subject", "view")
+    __slots__ = (
+        *(
+            "_count",
+            "_queued",
+            "_sent",
+            "account",
+            "flight",
+            "let_in_s",
+            "number",
+            "recorded",
+            "sock",
+            "state",
+            "subject",
+            "view",
+        ),
+    )
 
-    def __init__(self, number: int, sock: socket.socket, subject: Subject, seen: View, account: Account) -> None:
+    def __init__(
+        self, number: int, sock: socket.socket, subject: Subject, seen: View, account: Account, flight: Flight
+    ) -> None:
         self.number = number
         self.sock = sock
         self.subject = subject
         self.view = seen
         self.account = account
         self.state = "idle"  # a state of link.TURNS
+        self.recorded = False  # whether a record of it has been counted
+        self.let_in_s = processes.boot_s()
         self._sent: deque[tuple[int, int]] = deque()  # (bytes in the socket's queue, grants) of messages maybe unread
         self._queued = 0  # what was in the socket's queue when we last looked
+        self._count = 0  # descriptors that were unread then, or were sent since
+        self.flight = flight
         account.connections.add(self)
 
     def see(self, policy: Policy) -> None:
@@ -125,15 +213,22 @@ class Connection:
         """A message of `size` bytes with `grants` descriptors has left."""
         grown = sockets.unread_bytes(self.sock) - self._queued
         self._sent.append((max(grown, size + _SKB_BYTES), grants))
-        self.account.unread.add(self)
+        self._note(self._count + grants)
+
+    def _note(self, unread: int) -> None:
+        """So many descriptors are unread now, as far as we know."""
+        self.flight.count += unread - self._count
+        self._count = unread
+        if unread:
+            self.account.unread.add(self)
+            self.flight.unread.add(self)
+        else:
+            self.account.unread.discard(self)
+            self.flight.unread.discard(self)
 
     def unread_grants(self) -> int:
         """How many descriptors wait unread, never too few: the newest messages that fill the socket's queue."""
         self._queued = queued = sockets.unread_bytes(self.sock)
-        if not queued:
-            self._sent.clear()
-            self.account.unread.discard(self)
-            return 0
         unread = 0
         kept: deque[tuple[int, int]] = deque()
         while self._sent and queued > 0:
@@ -142,26 +237,35 @@ class Connection:
             queued -= size
             unread += grants
         self._sent = kept
-        if not kept:
-            self.account.unread.discard(self)
+        self._note(unread)
         return unread
 
     def close(self) -> None:
         """Hang up, for the inbox's copy too, and free what the user had in use.
 
-        Grants that wait unread in the client's queue still count as in flight for us, until it reads them or closes
-        its end: for so long the connection lingers, and counts for its user.
+        What waits unread in the client's queue is memory that counts for this service, and grants in it count as in
+        flight, until the client reads or closes its end: for so long the connection lingers, and counts for its owner.
         """
         self.account.connections.discard(self)
         sockets.hang_up(self.sock)
         self.account.lingering.add(self)
         self.linger()
 
+    def release(self) -> socket.socket:
+        """The socket, owned by the caller, of a connection that the inbox never had. Raises LinkViolation if it had."""
+        if self.unread_grants() or self._queued:
+            raise LinkViolation(f"connection {self.number} was answered, and is said never to have come")
+        self.account.connections.discard(self)
+        return self.sock
+
     def linger(self) -> None:
-        """Close our copy of an ended connection once nothing of it is unread."""
-        if not self.unread_grants():
+        """Close our copy of an ended connection once its client has read everything and no descriptor waits in it.
+
+        The inbox reads those. Bytes alone are not waited for: an inbox without a copy of the socket reads nothing.
+        """
+        self.unread_grants()
+        if not self._queued and sockets.only_bytes_wait(self.sock):
             self.account.lingering.discard(self)
-            self.account.unread.discard(self)
             self.sock.close()
 
 
@@ -175,32 +279,72 @@ def message_rights(seen: View, topics: Sequence[Topic]) -> Rights:
     return Rights(
         *(send, subscribe, maxima["requests_per_second"], maxima["burst"]),
         *(maxima["subscriptions"], maxima["stored_messages"], maxima["stored_bytes"]),
+        *(maxima["records_per_second"], maxima["record_burst"]),
     )
 
 
 def authorize_connection(account: Account, seen: View) -> None:
-    """One connection more for this user? Raises QuotaExceeded."""
+    """One connection more for this owner? Raises QuotaExceeded."""
     maximum = seen.limits["connections"]
-    if account.count_connections() >= maximum:
+    if account.count_connections(maximum) >= maximum:
         raise QuotaExceeded("connections", maximum)
 
 
-def authorize_request(connection: Connection, now_s: float) -> None:
-    """One request more, of whatever kind? Raises RateLimited, ClientNotReading or QuotaExceeded."""
+def authorize_request(connection: Connection, now_s: float, cost: int = 1) -> None:
+    """One request more, of whatever kind, which names `cost` resources? Raises RateLimited."""
     maxima = connection.view.limits
-    wait_ms = connection.account.bucket.take(maxima["requests_per_second"], maxima["burst"], now_s)
+    wait_ms = connection.account.bucket.take(maxima["requests_per_second"], maxima["burst"], now_s, cost)
     if wait_ms:
         raise RateLimited(wait_ms)
-    authorize_grants(connection)
 
 
-def authorize_grants(connection: Connection) -> None:
-    """May more be sent to this client? Raises ClientNotReading or QuotaExceeded."""
-    maximum = connection.view.limits["unread_grants"]
+def authorize_list(connection: Connection, now_s: float) -> None:
+    """One List more? Raises RateLimited, also while the nodes of those before are still owed."""
+    authorize_request(connection, now_s)
+    maxima = connection.view.limits
+    wait_ms = connection.account.lists.take(maxima["requests_per_second"], maxima["burst"], now_s)
+    if wait_ms:
+        raise RateLimited(wait_ms)
+
+
+def authorize_presence(connection: Connection, count: int) -> None:
+    """Can the client still get `count` descriptors? Raises ConnectionError when it has hung up.
+
+    The inbox lets few requests of an owner wait here, but does not count those of connections that have ended: judging
+    them all would delay everybody. A request of one resource costs as little as this question, which it is spared.
+    """
+    if count > 1 and sockets.has_hung_up(connection.sock):
+        raise ConnectionError(errno.EPIPE, "the client has hung up")
+
+
+def authorize_grants(connection: Connection, count: int, now_s: float) -> None:
+    """Whether `count` descriptors may be opened for this client, and sent to it.
+
+    Raises ClientNotReading, QuotaExceeded, or RateLimited when others, or what is not closed yet, leave no room.
+    """
+    account, maximum = connection.account, connection.view.limits["unread_grants"]
     if connection.unread_grants() >= maximum:
         raise ClientNotReading
-    if sum(one.unread_grants() for one in tuple(connection.account.unread)) >= maximum:
+    if account.count_unread() + account.opening + count > maximum:
         raise QuotaExceeded("unread_grants", maximum)
+    if account.closing - account.closed + count > _CLOSING_HELD or account.opening + count > _OPENING_HELD:
+        raise RateLimited(_BUSY_MS, "busy")
+    if not connection.flight.has_room(account, count, now_s):
+        raise RateLimited(_BUSY_MS, "in flight")
+
+
+def authorize_records(connection: Connection, count: int, now_s: float) -> None:
+    """May `count` records be written for this client's owner? Raises RateLimited.
+
+    The first of a connection costs more: who it is takes room in the journal, which keeps equal fields once.
+    """
+    maxima = connection.view.limits
+    if not connection.recorded:
+        count += limits.RECORDS_PER_CONNECTION
+    wait_ms = connection.account.records.take(maxima["records_per_second"], maxima["record_burst"], now_s, count)
+    if wait_ms:
+        raise RateLimited(wait_ms, "records")
+    connection.recorded = True
 
 
 def authorize_administrator(connection: Connection) -> None:

@@ -14,21 +14,24 @@ from fdbroker import limits
 from fdbroker.errors import QuotaExceeded
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
+from fdbroker.kernel.refusal import say_refusal
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
 from fdbroker.opener.audit import Audit, Record
 from fdbroker.opener.authorize import Account, Accounts, Connection, authorize_connection, message_rights
-from fdbroker.opener.identify import Identifier
-from fdbroker.opener.send import say_refusal
+from fdbroker.opener.close import Closing
+from fdbroker.opener.identify import Identifier, WhoseUnknown
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import view
-from fdbroker.terms import Subject
-from fdbroker.wire import rights
+from fdbroker.policy.decide import View, is_administrator, view
+from fdbroker.terms import OTHERS, Subject
+from fdbroker.wire import link, rights
 from fdbroker.wire.rights import Sender
 
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
 # How often we look whether what an ended connection left unread is gone.
 _LINGER_S = 1.0
+_FOR_ADMINISTRATORS = limits.FOR_ADMINISTRATORS
 _KNOCKS_FREE = limits.KNOCKS_FREE
+_WHOSE = "its process has ended, and its uid alone does not say whose it was"
 _SLOWED = "it connects, or breaks its connections, too often: the next ones wait"
 
 
@@ -39,15 +42,27 @@ class Door:
     """
 
     def __init__(
-        self, listener: socket.socket, inbox: Link, policy: Policy, audit: Audit, connections: dict[int, Connection]
+        self,
+        listener: socket.socket,
+        inbox: Link,
+        policy: Policy,
+        audit: Audit,
+        connections: dict[int, Connection],
+        closing: Closing,
     ) -> None:
         self.policy = policy
-        self._acceptor: Acceptor | None = Acceptor(listener)
+        self._closing = closing
+        self._acceptor: Acceptor | None = Acceptor(listener, closing)
         self._inbox = inbox
         self._audit = audit
         self._connections = connections
-        self._identifier = Identifier()
-        self._accounts = Accounts()
+        self.identifier = Identifier()
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._connections_max = descriptors - limits.reserved(descriptors)
+        # of connections that wait to be closed: the others are left for clients
+        self._closing_max = self._connections_max - limits.shared(self._connections_max)
+        self._accounts = Accounts(self._connections_max)
+        audit.charge = self._accounts.note_refusal
         self._last_number = 0
         self._held: tuple[socket.socket, Subject, Account] | None = None  # accepted, not yet handed on
         self._lingering: set[Account] = set()  # whose ended connections have grants unread
@@ -58,8 +73,6 @@ class Door:
         self._waiting_until_s = 0.0  # when the first of them may
         self._latest: Account | None = None  # who had work here last
         self._contested_s = -float(limits.CONTEST_SECONDS)  # when another user than before had
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._connections_max = descriptors - limits.reserved(descriptors)
 
     def fileno(self) -> int:
         """For epoll, while it is not `closed`."""
@@ -89,7 +102,7 @@ class Door:
     @property
     def timeout_s(self) -> float:
         """When `paused` and `sweep` must be asked again, -1 for never."""
-        if self._waiting:
+        if self._waiting and not (self._inbox.waiting or self._held):  # else nobody is let in before there is room
             return min(max(0.0, self._waiting_until_s - time.monotonic()), _LINGER_S)
         if self._paused_until_s:
             return _ACCEPT_PAUSE_S
@@ -116,7 +129,9 @@ class Door:
         if self._acceptor is None:
             return
         try:
-            if len(self._connections) + self._waiting_count + self._count_lingering() >= self._connections_max:
+            if self._closing.waiting >= self._closing_max:
+                raise OutOfDescriptors  # and nobody is told, for that could be one more to close
+            if self._count() >= self._connections_max:
                 self._acceptor.turn_one_away()
                 raise OutOfDescriptors
             sock = self._acceptor.accept()
@@ -128,21 +143,27 @@ class Door:
             self._welcome(sock)
 
     def _must_wait(self, sock: socket.socket) -> bool:
-        """Whether this client's user comes too often: then it is taken, and let in later, or turned away.
+        """Whether this client's owner comes too often: then it is taken, and let in later, or turned away.
 
-        Nothing but its uid is asked for before that. Many that come while others wait are an offence each.
+        Nothing but its uid and owner is asked for before that. Many that come while others wait are an offence each.
         """
         try:
             credentials = sockets.peer_credentials(sock)
+            owner = self.identifier.owner(sock, credentials, self.policy.owners)
+        except WhoseUnknown:
+            subject = Subject(credentials.uid, frozenset(), credentials.gid, credentials.pid, "", "", foreign=True)
+            self._turn_away(sock, QuotaExceeded("connections", 0), subject, _WHOSE)
+            return True
         except OSError:
             return False  # identifying it will fail as well
-        account, now_s = self._accounts.known(credentials.uid), time.monotonic()
+        account, now_s = self._accounts.known(owner), time.monotonic()
         if account is None:
             return False
         self.note_work(account)
         if not (account.waiting or self._wait_s(account, now_s)):
             return False
-        subject = Subject(credentials.uid, frozenset(), credentials.gid, credentials.pid, "", "", foreign=True)
+        uid, gid, pid = credentials.uid, credentials.gid, credentials.pid
+        subject = Subject(uid, frozenset(), gid, pid, "", "", foreign=True, owner=owner)
         if now_s - account.knocking_since_s > limits.DEBT_SECONDS:
             account.knocks, account.knocking_since_s = 0, now_s
         account.knocks += 1
@@ -151,9 +172,9 @@ class Door:
         maximum = account.maxima["connections"]
         if len(account.connections) + len(account.waiting) >= maximum:
             refusal = QuotaExceeded("connections", maximum)
-            self._turned_away("accept", subject, str(refusal))
+            self._turned_away("accept", subject, str(refusal), refusal.cause)
             say_refusal(sock, refusal)
-            sock.close()  # which hangs up: nobody else has it
+            self._closing.hang_up(sock, owner)
             return True
         account.waiting.append(sock)
         self._waiting_count += 1
@@ -191,8 +212,26 @@ class Door:
     def _slowed(self, subject: Subject) -> None:
         self._audit.refuse(Record("slowed", "accept", 0, subject, None, _SLOWED), time.monotonic())
 
-    def _count_lingering(self) -> int:
-        return sum(len(account.lingering) for account in self._lingering)
+    def _count(self) -> int:
+        """All connections that have a descriptor here."""
+        lingering = sum(len(account.lingering) for account in self._lingering)
+        return len(self._connections) + self._waiting_count + lingering + self._closing.waiting
+
+    def _authorize(self, account: Account, subject: Subject, seen: View) -> None:
+        """One connection more? The last ones are for owners without any, the very last ones for administrators.
+
+        Raises QuotaExceeded.
+        """
+        authorize_connection(account, seen)
+        left = self._connections_max - self._count()
+        if left <= _FOR_ADMINISTRATORS:
+            free = is_administrator(self.policy, subject._replace(foreign=False))
+        else:
+            free = (
+                left > self._connections_max - limits.shared(self._connections_max) or not account.count_connections()
+            )
+        if not free:
+            raise QuotaExceeded("descriptors", self._connections_max)
 
     def _pause(self) -> None:
         self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
@@ -200,16 +239,18 @@ class Door:
     def _welcome(self, sock: socket.socket) -> None:
         """Identify one client and hand its socket on; `sock` is taken, and closed if the client is turned away."""
         try:
-            subject = self._identifier.identify(sock)
+            subject = self.identifier.identify(sock, self.policy.owners)
             seen = view(self.policy, subject)
             now_s = time.monotonic()
-            account = self._accounts.of(subject.uid, seen.limits, now_s)
-            account.note_connect(now_s)
+            account = self._accounts.of(subject.owner, seen.limits, now_s)
+            account.note_connect(now_s, len(subject.gids))
             self.note_work(account)
-            authorize_connection(account, seen)
-            subject = self._identifier.describe(sock, subject)
+            self._authorize(account, subject, seen)
+            subject = self.identifier.describe(sock, subject)
         except QuotaExceeded as refusal:
             self._turn_away(sock, refusal, subject)
+        except WhoseUnknown:
+            self._turn_away(sock, QuotaExceeded("connections", 0), None, _WHOSE)
         except OSError as error:
             # EMFILE, or the kernel does not say who it is: this client alone is refused
             self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), None, error.strerror or "")
@@ -226,10 +267,11 @@ class Door:
     def _hand_on(self, sock: socket.socket, subject: Subject, account: Account) -> None:
         """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
         seen = view(self.policy, subject)
-        sender = Sender(subject.uid, subject.gid, subject.pid, subject.session)
+        sender = Sender(subject.uid, subject.gid, subject.pid, subject.session, subject.owner)
         allowed = message_rights(seen, self.policy.topics)
+        sockets.hear_urgent(sock)
         sockets.let_descriptors(sock, allowed=bool(allowed.send))
-        message = rights.encode_connected(self._last_number + 1, sender, allowed)
+        message = link.OPENER_TO_INBOX.encode(rights.Connected(self._last_number + 1, sender, allowed))
         try:
             if not self._inbox.send_with_descriptors(message, [sock.fileno()]):
                 self._held = (sock, subject, account)
@@ -241,17 +283,19 @@ class Door:
             self._pause()
             return
         self._last_number += 1
-        self._connections[self._last_number] = Connection(self._last_number, sock, subject, seen, account)
+        self._connections[self._last_number] = Connection(
+            self._last_number, sock, subject, seen, account, self._accounts.flight
+        )
 
     def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded, subject: Subject | None, why: str = "") -> None:
         """Say the refusal and hang up; takes `sock`."""
-        self._turned_away("identify" if subject is None else "accept", subject, why or str(refusal))
+        stage = "identify" if subject is None else "accept"
+        self._turned_away(stage, subject, why or str(refusal), refusal.cause)
         say_refusal(sock, refusal)
-        sockets.hang_up(sock)
-        sock.close()
+        self._closing.hang_up(sock, OTHERS if subject is None else subject.owner)
 
-    def _turned_away(self, stage: str, subject: Subject | None, reason: str) -> None:
-        self._audit.refuse(Record("turned-away", stage, 0, subject, None, reason), time.monotonic())
+    def _turned_away(self, stage: str, subject: Subject | None, reason: str, cause: str = "limit descriptors") -> None:
+        self._audit.refuse(Record("turned-away", stage, 0, subject, None, reason, cause=cause), time.monotonic())
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -259,10 +303,10 @@ class Door:
             self._acceptor.close()
             self._acceptor = None
         if self._held is not None:
-            self._held[0].close()
+            self._closing.hang_up(self._held[0], self._held[1].owner)
             self._held = None
         for account in self._waiting:
             while account.waiting:
-                account.waiting.pop().close()
+                self._closing.hang_up(account.waiting.pop(), OTHERS)  # by whichever thread: nobody waits for it
         self._waiting.clear()
         self._paused_until_s = 0.0

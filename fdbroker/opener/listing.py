@@ -1,11 +1,16 @@
 """What a subject may open now: every rule's glob looked up, each match judged as if it were asked for.
 
-Runs in: opener, without any capability raised. An attacker controls nothing here but how often.
+Runs in: opener, without any capability raised. An attacker controls how often it asks, and nothing else here.
+
+A List takes as long as there are nodes that its rules name, so it is made a few nodes at a time, between other
+requests; of each owner one at a time, of several owners in turn. Each node is looked at once, and charged, whether it
+may be opened or not.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 
@@ -19,82 +24,162 @@ from fdbroker.policy.decide import View, decide
 from fdbroker.policy.paths import matcher
 from fdbroker.terms import (
     ACCESS_NAMES,
-    DenyRule,
     Device,
     DeviceRule,
     Namespace,
     NamespaceRule,
     Offer,
     Resource,
-    Rule,
     Socket,
     SocketRule,
 )
 from fdbroker.wire import link
 
-_OFFERS = limits.OFFERS
+_OFFERS, _AT_ONCE = limits.OFFERS, limits.LOOKED_AT_ONCE
+_GENERATION_MAX = (1 << 53) - 1
 NETNS = "/run/netns"  # ip-netns(8)
 
-# What was found, by what it depends on: rules, deny rules, and a pid, if a rule is for the caller's processes.
-Listed = dict[tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[DenyRule, ...], int], list[Offer]]
+
+class _Job:
+    """One listing in the making: `looks` gives an Offer, or None, for each thing that it has looked at."""
+
+    __slots__ = ("connection", "folders", "found", "looks", "view")
+
+    def __init__(self, connection: Connection, nodes: Nodes) -> None:
+        self.connection = connection
+        self.view = connection.view
+        self.folders: set[str] = set()
+        self.found: list[Offer] = []
+        self.looks = _looks(self.view, connection.subject.pid, nodes, self.folders)
 
 
-def listing(connection: Connection, nodes: Nodes, notify: int, listed: Listed | None = None) -> list[bytes]:
-    """The messages of a listing; `listed` keeps what was found for subjects that the policy sees alike.
+class Lister:
+    """Makes the listings that were asked for, and those of watching connections again after a change.
 
-    The inotify descriptor `notify`, borrowed, reports from now on when it may have changed.
+    `notify` is an inotify descriptor, borrowed, which reports from then on when a listing may have changed.
     """
-    seen, pid = connection.view, connection.subject.pid
-    if not any(isinstance(rule, NamespaceRule) and rule.of_caller for rule in seen.others):
-        pid = 0  # then the list is the same for every process
-    key = (seen.devices, seen.others, seen.deny, pid)
-    found = None if listed is None else listed.get(key)
-    if found is None:
-        folders: set[str] = set()
-        found = offers(seen, pid, nodes, folders)
-        for folder in folders:
-            inotify.watch_directory(notify, folder)
-        if listed is not None:
-            listed[key] = found
-    return link.split_offers(connection.number, found)
+
+    def __init__(self, nodes: Nodes, notify: int) -> None:
+        self._nodes = nodes
+        self._notify = notify
+        self._waiting: dict[int, deque[Connection]] = {}  # by owner; the first owner is next
+        self._jobs: dict[int, _Job] = {}  # by owner
+        self._watching: dict[Connection, list[bytes]] = {}  # the listing that each was sent last
+        self.news = False  # whether a watching connection was told something new since `list_again`
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to look at."""
+        return bool(self._waiting)
+
+    @property
+    def watched(self) -> bool:
+        """Whether a change would be told to anybody."""
+        return bool(self._watching)
+
+    def add(self, connection: Connection) -> None:
+        """Make its listing, after those of the same owner that were asked for before."""
+        self._waiting.setdefault(connection.subject.owner, deque()).append(connection)
+
+    def drop(self, connection: Connection) -> None:
+        """Make no more listing for it."""
+        self._watching.pop(connection, None)
+        owner = connection.subject.owner
+        waiting = self._waiting.get(owner, deque())
+        if connection in waiting:
+            if waiting[0] is connection:
+                self._jobs.pop(owner, None)
+            waiting.remove(connection)
+            if not waiting:
+                del self._waiting[owner]
+
+    def list_again(self) -> None:
+        """Something has changed: make the listing of every watching connection anew."""
+        self.news = False
+        for connection in self._watching:
+            if connection in self._waiting.get(connection.subject.owner, ()):
+                self._jobs.pop(connection.subject.owner, None)  # it may have looked there already
+            else:
+                self.add(connection)
+
+    def step(self, now_s: float) -> Iterator[tuple[Connection, list[bytes]]]:
+        """Look at a few things for the next owner; gives the messages of a listing that is complete, and new."""
+        owner, waiting = next(iter(self._waiting.items()))
+        del self._waiting[owner]
+        connection = waiting[0]
+        job = self._jobs.get(owner)
+        if job is None or job.view is not connection.view:
+            job = self._jobs[owner] = _Job(connection, self._nodes)
+        looked = list(islice(job.looks, _AT_ONCE))
+        job.found += [offer for offer in looked if offer is not None]
+        if connection not in self._watching:  # a change is nothing that the client does
+            connection.account.charge(connection.view.limits, now_s, len(looked))
+        if len(looked) == _AT_ONCE and len(job.found) < _OFFERS:
+            self._waiting[owner] = waiting  # behind the other owners
+            return
+        del self._jobs[owner]
+        waiting.popleft()
+        if waiting:
+            self._waiting[owner] = waiting
+        for folder in job.folders:
+            inotify.watch_directory(self._notify, folder)
+        parts = link.split_offers(connection.number, job.found[:_OFFERS])
+        before = self._watching.get(connection)
+        if parts != before:
+            if connection.state == "watching":
+                self._watching[connection] = parts
+                self.news |= before is not None
+            yield connection, parts
 
 
-def offers(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> list[Offer]:
+def _looks(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> Iterator[Offer | None]:
     """All that `seen` allows and that exists, devices first, each with the most access that may be asked for.
 
     Namespaces of the caller's processes are listed as those of `pid`. The folders that were looked into are added to
     `folders`: a change in one of them may change the list.
     """
-    listed = list(islice(_devices(seen, nodes, folders), _OFFERS))
-    judged: set[Resource] = set()
-    for resource in islice(_others(seen, pid, folders), _OFFERS):  # names times ports are many
-        if len(listed) >= _OFFERS:
-            break
-        if resource in judged:
-            continue
-        judged.add(resource)
-        rules = decide(seen, resource).rules
-        if rules:
-            listed.append(Offer(resource, rules[0].where))
-    return listed[:_OFFERS]
-
-
-def _devices(seen: View, nodes: Nodes, folders: set[str]) -> Iterator[Offer]:
     paths: set[str] = set()
     for pattern in dict.fromkeys(rule.pattern for rule in seen.devices):
         paths.update(nodes_matching(pattern, folders))
+        yield None  # all names of a folder were looked at
     for path in sorted(paths):
-        for access in reversed(ACCESS_NAMES):  # rw, wo, ro
-            device = Device(path, access)
-            rules = [rule for rule in decide(seen, device).rules if isinstance(rule, DeviceRule)]
-            if rules:
-                try:
-                    found = nodes.find(path, rules, seen)
-                except Refused:
-                    continue
-                os.close(found.descriptor)
-                yield Offer(device, found.rule.where)
-                break
+        yield _device(path, seen, nodes)
+    judged: set[Resource] = set()
+    for resource in _others(seen, pid, folders):
+        if resource not in judged:
+            judged.add(resource)
+            rules = decide(seen, resource).rules
+            yield Offer(resource, rules[0].where) if rules else None
+
+
+def _device(path: str, seen: View, nodes: Nodes) -> Offer | None:
+    """The node at `path` with the most access that a rule gives which the node fits."""
+    allowed = {access: decide(seen, Device(path, access)).rules for access in reversed(ACCESS_NAMES)}  # rw, wo, ro
+    rules = dict.fromkeys(rule for each in allowed.values() for rule in each if isinstance(rule, DeviceRule))
+    if not rules:
+        return None
+    try:
+        node = nodes.look(path, seen)
+    except Refused:
+        return None
+    try:
+        fitting = {rule for rule in rules if not node.misfit(rule)}
+        for access, covering in allowed.items():
+            for rule in covering:
+                if rule in fitting and nodes.may_open(node, access):
+                    return Offer(Device(path, access), rule.where, _generation(node.status))
+    finally:
+        os.close(node.descriptor)
+    return None
+
+
+def _generation(status: os.stat_result) -> int:
+    """A number that differs for another node, mode or owner: the hash of integers, as far as JSON's numbers go.
+
+    Times are no part of it, for every user with write access to a node can change them.
+    """
+    what = (status.st_dev, status.st_ino, status.st_rdev, status.st_mode, status.st_uid, status.st_gid)
+    return hash(what) & _GENERATION_MAX
 
 
 def _others(seen: View, pid: int, folders: set[str]) -> Iterator[Resource]:
@@ -113,11 +198,23 @@ def _others(seen: View, pid: int, folders: set[str]) -> Iterator[Resource]:
 
 
 def _names(folders: set[str]) -> list[str]:
-    """The names in /run/netns; whether they are what they should be, the worker sees when one is asked for."""
+    """The names in /run/netns on which a namespace is mounted, by their file system: nothing is opened.
+
+    A name that cannot be said on the command line, where it means something else, is left out.
+    """
     try:
-        names = sorted(os.listdir(NETNS))
+        found = sorted(os.listdir(NETNS))
         folders.add(NETNS)
     except OSError:
         folders.add(os.path.dirname(NETNS))  # where the folder comes
         return []
-    return names
+    nsfs = os.stat("/proc/self/ns/net").st_dev
+    names = [name for name in found if name != "new" and "," not in name and not name.startswith("pid:")]
+    return [name for name in names if _file_system(f"{NETNS}/{name}") == nsfs]
+
+
+def _file_system(path: str) -> int:
+    try:
+        return os.lstat(path).st_dev
+    except OSError:  # it has gone meanwhile
+        return -1

@@ -11,38 +11,64 @@ import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from fdbroker import limits
 from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.openat import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2, reopen
 from fdbroker.policy.decide import View, denying_rule
-from fdbroker.policy.paths import is_dangerous
-from fdbroker.terms import Device, DeviceRule, Grant, Resource, Rule
+from fdbroker.policy.fit import Facts, misfit
+from fdbroker.terms import Device, DeviceRule, Resource, Rule
 
+_AT_ONCE = limits.LOOKED_AT_ONCE
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
 _LINKS = 40  # as many as the kernel follows: path_resolution(7)
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFREG: "a regular file",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFLNK: "a link",
-}
+
+
+# drivers/char/mem.c: opening or closing one of its nodes does nothing that could sleep. Any other driver may wait for
+# its device: the first opening of a USB mouse takes 55 ms, the last closing of an evdev node 36 ms.
+_MEM_MAJOR = 1
+
+
+def sleeps(status: os.stat_result) -> bool:
+    """Whether opening or closing what has this status may take its time: all but nodes such as null and zero."""
+    return not (stat.S_ISCHR(status.st_mode) and os.major(status.st_rdev) == _MEM_MAJOR)
+
+
+class Node(NamedTuple):
+    """A node that was found: `descriptor` (O_PATH, owned by the caller), and the facts about it.
+
+    `names` are where links led on the way, and its own name, without the path that was asked for.
+    """
+
+    descriptor: int
+    status: os.stat_result
+    facts: Facts
+    names: tuple[str, ...] = ()
+
+    def judge_way(self, seen: View, index: int | None) -> None:
+        """Raise Denied when a deny rule names where links led."""
+        for name in self.names:
+            by = denying_rule(seen, Device(name, "ro"))
+            if by is not None:
+                raise Denied(f"it leads to {name}, denied to {by.source}", index=index, rule=by.where)
+
+    def misfit(self, rule: DeviceRule) -> str:
+        """The reason for which it does not fit a rule, or ""."""
+        return misfit(rule, self.facts)
 
 
 class Found(NamedTuple):
-    """A node judged fit: `descriptor` (O_PATH, owned by who called), the rule that it fits, and its "MAJOR:MINOR"."""
+    """A node that was judged, and the rule that it fits."""
 
-    descriptor: int
+    node: Node
     rule: DeviceRule
-    rdev: str
-    status: os.stat_result
 
 
 class Nodes:
-    """Opens nodes below /dev. Owns a few O_PATH descriptors for as long as the process lives.
+    """Opens nodes below /dev. Owns a few O_PATH descriptors until `close`.
 
     `bracket` raises what the policy's nodes need, from the first openat2 to the last open of a request.
     """
@@ -54,34 +80,53 @@ class Nodes:
         self._proc_self_fd = os.open("/proc/self/fd", flags)
         self._sys_dev = os.open("/sys/dev", flags)
 
-    def open_all(
-        self,
-        resources: Sequence[Resource],
-        allowed: Sequence[tuple[Rule, ...]],
-        seen: View,
-        grants: dict[int, Grant],
-        descriptors: dict[int, int],
-    ) -> None:
-        """Open every device by one of its rules; grants and owned descriptors are added as they come, by position.
+    def close(self) -> None:
+        """Nothing can be opened any more."""
+        for descriptor in (self._dev, self._proc_self_fd, self._sys_dev):
+            os.close(descriptor)
 
-        Raises NoSuchResource, NotWhatItWas, OpenFailed or Denied with the resource's index; the caller closes what
-        is in `descriptors` already.
+    def judge_some(
+        self, resources: Sequence[Resource], allowed: Sequence[tuple[Rule, ...]], seen: View, found: dict[int, Found]
+    ) -> bool:
+        """Find the next few devices that are not in `found`, by position, and judge them; returns whether none is left.
+
+        Nothing is opened. Raises NoSuchResource, NotWhatItWas, OpenFailed or Denied with the resource's index; the
+        caller closes the descriptors in `found` either way.
+        """
+        each = ((index, one.path) for index, one in enumerate(resources) if isinstance(one, Device))
+        devices = [(index, path) for index, path in each if index not in found]
+        with self._bracket:
+            for index, path in devices[:_AT_ONCE]:
+                rules = [one for one in allowed[index] if isinstance(one, DeviceRule)]
+                found[index] = self.find(path, rules, seen, index)
+        return len(devices) <= _AT_ONCE
+
+    def open_all(self, resources: Sequence[Resource], found: dict[int, Found], descriptors: dict[int, int]) -> None:
+        """Open every node in `found`, which was judged; owned descriptors are added to `descriptors` as they come.
+
+        May run in a thread: the capability is raised for that thread alone. Raises OpenFailed or NotWhatItWas with the
+        resource's index; the caller closes what is in `descriptors` already.
         """
         with self._bracket:
-            for index, (resource, rules) in enumerate(zip(resources, allowed, strict=True)):
-                if not isinstance(resource, Device):
-                    continue
-                found = self.find(resource.path, [one for one in rules if isinstance(one, DeviceRule)], seen, index)
-                try:
-                    descriptors[index] = self._open(found, resource.access, index)
-                finally:
-                    os.close(found.descriptor)
-                grants[index] = Grant(resource, found.rule, found.rdev)
+            for index, one in found.items():
+                descriptors[index] = self._open(one, resources[index].access, index)
 
     def find(self, path: str, rules: Sequence[DeviceRule], seen: View, index: int | None = None) -> Found:
         """The node at `path`, if it is what one of `rules` says and no deny rule names where links lead."""
+        node = self.look(path, seen, index)
+        reasons = []
+        for rule in rules:
+            reason = node.misfit(rule)
+            if not reason:
+                return Found(node, rule)
+            reasons.append(reason)
+        os.close(node.descriptor)
+        raise NotWhatItWas(reasons[0], index=index)
+
+    def look(self, path: str, seen: View, index: int | None = None) -> Node:
+        """The node that `path` leads to. Raises NoSuchResource, NotWhatItWas, OpenFailed, and Denied for its links."""
         try:
-            node, name = self._walk(path)
+            descriptor, names = self._walk(path)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise NoSuchResource("there is no such node now", index=index) from None
@@ -90,34 +135,35 @@ class Nodes:
             refusal.index = index
             raise
         try:
-            by = denying_rule(seen, Device(name, "ro")) if name != path else None
-            if by is not None:
-                raise Denied(f"it leads to {name}, denied to {by.source}", index=index, rule=by.where)
-            status = os.fstat(node)
-            kind = stat.S_IFMT(status.st_mode)
-            number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-            reasons = []
-            for rule in rules:
-                reason = self._misfit(rule, name, kind, number)
-                if not reason:
-                    return Found(node, rule, number, status)
-                reasons.append(reason)
-            raise NotWhatItWas(reasons[0], index=index)
+            status = os.fstat(descriptor)
+            node = Node(descriptor, status, self._facts(names[-1], status), tuple(names[1:]))
+            node.judge_way(seen, index)
+            return node
         except BaseException:
-            os.close(node)
+            os.close(descriptor)
             raise
 
-    def _walk(self, path: str) -> tuple[int, str]:
-        """An owned O_PATH descriptor of what `path` leads to, and that node's own name."""
+    def may_open(self, node: Node, access: str) -> bool:
+        """Whether the kernel will let this process open a node so, as far as modes, owners and ACLs say."""
+        if self._bracket.opens(access):
+            return True
+        wanted = {"ro": os.R_OK, "wo": os.W_OK, "rw": os.R_OK | os.W_OK}[access]
+        return os.access(str(node.descriptor), wanted, dir_fd=self._proc_self_fd, effective_ids=True)
+
+    def _walk(self, path: str) -> tuple[int, list[str]]:
         try:
-            return openat2(self._dev, path[len("/dev/") :], os.O_PATH, _RESOLVE), path
+            return openat2(self._dev, path[len("/dev/") :], os.O_PATH, _RESOLVE), [path]
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
         return self._follow(path)
 
-    def _follow(self, path: str) -> tuple[int, str]:
-        """Like `_walk`, name by name: a link counts only when root owns it and it stays below /dev."""
+    def _follow(self, path: str) -> tuple[int, list[str]]:
+        """Like `_walk`, name by name: a link counts only when root owns it and it stays below /dev.
+
+        The names are the path, where each link leads, and the node's own one.
+        """
+        passed = [path]
         names = deque(path.split("/")[2:])
         folders = [self._dev]
         way: list[str] = []
@@ -137,7 +183,7 @@ class Nodes:
                 status = os.fstat(found)
                 is_link = stat.S_ISLNK(status.st_mode)
                 if not names and not is_link:
-                    return found, "/dev/" + "/".join([*way, name])
+                    return found, [*passed, "/dev/" + "/".join([*way, name])]
                 owned.callback(os.close, found)
                 if not is_link:
                     folders.append(found)
@@ -155,50 +201,58 @@ class Nodes:
                     target = target[len("/dev/") :]
                     folders, way = [self._dev], []
                 names.extendleft(reversed(target.split("/")))
+                passed.append("/dev/" + "/".join(_plain([*way, *names])))
         raise NotWhatItWas("a link leads to a folder")
 
-    def _misfit(self, rule: DeviceRule, name: str, kind: int, number: str) -> str:
-        """Why the node `name` of that type and device number is not what `rule` says, or ""."""
-        if kind not in (stat.S_IFCHR, stat.S_IFBLK):
-            return f"it is {_KINDS.get(kind, 'no device')}, not a device node"
-        if not rule.dangerous:
-            if kind == stat.S_IFBLK:
-                return "it is a block device, and the rule is not marked dangerous"
-            if is_dangerous(name):
-                return f"it leads to {name}, and the rule is not marked dangerous"
-        if rule.device and not _number_fits(rule.device, number):
-            return f"its device number is {number}, not {rule.device}"
-        if rule.kernel_class:
-            found = self._kernel_class(kind, number)
-            if found != rule.kernel_class:
-                return f"its class is {found or 'unknown'}, not {rule.kernel_class}"
-        return ""
+    def _facts(self, name: str, status: os.stat_result) -> Facts:
+        """What is known of the node `name` without opening it."""
+        kind = stat.S_IFMT(status.st_mode)
+        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        return Facts(name, kind, number, *self._device(kind, number))
 
-    def _kernel_class(self, kind: int, number: str) -> str:
-        """The kernel subsystem of a device number, "" for one that no device has. Source: sysfs(5), /sys/dev."""
-        folder = "block" if kind == stat.S_IFBLK else "char"
+    def _device(self, kind: int, number: str) -> tuple[str, str]:
+        """Class and name of the device with that number, "" where there is none. Source: sysfs(5), /sys/dev.
+
+        Two links are read and nothing is opened, which Landlock would forbid.
+        """
+        place = f"{'block' if kind == stat.S_IFBLK else 'char'}/{number}"
         try:
-            return os.readlink(f"{folder}/{number}/subsystem", dir_fd=self._sys_dev).rpartition("/")[2]
+            name = os.readlink(place, dir_fd=self._sys_dev).rpartition("/")[2]
+            return os.readlink(f"{place}/subsystem", dir_fd=self._sys_dev).rpartition("/")[2], name
         except OSError:
-            return ""
+            return "", ""
 
     def _open(self, found: Found, access: str, index: int) -> int:
+        node, facts = found.node, found.node.facts
         try:
-            descriptor = reopen(self._proc_self_fd, found.descriptor, access)
+            descriptor = reopen(self._proc_self_fd, node.descriptor, access)
         except OSError as error:
-            raise OpenFailed(error.errno or errno.EIO, index=index) from None
+            raise OpenFailed(error.errno or errno.EIO, index=index, rdev=facts.number) from None
         status = os.fstat(descriptor)
-        if _identity(status) != _identity(found.status):
+        trouble = ""
+        if _identity(status) != _identity(node.status):
+            trouble = "the opened node is not the one that was judged"
+        elif not status.st_nlink:  # so its number may be another device's by now
+            trouble = "the node was removed before it was opened"
+        elif found.rule.kernel_class and not facts.kernel_class:
+            # no driver had that number, and the kernel has loaded one
+            trouble = misfit(found.rule, self._facts(facts.path, status), opened=True)
+        if trouble:
             os.close(descriptor)
-            raise NotWhatItWas("the opened node is not the one that was judged", index=index)
+            raise NotWhatItWas(trouble, index=index)
         return descriptor
+
+
+def _plain(names: Iterable[str]) -> list[str]:
+    """The components of a path without empty ones, `.` and `..`."""
+    plain: list[str] = []
+    for name in names:
+        if name == "..":
+            del plain[-1:]
+        elif name not in ("", "."):
+            plain.append(name)
+    return plain
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return stat.S_IFMT(status.st_mode), status.st_rdev, status.st_dev, status.st_ino
-
-
-def _number_fits(pattern: str, number: str) -> bool:
-    return pattern == number or all(
-        want in ("*", have) for want, have in zip(pattern.split(":"), number.split(":"), strict=True)
-    )

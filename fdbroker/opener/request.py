@@ -1,7 +1,6 @@
-"""The way of a request: the stages in order, one call a line. All else in this package serves these lines.
+"""The way of a request: the stages of one Open, straight down, in `answer`. All else in this package serves it.
 
 Runs in: opener. Identity was taken when the connection came (identify); the inbox has decoded the bytes (decode).
-What the namespaces worker opens is asked for between `start_open` and `finish_open`; nobody waits for that.
 """
 
 from __future__ import annotations
@@ -9,36 +8,59 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Generator, Sequence
+from types import TracebackType
 
 from fdbroker import limits
 from fdbroker.errors import Denied, OpenFailed, RateLimited, Refused
 from fdbroker.kernel.processes import is_alive
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.opener.audit import Audit, Record
-from fdbroker.opener.authorize import Connection, authorize_grants, authorize_request, authorize_resources
-from fdbroker.opener.open import Nodes
+from fdbroker.opener.authorize import (
+    Connection,
+    authorize_grants,
+    authorize_presence,
+    authorize_records,
+    authorize_request,
+    authorize_resources,
+)
+from fdbroker.opener.close import Closing
+from fdbroker.opener.open import Found, Nodes, sleeps
 from fdbroker.opener.send import compose, send_grants
 from fdbroker.terms import Device, Grant, Resource, Rule
 
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
+# What a request waits for, while others are served: the namespaces worker, its next turn, a thread of its owner's.
+WORKER, TURN, THREAD = range(3)
 
 
 class Opening:
-    """One Open on its way: what is asked for, what allows it, what is open already. Owns those descriptors."""
+    """One Open on its way: what is asked for, what allows it, what is open already. Owns those descriptors.
 
-    __slots__ = ("allowed", "connection", "descriptors", "grants", "owners", "recorded", "resources", "stage", "view")
+    While `open_nodes` runs in a thread, nobody else touches `found` and `descriptors`.
+    """
 
-    def __init__(self, connection: Connection, resources: Sequence[Resource]) -> None:
+    __slots__ = (
+        *("allowed", "closing", "connection", "counted", "descriptors", "failure", "found", "grants", "owners"),
+        *("recorded", "resources", "steps", "view"),
+    )
+
+    steps: Generator[int, None, Refused | None]  # of `answer`
+
+    def __init__(self, connection: Connection, resources: Sequence[Resource], closing: Closing) -> None:
         self.connection = connection
         self.resources = resources
+        self.closing = closing
         self.view = connection.view
-        self.stage = "authorize"
         self.allowed: Sequence[tuple[Rule, ...]] = ()
-        self.grants: dict[int, Grant] = {}  # by the resource's position, and so are the descriptors
+        self.found: dict[int, Found] = {}  # by the resource's position, and so are grants and descriptors
+        self.grants: dict[int, Grant] = {}
         self.descriptors: dict[int, int] = {}
         self.owners: dict[int, int] = {}  # pidfds of the processes that must still live when all is sent
-        self.recorded: list[Grant] = []
+        self.failure: Refused | OSError | None = None
+        self.recorded: dict[Grant, int] = {}  # how many of each
+        self.counted = 0  # descriptors that count for the owner while this waits
 
     def missing(self) -> int | None:
         """The position of the next resource that the worker has to open."""
@@ -47,62 +69,147 @@ class Opening:
                 return index
         return None
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether opening what was found may take its time."""
+        return any(sleeps(one.node.status) for one in self.found.values())
+
+    def open_nodes(self, nodes: Nodes) -> None:
+        """Open the nodes that were found. Runs in a thread: an error becomes `failure`."""
+        try:
+            nodes.open_all(self.resources, self.found, self.descriptors)
+        except (Refused, OSError) as error:
+            self.failure = error
+
+    def wait(self) -> None:
+        """Others are served until this goes on: for so long, all of it counts for the owner."""
+        if not self.counted:
+            self.counted = len(self.resources)
+            self.connection.account.opening += self.counted
+
+    def resume(self) -> None:
+        """The wait is over."""
+        self.connection.account.opening -= self.counted
+        self.counted = 0
+
     def close(self) -> None:
         """Close every descriptor that was opened for it; the client has its own by then."""
-        for descriptors in (self.descriptors, self.owners):
-            while descriptors:
-                os.close(descriptors.popitem()[1])
+        self.resume()
+        while self.found:
+            os.close(self.found.popitem()[1].node.descriptor)  # O_PATH: nothing sleeps
+        while self.owners:
+            os.close(self.owners.popitem()[1])
+        self.closing.close(self.connection, self.descriptors)
 
 
-def start_open(opening: Opening, audit: Audit) -> Refused | None:
-    """The stages up to authorize. Returns how to refuse, or None: then what is `missing` is to be opened."""
+class _Ended(Exception):
+    """A request ended with `refusal`, in the stage that a record calls `stage`."""
+
+    def __init__(self, stage: str, refusal: Refused) -> None:
+        super().__init__(stage, refusal)
+        self.stage = stage
+        self.refusal = refusal
+
+
+class _Stage:
+    """Whatever goes wrong in the block ends the request in this stage."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        match error:
+            case Refused():
+                raise _Ended(self._name, error) from None
+            case NotRecorded():
+                raise _Ended(self._name, RateLimited(_JOURNAL_RETRY_MS, "journal")) from None
+            case OSError():  # the client is gone, or a fault of ours: it gets nothing either way
+                raise _Ended(self._name, OpenFailed(error.errno or errno.EIO)) from None
+
+
+_AUTHORIZE, _OPEN, _AUDIT, _SEND = (_Stage(name) for name in ("authorize", "open", "audit", "send"))
+
+
+def answer(opening: Opening, nodes: Nodes, audit: Audit) -> Generator[int, None, Refused | None]:
+    """Grant everything that is asked for, or nothing. Returns None when the reply has left, else how to refuse.
+
+    Gives WORKER, TURN or THREAD, and goes on when that is done: what is `missing` is there, others have had their turn,
+    `open_nodes` has run in a thread. A refusal of the worker's is thrown in.
+    """
+    connection, resources, count = opening.connection, opening.resources, len(opening.resources)
     try:
-        authorize_request(opening.connection, time.monotonic())
-        opening.allowed = authorize_resources(opening.connection, opening.resources)
-        opening.stage = "open"
-    except Refused as refusal:
-        return refuse_open(opening, refusal, audit)
-    except OSError as error:  # the client is gone
-        return refuse_open(opening, OpenFailed(error.errno or errno.EIO), audit)
-    return None
-
-
-def finish_open(opening: Opening, nodes: Nodes, audit: Audit) -> Refused | None:
-    """The stages from open on; all resources or none. Returns None when the reply has left, else how to refuse."""
-    connection = opening.connection
-    try:
-        if connection.view is not opening.view:  # another policy came while the worker was asked
-            opening.stage = "authorize"
-            opening.allowed = authorize_resources(connection, opening.resources)
-        if opening.grants:  # much may have been sent to this user while the worker was asked
-            authorize_grants(connection)
-        opening.stage = "open"
-        nodes.open_all(opening.resources, opening.allowed, connection.view, opening.grants, opening.descriptors)
-        grants = [opening.grants[index] for index in range(len(opening.resources))]
-        reply = compose(grants)
-        opening.stage = "audit"
-        _record_grants(opening, grants, audit)
-        opening.stage = "send"
-        _owners_live(opening)
-        send_grants(connection.sock, reply, [opening.descriptors[index] for index in range(len(grants))])
-        connection.note_sent(len(reply), len(grants))
-    except Refused as refusal:
-        return refuse_open(opening, refusal, audit)
-    except NotRecorded:
-        return refuse_open(opening, RateLimited(_JOURNAL_RETRY_MS), audit)
-    except OSError as error:
-        # the client is gone, or a fault of ours: it gets nothing either way
-        return refuse_open(opening, OpenFailed(error.errno or errno.EIO), audit)
+        with _AUTHORIZE:
+            now_s = time.monotonic()
+            authorize_request(connection, now_s, count)
+            authorize_presence(connection, count)
+            opening.allowed = authorize_resources(connection, resources)
+            authorize_grants(connection, count, now_s)
+            authorize_records(connection, len(set(resources)), now_s)
+        with _OPEN:
+            if opening.missing() is not None:
+                yield WORKER
+                _authorize_again(opening)
+            while not nodes.judge_some(resources, opening.allowed, opening.view, opening.found):
+                yield TURN
+                _authorize_again(opening)
+            if opening.sleeps:
+                yield THREAD
+                if opening.failure is not None:
+                    raise opening.failure
+                _authorize_again(opening)
+            else:
+                nodes.open_all(resources, opening.found, opening.descriptors)
+            opening.resume()
+            for index, one in opening.found.items():
+                opening.grants[index] = Grant(resources[index], one.rule, one.node.facts.number)
+            grants = [opening.grants[index] for index in range(count)]
+            reply = compose(grants)
+        with _AUDIT:
+            _record_grants(opening, grants, audit)
+        with _SEND:
+            _owners_live(opening)
+            send_grants(connection.sock, reply, [opening.descriptors[index] for index in range(count)])
+            connection.note_sent(len(reply), count)
+    except _Ended as end:
+        _refuse(opening, end, audit)
+        return end.refusal
     opening.close()
     return None
 
 
+def _authorize_again(opening: Opening) -> None:
+    """Another policy may have come while this waited. Raises Denied.
+
+    What was found and made so far was by rules that must still be there, and by ways that nobody is denied now.
+    """
+    if opening.connection.view is opening.view:
+        return
+    opening.view = opening.connection.view
+    with _AUTHORIZE:
+        opening.allowed = authorize_resources(opening.connection, opening.resources)
+        used: list[tuple[int, Rule]] = [(index, one.rule) for index, one in opening.found.items()]
+        used += [(index, grant.rule) for index, grant in opening.grants.items()]
+        for index, rule in used:
+            if rule not in opening.allowed[index]:
+                raise Denied("the rule that allowed it is gone", index=index)
+        for index, one in opening.found.items():
+            one.node.judge_way(opening.view, index)
+
+
 def _record_grants(opening: Opening, grants: Sequence[Grant], audit: Audit) -> None:
     number, subject = opening.connection.number, opening.connection.subject
-    for grant in grants:
+    for grant, count in Counter(grants).items():
         rule = grant.rule.where
-        audit.grant(Record("granted", "send", number, subject, grant.resource, "", rule, grant.rdev, grant.inode))
-        opening.recorded.append(grant)
+        record = Record("granted", "send", number, subject, grant.resource, "", rule, grant.rdev, grant.inode, count)
+        audit.grant(record)
+        opening.recorded[grant] = count
 
 
 def _owners_live(opening: Opening) -> None:
@@ -111,15 +218,18 @@ def _owners_live(opening: Opening) -> None:
             raise Denied("the process has ended", index=index)
 
 
-def refuse_open(opening: Opening, refusal: Refused, audit: Audit) -> Refused:
-    """Record a refusal, and close what was opened. Returns the refusal."""
+def _refuse(opening: Opening, end: _Ended, audit: Audit) -> None:
+    """Record the refusal and close every descriptor that was opened for the request."""
     opening.close()
-    number, subject, sort = opening.connection.number, opening.connection.subject, refusal.wire_name
-    for grant in opening.recorded:  # the outcome differs from the record, and that is said for each
-        audit.undo(Record("undone", opening.stage, number, subject, grant.resource, str(refusal), sort=sort))
-    if not opening.recorded:
+    connection, subject, refusal = opening.connection, opening.connection.subject, end.refusal
+    for grant, count in opening.recorded.items():  # the outcome differs from the record, and that is said for each
+        why = str(refusal)
+        record = Record("undone", end.stage, connection.number, subject, grant.resource, why, cause=refusal.cause)
+        audit.undo(record._replace(times=count))
+    if opening.recorded:
+        connection.account.note_records(time.monotonic(), len(opening.recorded))
+    else:
         resource = opening.resources[refusal.index or 0]
         rule = refusal.rule if isinstance(refusal, Denied) else ""
-        record = Record("refused", opening.stage, number, subject, resource, str(refusal), rule, sort=sort)
-        audit.refuse(record, time.monotonic())
-    return refusal
+        record = Record("refused", end.stage, connection.number, subject, resource, str(refusal), rule)
+        audit.refuse(record._replace(cause=refusal.cause), time.monotonic())

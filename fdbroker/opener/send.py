@@ -5,9 +5,7 @@ Runs in: opener. An attacker controls the paths in the reply and whether it read
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import functools
 import json
 import socket
 from collections.abc import Sequence
@@ -60,20 +58,7 @@ def send_grants(sock: socket.socket, reply: bytes, descriptors: Sequence[int]) -
         raise ClientNotReading from None
     except OSError as error:
         if error.errno == errno.ETOOMANYREFS:
-            raise RateLimited(_BUSY_MS) from None
+            raise RateLimited(_BUSY_MS, "in flight") from None
         raise
     if sent != len(reply):
         raise ConnectionError(errno.EPIPE, "a reply with descriptors was cut")
-
-
-@functools.lru_cache(16)
-def _refused(limit: str, maximum: int) -> bytes:
-    """Encoded once: whoever connects in a storm costs no more than it must."""
-    error = f"io.fdbroker.Broker.{QuotaExceeded.wire_name}"
-    return _encode({"error": error, "parameters": {"limit": limit, "maximum": maximum}}).encode() + b"\0"
-
-
-def say_refusal(sock: socket.socket, refusal: QuotaExceeded) -> None:
-    """Tell a client that is not let in, as far as it listens; its protocol is not known yet, so in Varlink."""
-    with contextlib.suppress(OSError):
-        sockets.send(sock, _refused(refusal.limit, refusal.maximum))

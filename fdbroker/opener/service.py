@@ -11,25 +11,38 @@ import os
 import select
 import socket
 import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import assert_never
 
 from fdbroker import limits
-from fdbroker.errors import LinkViolation, RateLimited, Refused
-from fdbroker.kernel import inotify, memfd, sockets
+from fdbroker.errors import Denied, LinkViolation, RateLimited, Refused
+from fdbroker.kernel import memfd, sockets
+from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.opener.ask import Asking
 from fdbroker.opener.audit import Audit, Record
-from fdbroker.opener.authorize import Connection, authorize_administrator, authorize_request, message_rights
+from fdbroker.opener.authorize import (
+    Connection,
+    authorize_administrator,
+    authorize_list,
+    authorize_request,
+    message_rights,
+)
+from fdbroker.opener.changes import Changes
+from fdbroker.opener.close import Closing
 from fdbroker.opener.door import Door
-from fdbroker.opener.listing import Listed, listing
+from fdbroker.opener.listing import Lister
 from fdbroker.opener.open import Nodes
-from fdbroker.opener.request import Opening, finish_open, refuse_open, start_open
+from fdbroker.opener.request import THREAD, WORKER, Opening, answer
 from fdbroker.policy.compiled import Policy, from_bytes
-from fdbroker.wire import link, rights
+from fdbroker.terms import Resource
+from fdbroker.wire import admin, link, rights
 
-# Several nodes come together, each is made, renamed, given its owner: one listing for all of them.
-_SETTLE_S = 0.1
 _RETRY_MS = limits.JOURNAL_RETRY_MS
+_to_inbox, _to_launcher = link.OPENER_TO_INBOX.encode, link.OPENER_TO_LAUNCHER.encode
 
 
 class Opener:
@@ -49,25 +62,39 @@ class Opener:
         self._inbox = inbox
         self._asking = asking
         self._policy = policy
+        asking.owners = policy.owners
         self._nodes = nodes
         self._audit = audit
         self._connections: dict[int, Connection] = {}
-        self._door = Door(listener, inbox, policy, audit, self._connections)
-        self._watching: dict[int, list[bytes]] = {}  # connection -> the listing that it was sent last
+        self._closing = Closing()
+        self._slow = Jobs(limits.OPENING_THREADS)
+        self._opened: deque[Opening] = deque()  # by a thread, which then writes to `_woken`
+        self._later: deque[Opening] = deque()  # one goes on in each turn of the loop
+        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._door = Door(listener, inbox, policy, audit, self._connections, self._closing)
         self._pings = 0  # sent to the inbox and not answered
-        self._inotify = inotify.create()
-        self._spare = os.dup(self._inotify)
-        self._changed_at_s: float | None = None
+        self._changes = Changes()
+        self._lister = Lister(nodes, self._changes.descriptor)
+        self._spare = os.dup(self._woken)
         self._accepting = False
         self._inbox_full = False
         self._epoll = select.epoll()
 
     def serve(self) -> None:
         """Serve until the launcher says stop, or goes. Raises LinkViolation and OSError: then the process must end."""
+        try:
+            self._serve()
+        except ConnectionError:
+            if not self._door.closed:
+                raise
+            # the inbox has drained, and what was to be said was for a client that it has closed since
+
+    def _serve(self) -> None:
         poll = self._epoll
         poll.register(self._launcher.fileno(), select.EPOLLIN)
         poll.register(self._inbox.fileno(), select.EPOLLIN)
-        poll.register(self._inotify, select.EPOLLIN)
+        poll.register(self._changes.descriptor, select.EPOLLIN)
+        poll.register(self._woken, select.EPOLLIN)
         if self._asking.fileno() >= 0:
             poll.register(self._asking.fileno(), select.EPOLLIN)
         self._tell_topics()
@@ -87,10 +114,14 @@ class Opener:
                         return
                 elif descriptor == asking:
                     self._asking.read()
-                    self._finish_ready()
-                elif descriptor == self._inotify:
-                    inotify.drain(self._inotify)
-                    self._changed_at_s = self._changed_at_s or time.monotonic()
+                    self._go_on_with_ready()
+                elif descriptor == self._woken:
+                    os.eventfd_read(self._woken)
+                    while self._opened:
+                        self._go_on(self._opened.popleft())
+                elif descriptor == self._changes.descriptor:
+                    self._changes.note(time.monotonic())
+                    poll.modify(descriptor, 0)
                 else:
                     self._door.accept()
             timeout_s = self._timers()
@@ -116,23 +147,30 @@ class Opener:
 
     def _timers(self) -> float:
         """Do what is due now, and return in how many seconds something will be; -1: nothing before a message comes."""
-        watched = self._changed_at_s is not None and self._watching
-        if not (watched or self._door.busy or self._audit.counting or self._asking.busy):
+        if self._lister.busy and not self._inbox.waiting:
+            self._list_some()
+        if self._later:
+            self._go_on(self._later.popleft())
+        changed = self._changes.waiting
+        later = self._later or self._lister.busy
+        if not (changed or later or self._door.busy or self._audit.counting or self._asking.busy):
             return -1
         now_s = time.monotonic()
-        if self._changed_at_s is not None and now_s - self._changed_at_s >= _SETTLE_S:
-            self._changed_at_s = None
-            self._list_again()
+        if changed and not self._inbox.waiting and self._changes.take(now_s, news=self._lister.news):
+            self._epoll.modify(self._changes.descriptor, select.EPOLLIN)
+            self._lister.list_again()
         self._door.sweep(now_s)
         if self._audit.counting:
             self._audit.flush(now_s)
         if self._asking.timeout_s == 0:
             if self._asking.expire():
                 self._launcher.send(link.WORKER_STUCK)
-            self._finish_ready()
-        ends_s = [self._asking.timeout_s, self._door.timeout_s]
-        if self._changed_at_s is not None and self._watching:
-            ends_s.append(_SETTLE_S)
+            self._go_on_with_ready()
+        ends_s = [self._asking.timeout_s, self._door.timeout_s, 0.0 if self._later else -1]
+        if not self._inbox.waiting:
+            ends_s.append(self._changes.timeout_s(now_s))
+        if self._lister.busy and not self._inbox.waiting:
+            ends_s.append(0.0)
         if self._audit.counting:
             ends_s.append(float(limits.AUDIT_REPEAT_SECONDS))
         return min((end_s for end_s in ends_s if end_s >= 0), default=-1)
@@ -152,27 +190,25 @@ class Opener:
             if self._door.closed:  # it was told to drain
                 return False
             raise LinkViolation("the inbox is gone")
-        try:
-            self._answer(link.decode(link.INBOX_TO_OPENER, data))
-        except ConnectionError:
-            if self._door.closed:  # it has drained, and this was in the name of a client that it has closed since
-                return False
-            raise
+        self._answer(link.INBOX_TO_OPENER.decode(data))
         return True
 
-    def _answer(self, message: link.Message) -> None:
+    def _answer(self, message: link.FromInbox) -> None:
         match message:
             case link.Open(number, resources):
-                self._open(Opening(self._turn(number, "Open"), resources))
+                self._open(self._turn(number, "Open"), resources)
             case link.List(number, watch):
                 self._list(self._turn(number, "Watch" if watch else "List"))
             case link.Shutdown(number):
-                self._shutdown(self._turn(number, "Shutdown"))
+                self._administer(self._turn(number, "Shutdown"))
+            case admin.Reload(number):
+                self._administer(self._turn(number, "Reload"))
             case link.Closed(number, reason):
                 self._close(self._turn(number, "Closed"), reason)
             case rights.DeniedUse(number, use):
                 connection = self._turn(number, "DeniedUse")
-                record = Record("refused", "authorize", number, connection.subject, use, "no rule allows it")
+                why = "no rule allows it"
+                record = Record("refused", "authorize", number, connection.subject, use, why, cause=Denied.cause)
                 self._audit.refuse(record, time.monotonic())
             case link.Slowed(number):
                 subject = self._turn(number, "Slowed").subject
@@ -186,6 +222,8 @@ class Opener:
             case link.Drained():
                 if not self._door.closed:
                     raise LinkViolation("the inbox drained without being told to")
+            case other:
+                assert_never(other)
 
     def _turn(self, number: int, event: str) -> Connection:
         """The connection of that number, in the state after `event`. Raises LinkViolation when it is not its turn."""
@@ -199,32 +237,50 @@ class Opener:
         self._door.note_work(connection.account)
         return connection
 
-    def _open(self, opening: Opening) -> None:
-        refusal = start_open(opening, self._audit)
-        if refusal is None and opening.missing() is not None:
+    def _open(self, connection: Connection, resources: Sequence[Resource]) -> None:
+        opening = Opening(connection, resources, self._closing)
+        opening.steps = answer(opening, self._nodes, self._audit)
+        self._go_on(opening)
+
+    def _go_on(self, opening: Opening, refusal: Refused | None = None) -> None:
+        """Until it waits, or has its outcome; `refusal` is the worker's."""
+        connection, steps = opening.connection, opening.steps
+        if connection.number not in self._connections:  # it has ended meanwhile
+            opening.close()
+            return
+        try:
+            waits_for = next(steps) if refusal is None else steps.throw(refusal)
+        except StopIteration as end:
+            self._end_turn(connection, end.value)
+            return
+        opening.wait()
+        if waits_for == WORKER:
             self._asking.ask(opening)
-            self._finish_ready()
+            self._go_on_with_ready()
+        elif waits_for == THREAD:
+            self._slow.put(connection.subject.owner, partial(self._open_slowly, opening))
         else:
-            self._finish(opening, refusal)
+            self._later.append(opening)
 
-    def _finish_ready(self) -> None:
-        """Go on with those for which the worker has no more to do."""
+    def _go_on_with_ready(self) -> None:
+        """Those for which the worker has no more to do."""
         for opening, refusal in self._asking.ready():
-            self._finish(opening, None if refusal is None else refuse_open(opening, refusal, self._audit))
+            self._go_on(opening, refusal)
 
-    def _finish(self, opening: Opening, refusal: Refused | None) -> None:
-        if refusal is None:
-            refusal = finish_open(opening, self._nodes, self._audit)
-        self._end_turn(opening.connection, refusal)
+    def _open_slowly(self, opening: Opening) -> None:
+        """Runs in a thread."""
+        opening.open_nodes(self._nodes)
+        self._opened.append(opening)
+        os.eventfd_write(self._woken, 1)
 
     def _end_turn(self, connection: Connection, refusal: Refused | None) -> None:
         connection.state = link.TURNS[connection.state, "Outcome"]
-        self._inbox.send(link.encode_outcome(connection.number, refusal))
+        self._inbox.send(_to_inbox(link.Outcome(connection.number, refusal)))
 
     def _refuse(self, connection: Connection, refusal: Refused) -> None:
         """Record and answer a refusal of a request that names no resource."""
-        number, subject, sort = connection.number, connection.subject, refusal.wire_name
-        record = Record("refused", "authorize", number, subject, None, str(refusal), sort=sort)
+        number, subject, why = connection.number, connection.subject, str(refusal)
+        record = Record("refused", "authorize", number, subject, None, why, cause=refusal.cause)
         self._audit.refuse(record, time.monotonic())
         self._end_turn(connection, refusal)
 
@@ -233,55 +289,67 @@ class Opener:
             why = link.CLOSED_REASONS[reason]
             record = Record("disconnected", "decode", connection.number, connection.subject, None, why)
             self._audit.refuse(record, time.monotonic())
-            self._door.note_broken(connection)
+            if reason == link.NOT_TAKEN:
+                self._closing.hang_up(connection.release(), connection.subject.owner)
+            else:
+                self._door.note_broken(connection)
         del self._connections[connection.number]
-        self._watching.pop(connection.number, None)
+        self._lister.drop(connection)
         self._asking.drop(connection)
-        connection.close()
-        self._door.note_ended(connection.account)
+        if reason != link.NOT_TAKEN:
+            connection.close()
+            self._door.note_ended(connection.account)
 
-    def _shutdown(self, connection: Connection) -> None:
-        """Have the launcher stop the service, if an administrator asks for it."""
+    # ---- administrators
+
+    def _administer(self, connection: Connection) -> None:
+        """Have it judged whether an administrator asks from our own user namespace; `_judged` goes on."""
         try:
             authorize_request(connection, time.monotonic())
             authorize_administrator(connection)
-            self._audit.write(
-                Record("stopping", "authorize", connection.number, connection.subject, None, "it was asked to")
-            )
+            pidfd = self._door.identifier.process(connection.sock, connection.subject, connection.let_in_s)
+            if pidfd is None:
+                raise Denied("the kernel does not say which process it is")
+            try:
+                if not self._launcher.send_with_descriptors(_to_launcher(admin.Judge(connection.number)), [pidfd]):
+                    raise RateLimited(_RETRY_MS, "busy")
+            finally:
+                os.close(pidfd)
+        except Refused as refusal:
+            self._refuse(connection, refusal)
+
+    def _judged(self, connection: Connection, *, home: bool) -> None:
+        """Have the launcher do what an administrator asks for."""
+        stop = connection.state == "stopping"
+        try:
+            if not home:
+                raise Denied("it is not shown to be in the user namespace of the service")
+            kind = "stopping" if stop else "reloading"
+            record = Record(kind, "authorize", connection.number, connection.subject, None, "it was asked to")
+            self._audit.write(record)
         except NotRecorded:
-            self._end_turn(connection, RateLimited(_RETRY_MS))
+            self._end_turn(connection, RateLimited(_RETRY_MS, "journal"))
         except Refused as refusal:
             self._refuse(connection, refusal)
         else:
-            self._launcher.send(link.STOP_ASKED)
+            self._launcher.send(_to_launcher(link.StopAsked() if stop else admin.ReloadAsked(connection.number)))
 
     # ---- listings
 
     def _list(self, connection: Connection) -> None:
         try:
-            authorize_request(connection, time.monotonic())
+            authorize_list(connection, time.monotonic())
         except Refused as refusal:
             self._refuse(connection, refusal)
-            return
-        parts = listing(connection, self._nodes, self._inotify)
-        if connection.state == "watching":
-            self._watching[connection.number] = parts
-        connection.state = link.TURNS[connection.state, "Offered"]
-        for part in parts:
-            self._inbox.send(part)
+        else:
+            self._lister.add(connection)
 
-    def _list_again(self) -> None:
-        """Tell every watching client whose list has changed; the rest later while the inbox's link is full."""
-        listed: Listed = {}
-        for number, before in list(self._watching.items()):
-            if self._inbox.waiting:
-                self._changed_at_s = time.monotonic()
-                return
-            parts = listing(self._connections[number], self._nodes, self._inotify, listed)
-            if parts != before:
-                self._watching[number] = parts
-                for part in parts:
-                    self._inbox.send(part)
+    def _list_some(self) -> None:
+        """Look at the next few nodes that somebody wants listed, and hand on what is done."""
+        for connection, parts in self._lister.step(time.monotonic()):
+            connection.state = link.TURNS[connection.state, "Offered"]
+            for part in parts:
+                self._inbox.send(part)
 
     # ---- the launcher's link
 
@@ -292,42 +360,60 @@ class Opener:
             received = self._launcher.receive_with_descriptors(1)
             return received is None or self._obey(*received)
         finally:
-            self._spare = os.dup(self._inotify)
+            self._spare = os.dup(self._woken)
 
     def _obey(self, data: bytes, descriptors: list[int]) -> bool:
         if not data:
             return False
         try:
-            match link.decode(link.LAUNCHER_TO_OPENER, data):
-                case link.Policy(generation) if descriptors:
+            match link.LAUNCHER_TO_OPENER.decode(data):
+                case link.Policy(generation):
                     self._use(from_bytes(memfd.read(descriptors[0], limits.POLICY_LINK_BYTES)))
-                    self._launcher.send(link.encode_applied(generation))
+                    self._launcher.send(_to_launcher(link.Applied(generation)))
+                case admin.Judged(number, home):
+                    if self._state_of(number) in ("stopping", "reloading"):
+                        self._judged(self._connections[number], home=home)
+                case admin.Reloaded(number, _):
+                    if self._state_of(number) == "reloading":
+                        connection = self._connections[number]
+                        connection.state = link.TURNS[connection.state, "Reloaded"]
+                        self._inbox.send(data)
                 case link.Stop():
                     self._stop()
                 case link.Ping():
                     self._pings += 1
                     self._inbox.send(link.PING)
+                case other:
+                    assert_never(other)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
         return True
 
+    def _state_of(self, number: int) -> str:
+        """Of a connection for which the launcher has done something; it may have ended meanwhile."""
+        connection = self._connections.get(number)
+        return "gone" if connection is None else connection.state
+
     def _use(self, policy: Policy) -> None:
         """Judge by `policy` from the next request on."""
         self._policy = policy
         self._door.policy = policy
+        self._asking.owners = policy.owners
         self._tell_topics()
         for connection in self._connections.values():
             connection.see(policy)
             allowed = message_rights(connection.view, policy.topics)
             sockets.let_descriptors(connection.sock, allowed=bool(allowed.send))
-            self._inbox.send(rights.encode_changed(connection.number, allowed))
-        self._list_again()
+            self._inbox.send(_to_inbox(rights.RightsChanged(connection.number, allowed)))
+        self._lister.list_again()
 
     def _tell_topics(self) -> None:
-        for message in rights.encode_users(self._policy.users):
+        for message in map(_to_inbox, rights.split_users(self._policy.users)):
             self._inbox.send(message)
-        self._inbox.send(rights.encode_topics(self._policy.topics))  # now all of it is in force
+        self._inbox.send(_to_inbox(rights.Topics(self._policy.topics)))  # now all of it is in force
+        about = self._policy
+        self._inbox.send(_to_inbox(admin.InForce(about.generation, about.digest, about.loaded_us)))
 
     def _stop(self) -> None:
         if not self._door.closed:

@@ -14,7 +14,8 @@ from fdbroker.errors import Denied, LinkViolation, OpenFailed
 from fdbroker.kernel.link import Link
 from fdbroker.opener import ask
 from fdbroker.opener.ask import Asking
-from fdbroker.opener.authorize import Account, Connection
+from fdbroker.opener.authorize import Account, Connection, Flight
+from fdbroker.opener.close import Closing
 from fdbroker.opener.request import Opening
 from fdbroker.policy.decide import View
 from fdbroker.terms import Device, Namespace, NamespaceRule, Socket, SocketRule, Subject, Uplink
@@ -41,11 +42,11 @@ class Machine:
         for end in ends:
             self.stack.enter_context(end)
         account = self.accounts.setdefault(
-            uid, Account({"burst": 10, "connections": 10, "requests_per_second": 10}, 0.0)
+            uid, Account({"burst": 10, "connections": 10, "requests_per_second": 10, "record_burst": 10}, 0.0)
         )
-        subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True)
+        subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=uid)
         view = View((), (RULE, SOCKETS), (), (), LIMITS, administrator=False)
-        made = Opening(Connection(1, ends[0], subject, view, account), resources)
+        made = Opening(Connection(1, ends[0], subject, view, account, Flight(1000)), resources, Closing())
         made.allowed = [(SOCKETS if isinstance(one, Socket) else RULE,) for one in resources]
         self.stack.callback(made.close)
         return made
@@ -59,7 +60,7 @@ class Machine:
         """All that the worker was asked and has not read yet."""
         found = []
         while (received := self.worker.receive_with_descriptors(1)) is not None:
-            found.append(worker.decode_ask(received[0]))
+            found.append(worker.TO_WORKER.decode(received[0]))
             for descriptor in received[1]:
                 os.close(descriptor)
         return found
@@ -67,7 +68,7 @@ class Machine:
     def answer(self, ask, *descriptors, inode=7, unusable=0, living=None):
         made = worker.Made(ask.request, inode, unusable, living or (True,) * len(ask.known))
         numbers = descriptors or [os.open("/dev/null", os.O_RDONLY)]
-        self.worker.send_with_descriptors(worker.encode_made(made), numbers)
+        self.worker.send_with_descriptors(worker.FROM_WORKER.encode(made), numbers)
         for number in numbers:
             os.close(number)
         self.asking.read()
@@ -192,7 +193,7 @@ def test_a_refusal_ends_it_and_names_the_resource(machine):
     opening = machine.put(5, NAMED, OF)
     machine.answer(machine.asked()[0])
     (asked,) = machine.asked()
-    machine.worker.send(link.encode_outcome(asked.request, Denied("it is process 1"), why=True))
+    machine.worker.send(worker.FROM_WORKER.encode(worker.Failed(asked.request, Denied("it is process 1"))))
     machine.asking.read()
     ((ended, refusal),) = machine.asking.ready()
     assert (ended, type(refusal), refusal.index, str(refusal)) == (opening, Denied, 1, "it is process 1")
@@ -217,10 +218,10 @@ def test_the_wrong_number_of_descriptors_is_a_violation(machine, resource, count
 def test_an_answer_without_a_descriptor_and_a_success_without_one_are_violations(machine):
     machine.put(5, NAMED)
     (asked,) = machine.asked()
-    machine.worker.send(worker.encode_made(worker.Made(asked.request, 1, 0, ())))
+    machine.worker.send(worker.FROM_WORKER.encode(worker.Made(asked.request, 1, 0, ())))
     with pytest.raises(LinkViolation):
         machine.asking.read()
-    machine.worker.send(link.encode_outcome(asked.request, None))
+    machine.worker.send(link.OPENER_TO_INBOX.encode(link.Outcome(asked.request, None)))
     with pytest.raises(LinkViolation):
         machine.asking.read()
 

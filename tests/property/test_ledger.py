@@ -16,6 +16,7 @@ from fdbroker.errors import QuotaExceeded
 from fdbroker.inbox import attached as module
 from fdbroker.inbox.attached import Ledger
 from fdbroker.kernel import memfd
+from fdbroker.kernel.jobs import Jobs
 
 HELD, HELD_BYTES, IN_ALL = 40, 100, 100
 MESSAGE = limits.DESCRIPTORS_PER_MESSAGE
@@ -30,14 +31,17 @@ class Machine(RuleBasedStateMachine):
         self.patched = mock.patch.multiple(module, _HELD=HELD, _HELD_BYTES=HELD_BYTES)
         self.patched.start()
         with mock.patch.object(limits, "held_in_all", return_value=IN_ALL, create=True):
-            self.ledger = Ledger()
+            self.jobs = Jobs(8)
+            self.ledger = Ledger(self.jobs)
         self.held = []  # (uid, Attached, sizes that count)
 
     def count(self, uid=None):
         return sum(len(one.numbers) for owner, one, _ in self.held if uid in (None, owner))
 
     def has_room(self, uid):
-        return self.count() + MESSAGE <= IN_ALL and self.count(uid) + MESSAGE <= min(HELD, IN_ALL // 2)
+        if not self.count(uid):  # a part of all is kept for those who have nothing
+            return self.count() + MESSAGE <= IN_ALL
+        return self.count() + MESSAGE <= limits.shared(IN_ALL) and self.count(uid) + MESSAGE <= min(HELD, IN_ALL // 4)
 
     @rule(uid=UIDS)
     def ask(self, uid):
@@ -78,7 +82,7 @@ class Machine(RuleBasedStateMachine):
     def settle(self):
         """They are closed by a thread of their user's."""
         end = time.monotonic() + 60
-        while any(held.to_close or held.closing for held in tuple(self.ledger._held.values())):
+        while self.ledger._count != self.count() or self.jobs._threads:
             assert time.monotonic() < end, "they are not closed"
             time.sleep(0.0005)
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fdbroker import limits
 from fdbroker.errors import LinkViolation
+from fdbroker.kernel import sockets
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.opener import door, request, service
@@ -26,7 +27,7 @@ from fdbroker.opener.open import Nodes
 from fdbroker.opener.service import Opener
 from fdbroker.policy.compiled import Policy
 from fdbroker.terms import Device, DeviceRule, Subject, TopicUse
-from fdbroker.wire import link, rights
+from fdbroker.wire import admin, link, rights
 
 ALLOWED, DENIED = Device("/dev/null", "rw"), Device("/dev/zero", "ro")
 RULE = DeviceRule("/dev/null", "rw", "", "", False, "everyone", "p.yaml:1")
@@ -115,17 +116,20 @@ class Machine(RuleBasedStateMachine):
         self.launcher, self.inbox, self.audit, self.nodes = Wire(), Wire(), Audit(), Nodes(Bracket(frozenset()))
         self.policy = POLICIES[0]
         self.opener = Opener(listener, self.launcher, self.inbox, Asking(None), self.policy, self.nodes, self.audit)
-        os.close(self.opener._door._identifier._proc)
-        self.opener._door._identifier = SimpleNamespace(
-            identify=lambda sock: Subject(self.uid, frozenset({self.uid}), self.uid, 1, "", "", foreign=False),
+        self.opener._door.identifier.close()
+        self.opener._door.identifier = SimpleNamespace(
+            identify=lambda sock, owners: Subject(
+                *(self.uid, frozenset({self.uid}), self.uid, 1, "", ""), foreign=False, owner=self.uid
+            ),
             describe=lambda sock, subject: subject,
+            process=lambda sock, subject, let_in_s: sockets.peer_pidfd(sock),
         )
         self.uid = -1
         self.open: dict[int, One] = {}
         self.ended: list[One] = []  # by us, but the client may still have something to read
         self.last = 0
         self.granted = 0
-        self.buckets: dict[int, tuple[float, float]] = {}  # tokens, when
+        self.buckets: dict[tuple[int, str], tuple[float, float]] = {}  # tokens, when
 
     @initialize(uids=st.lists(UIDS, min_size=2, max_size=4))
     def begin(self, uids):
@@ -134,7 +138,7 @@ class Machine(RuleBasedStateMachine):
 
     def said(self):
         messages, self.inbox.sent = self.inbox.sent, []
-        return [link.decode(link.OPENER_TO_INBOX, message) for message in messages]
+        return [link.OPENER_TO_INBOX.decode(message) for message in messages]
 
     def outcome(self, number):
         """The class of the one refusal that was said, None for a grant."""
@@ -161,7 +165,8 @@ class Machine(RuleBasedStateMachine):
         client, ours = socket.socketpair()
         client.setblocking(False)
         refused = self.in_use(uid) >= self.policy.limits["connections"]
-        self.buckets.setdefault(uid, (float(self.policy.limits["burst"]), self.now))
+        for kind in ("requests", "lists"):
+            self.buckets.setdefault((uid, kind), (float(self.policy.limits["burst"]), self.now))
         self.opener._door._welcome(ours)
         if refused:
             assert self.said() == []
@@ -212,8 +217,11 @@ class Machine(RuleBasedStateMachine):
     def reload(self, which):
         self.policy = POLICIES[which]
         self.opener._use(self.policy)
+        while self.opener._lister.busy:
+            self.opener._timers()
         said = self.said()
         assert said.pop(0) == rights.Topics(())
+        assert isinstance(said.pop(0), admin.InForce)
         changed = [message.connection for message in said if isinstance(message, rights.RightsChanged)]
         assert changed == list(self.open)
         offered = {message.connection for message in said if isinstance(message, link.Offered)}
@@ -227,79 +235,123 @@ class Machine(RuleBasedStateMachine):
         one = self.open.get(number)
         if one is None or (one.state, event) not in link.TURNS:
             with pytest.raises(LinkViolation):
-                self.opener._answer(link.decode(link.INBOX_TO_OPENER, message))
+                self.opener._answer(link.INBOX_TO_OPENER.decode(message))
             assert self.said() == []
             return False
-        self.opener._answer(link.decode(link.INBOX_TO_OPENER, message))
+        self.opener._answer(link.INBOX_TO_OPENER.decode(message))
         return True
 
-    def limited(self, one):
-        """By which limit a request is refused, "" for none; a token is taken unless there is none."""
+    def limited(self, one, cost=1, kind="requests"):
+        """Whether a request is refused for its rate; tokens are taken unless there are too few."""
         maxima = self.policy.limits
-        tokens, since = self.buckets[one.uid]
+        tokens, since = self.buckets[one.uid, kind]
         tokens = min(float(maxima["burst"]), tokens + (self.now - since) * maxima["requests_per_second"])
-        self.buckets[one.uid] = (tokens - (tokens >= 1), self.now)
-        if tokens < 1:
-            return "RateLimited"
-        if sum(one.unread) >= maxima["unread_grants"]:
+        wanted = min(cost, maxima["burst"])
+        self.buckets[one.uid, kind] = (tokens - wanted * (tokens >= wanted), self.now)
+        return "RateLimited" if tokens < wanted else ""
+
+    def full(self, one, count):
+        """By which limit so many grants are refused, "" for none."""
+        maximum = self.policy.limits["unread_grants"]
+        if sum(one.unread) >= maximum:
             return "ClientNotReading"
-        return "QuotaExceeded" if self.unread_of(one.uid) >= maxima["unread_grants"] else ""
+        return "QuotaExceeded" if self.unread_of(one.uid) + count > maximum else ""
 
     @rule(which=WHICH, count=st.integers(1, 3), denied=st.booleans())
     def ask_open(self, which, count, denied):
         number = self.number(which)
         asked = [ALLOWED] * count + [DENIED] * denied
-        if not self.turn(number, "Open", link.encode_open(number, asked)):
+        if not self.turn(number, "Open", link.INBOX_TO_OPENER.encode(link.Open(number, tuple(asked)))):
             return
         one = self.open[number]
-        wanted = self.limited(one)
+        wanted = self.limited(one, count + denied)
+        if not wanted and count + denied > 1 and one.client.fileno() < 0:
+            wanted = "OpenFailed"  # many are not looked at for a client that is gone
         if not wanted and (denied or not self.policy.everyone):
             wanted = "Denied"
-        elif not wanted and self.audit.full:
+        wanted = wanted or self.full(one, count)
+        if not wanted and self.audit.full:
             wanted = "RateLimited"
         elif not wanted and one.client.fileno() < 0:
             wanted = "OpenFailed"
         assert self.outcome(number) == (wanted or None)
         if not wanted:
             one.unread.append(count)
-            self.granted += count
+            self.granted += 1
 
-    @rule(which=WHICH, what=st.sampled_from(["list", "watch", "shutdown"]))
-    def ask_other(self, which, what):
-        if what == "shutdown":
-            self.ask_shutdown(self.number(which))
+    @rule(which=WHICH, what=st.sampled_from(["list", "watch", "shutdown", "reload"]), home=st.booleans())
+    def ask_other(self, which, what, home):
+        if what in ("shutdown", "reload"):
+            self.ask_admin(self.number(which), stop=what == "shutdown", home=home)
         else:
             self.ask_list(self.number(which), watch=what == "watch")
 
     def ask_list(self, number, *, watch):
-        if not self.turn(number, "Watch" if watch else "List", link.encode_list(number, watch=watch)):
+        if not self.turn(
+            number, "Watch" if watch else "List", link.INBOX_TO_OPENER.encode(link.List(number, watch=watch))
+        ):
             return
         one = self.open[number]
-        wanted = self.limited(one)
+        wanted = self.limited(one) or self.limited(one, kind="lists")
         if wanted:
             assert self.outcome(number) == wanted
             return
+        assert self.said() == []
+        self.opener._timers()
         (said,) = self.said()
         assert (type(said), said.connection, said.last) == (link.Offered, number, True)
         assert [offer.resource for offer in said.offers] == [ALLOWED] * len(self.policy.everyone)
+        tokens, since = self.buckets[one.uid, "lists"]  # the node that was looked at is charged, and its rule
+        self.buckets[one.uid, "lists"] = (
+            max(tokens - 2 * len(said.offers), -self.policy.limits["requests_per_second"]),
+            since,
+        )
         one.state = "watching" if watch else "idle"
 
-    def ask_shutdown(self, number):
-        if not self.turn(number, "Shutdown", link.encode_shutdown(number)):
+    def ask_admin(self, number, *, stop, home):
+        message = (
+            link.INBOX_TO_OPENER.encode(link.Shutdown(number))
+            if stop
+            else link.INBOX_TO_OPENER.encode(admin.Reload(number))
+        )
+        if not self.turn(number, "Shutdown" if stop else "Reload", message):
             return
         one = self.open[number]
-        wanted = self.limited(one) or ("" if one.uid == 0 else "Denied") or ("RateLimited" if self.audit.full else "")
+        wanted = self.limited(one) or ("" if one.uid == 0 else "Denied")
         asked, self.launcher.sent = self.launcher.sent, []
         if wanted:
             assert (self.outcome(number), asked) == (wanted, [])
-        else:
-            assert (self.said(), asked) == ([], [link.STOP_ASKED])
-            one.state = "stopping"
+            return
+        assert (self.said(), asked) == ([], [link.OPENER_TO_LAUNCHER.encode(admin.Judge(number))])
+        self.opener._obey(link.WITNESS_TO_LAUNCHER.encode(admin.Judged(number, home=home)), [])
+        wanted = ("" if home else "Denied") or ("RateLimited" if self.audit.full else "")
+        asked, self.launcher.sent = self.launcher.sent, []
+        if wanted:
+            assert (self.outcome(number), asked) == (wanted, [])
+            return
+        assert (self.said(), asked) == (
+            [],
+            [link.STOP_ASKED if stop else link.OPENER_TO_LAUNCHER.encode(admin.ReloadAsked(number))],
+        )
+        one.state = "stopping" if stop else "reloading"
+
+    @precondition(lambda self: any(one.state == "reloading" for one in self.open.values()))
+    @rule()
+    def reloaded(self):
+        number = next(number for number, one in self.open.items() if one.state == "reloading")
+        message = link.LAUNCHER_TO_OPENER.encode(admin.Reloaded(number, ()))
+        self.opener._obey(message, [])
+        assert self.said() == [admin.Reloaded(number, ())]
+        self.open[number].state = "idle"
+        self.opener._obey(message, [])  # nobody waits for it
+        assert self.said() == []
 
     @rule(which=WHICH, reason=st.integers(0, len(link.CLOSED_REASONS) - 1))
     def closed(self, which, reason):
         number = self.number(which)
-        if not self.turn(number, "Closed", link.encode_closed(number, reason)):
+        if reason == link.NOT_TAKEN and number in self.open and self.open[number].unread:
+            reason = 0  # the service would end: tests/flow/test_opener.py
+        if not self.turn(number, "Closed", link.INBOX_TO_OPENER.encode(link.Closed(number, reason))):
             return
         assert self.said() == []
         self.ended.append(self.open.pop(number))
@@ -309,8 +361,10 @@ class Machine(RuleBasedStateMachine):
         number = self.number(which)
         if message:
             with pytest.raises(LinkViolation):  # nobody asked for it
-                self.opener._answer(link.decode(link.INBOX_TO_OPENER, message))
-        elif self.turn(number, "DeniedUse", rights.encode_denied_use(number, TopicUse("send", "x"))):
+                self.opener._answer(link.INBOX_TO_OPENER.decode(message))
+        elif self.turn(
+            number, "DeniedUse", link.INBOX_TO_OPENER.encode(rights.DeniedUse(number, TopicUse("send", "x")))
+        ):
             assert self.said() == []
 
     # ---- what is then true
@@ -321,11 +375,13 @@ class Machine(RuleBasedStateMachine):
         assert {number: one.state for number, one in opener._connections.items()} == {
             number: one.state for number, one in self.open.items()
         }
-        assert set(opener._watching) == {number for number, one in self.open.items() if one.state == "watching"}
+        assert {one.number for one in opener._lister._watching} == {
+            number for number, one in self.open.items() if one.state == "watching"
+        }
         for number, connection in opener._connections.items():
             assert connection.subject.uid == self.open[number].uid
             assert connection.unread_grants() == sum(self.open[number].unread)
-        for uid, account in opener._door._accounts._by_uid.items():
+        for uid, account in opener._door._accounts._by_owner.items():
             assert account.count_connections() == self.in_use(uid)
             assert sum(one.unread_grants() for one in tuple(account.unread)) == self.unread_of(uid)
         assert self.audit.granted == self.granted  # every grant has its record, and no record is left of another
@@ -339,7 +395,12 @@ class Machine(RuleBasedStateMachine):
             one.ours.close()
         self.opener._door.close()
         self.opener._epoll.close()
-        for number in (self.opener._inotify, self.opener._spare, *vars(self.nodes).values()):
+        for number in (
+            self.opener._changes.descriptor,
+            self.opener._spare,
+            self.opener._woken,
+            *vars(self.nodes).values(),
+        ):
             if isinstance(number, int):
                 os.close(number)
         self.folder.cleanup()

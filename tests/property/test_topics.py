@@ -28,7 +28,7 @@ class Part:
     """What the model knows of a connection."""
 
     def __init__(self, uid, may_send, may_subscribe):
-        self.member = Member(Sender(uid, uid, uid, ""))
+        self.member = Member(Sender(uid, uid, uid, "", uid))
         self.uid = uid
         self.may(may_send, may_subscribe)
         self.subscribed = frozenset()
@@ -37,7 +37,7 @@ class Part:
 
     def may(self, send, subscribe):
         self.may_send, self.may_subscribe = send, subscribe
-        self.rights = Rights(send, subscribe, 10**6, 10**6, SUBSCRIPTIONS)
+        self.rights = Rights(send, subscribe, 10**6, 10**6, SUBSCRIPTIONS, 0, 0, 10**6, 10**6)
 
     def named(self, positions, names):
         return {names[position] for position in positions if position < len(names)}

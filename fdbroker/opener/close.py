@@ -1,0 +1,68 @@
+"""Closing, which may sleep: an evdev node's last close takes 15 to 36 ms, a serial line waits for what it has to send.
+
+Runs in: opener. An attacker controls what a descriptor of its own waits for, and what it leaves unread in our queue.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from functools import partial
+
+from fdbroker import limits
+from fdbroker.kernel import sockets
+from fdbroker.kernel.jobs import Jobs
+from fdbroker.opener.authorize import Account, Connection
+from fdbroker.opener.open import sleeps
+from fdbroker.terms import OTHERS
+
+
+class Closing:
+    """Closes what was opened for clients, and clients' sockets: by a thread of their owner's whatever may sleep."""
+
+    def __init__(self) -> None:
+        self._jobs = Jobs(limits.CLOSING_THREADS, limits.STUCK_THREADS)
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []  # that a thread closes
+
+    def close(self, connection: Connection, descriptors: dict[int, int]) -> None:
+        """Take these descriptors and close them; until then they count for the owner."""
+        while descriptors:
+            descriptor = descriptors.popitem()[1]
+            if sleeps(os.fstat(descriptor)):
+                connection.account.closing += 1
+                self._jobs.put(connection.subject.owner, partial(self._close_one, connection.account, descriptor))
+            else:
+                os.close(descriptor)
+
+    def hang_up(self, sock: socket.socket, owner: int) -> None:
+        """End a connection that the inbox never had; takes `sock`. What waits in it may hold descriptors to close.
+
+        However many there are, none is closed here; the door accepts no more when there are too many.
+        """
+        sockets.hang_up(sock)
+        sockets.hear_urgent(sock)
+        if not sockets.drop_bytes(sock):
+            self._sockets.append(sock)
+            self._jobs.put(owner, partial(self._close_socket, sock))
+        else:
+            sock.close()
+
+    def leave(self, listener: socket.socket) -> None:
+        """Close a listening socket, which is taken: with its last copy goes what waiting clients have sent."""
+        self._jobs.put(OTHERS, listener.close)
+
+    @property
+    def waiting(self) -> int:
+        """How many connections wait to be closed by a thread."""
+        return len(self._sockets)
+
+    def _close_socket(self, sock: socket.socket) -> None:
+        sock.close()
+        self._sockets.remove(sock)
+
+    def _close_one(self, account: Account, descriptor: int) -> None:
+        os.close(descriptor)
+        with self._lock:  # two threads can close for one owner
+            account.closed += 1

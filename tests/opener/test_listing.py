@@ -1,0 +1,150 @@
+"""Listings: a few nodes at a time, of each owner one, each node once and charged."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from fdbroker import limits
+from fdbroker.kernel.capabilities import Bracket
+from fdbroker.opener.authorize import Account, Connection, Flight
+from fdbroker.opener.listing import Lister
+from fdbroker.opener.open import Nodes
+from fdbroker.policy.decide import View
+from fdbroker.terms import DeviceRule, Subject
+from fdbroker.wire import link
+
+MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
+FITS = DeviceRule("/dev/many/*", "rw", "mem", "1:3", False, "everyone", "f:1")
+NOT = DeviceRule("/dev/many/*", "rw", "sound", "", False, "everyone", "f:1")
+AT_ONCE = limits.LOOKED_AT_ONCE
+COUNT = AT_ONCE * 5 + 1
+
+
+class Counted(Nodes):
+    looked = 0
+
+    def look(self, path, seen, index=None):
+        self.looked += 1
+        return super().look(path, seen, index)
+
+
+@pytest.fixture
+def world(dev):
+    os.mkdir("/dev/many")
+    for number in range(COUNT):
+        os.mknod(f"/dev/many/{number}", 0o20600, os.makedev(1, 3))
+    nodes, made = Counted(Bracket(frozenset())), []
+
+    class World:
+        lister = Lister(nodes, -1)
+        accounts: dict[int, Account] = {}
+
+        def connect(self, owner, rule=FITS, state="listing"):
+            pair = socket.socketpair()
+            made.extend(pair)
+            account = self.accounts.setdefault(owner, Account(MAXIMA, 0.0))
+            subject = Subject(owner, frozenset(), owner, 1, "", "", foreign=True, owner=owner)
+            seen = View((rule,), (), (), (), MAXIMA, administrator=False)
+            connection = Connection(len(made), pair[0], subject, seen, account, Flight(9))
+            connection.state = state
+            return connection
+
+    world = World()
+    world.nodes = nodes
+    yield world
+    for sock in made:
+        sock.close()
+    nodes.close()
+
+
+def offers(parts):
+    return [one for part in parts for one in link.OPENER_TO_INBOX.decode(part).offers]
+
+
+def test_so_many_nodes_are_looked_at_in_one_step(world):
+    """LOOKED_AT_ONCE, of which the first is the folder itself; the listing comes with the last of them."""
+    world.lister.add(world.connect(5))
+    for step in range(1, 6):
+        assert list(world.lister.step(0.0)) == []
+        assert world.nodes.looked == AT_ONCE * step - 1
+    ((_, parts),) = world.lister.step(0.0)
+    assert len(offers(parts)) == COUNT
+    assert {one.resource.access for one in offers(parts)} == {"rw"}
+    assert not world.lister.busy
+    assert world.nodes.looked == COUNT  # each once
+
+
+def test_nodes_that_do_not_fit_are_looked_at_once_and_charged(world):
+    one = world.connect(5, NOT)
+    world.lister.add(one)
+    before = one.account.lists.tokens
+    while world.lister.busy:
+        for _, parts in world.lister.step(0.0):
+            assert offers(parts) == []
+    assert world.nodes.looked == COUNT
+    assert before - one.account.lists.tokens == COUNT + 1  # the folder
+
+
+def test_rules_that_name_nothing_are_charged_and_take_several_steps(world):
+    """Each is matched with all names of its folder: that took 10 ms at one go, and cost nothing."""
+    rules = tuple(NOT._replace(pattern=f"/dev/nothing{number}*") for number in range(AT_ONCE * 5))
+    one = world.connect(5)
+    one.view = one.view._replace(devices=rules)
+    world.lister.add(one)
+    before = one.account.lists.tokens
+    steps = 0
+    while world.lister.busy:
+        steps += 1
+        for _, parts in world.lister.step(0.0):
+            assert offers(parts) == []
+    assert steps > 5
+    assert before - one.account.lists.tokens == len(rules)
+
+
+def test_owners_take_turns_and_each_has_one_at_a_time(world):
+    asked = [world.connect(owner) for owner in (5, 5, 5, 6)]
+    for one in asked:
+        world.lister.add(one)
+    done = []
+    while world.lister.busy:
+        done += [connection for connection, _ in world.lister.step(0.0)]
+        assert len(world.lister._jobs) <= 2
+    assert done.index(asked[3]) <= 1
+    assert [one for one in done if one is not asked[3]] == asked[:3]
+
+
+def test_a_watch_is_told_what_is_new_and_a_change_is_nothing_that_it_pays_for(world):
+    one = world.connect(5, state="watching")
+    world.lister.add(one)
+
+    def again():
+        return [offers(parts) for _ in range(20) if world.lister.busy for _, parts in world.lister.step(0.0)]
+
+    assert [len(found) for found in again()] == [COUNT]
+    tokens = one.account.lists.tokens
+    world.lister.list_again()
+    assert again() == []  # nothing has changed
+    os.unlink("/dev/many/0")
+    world.lister.list_again()
+    assert [len(found) for found in again()] == [COUNT - 1]
+    assert one.account.lists.tokens == tokens
+    world.lister.drop(one)
+    assert not world.lister.watched
+
+
+def test_who_goes_is_not_listed(world):
+    one, other = world.connect(5), world.connect(5)
+    world.lister.add(one)
+    world.lister.add(other)
+    list(world.lister.step(0.0))
+    world.lister.drop(one)
+    done = []
+    while world.lister.busy:
+        done += [connection for connection, _ in world.lister.step(0.0)]
+    assert done == [other]
+    world.lister.add(one)
+    world.lister.drop(one)
+    assert not world.lister.busy
