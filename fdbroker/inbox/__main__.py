@@ -1,4 +1,4 @@
-"""Where the launcher starts the inbox: `python -I -m fdbroker.inbox ORDERS`.
+"""Where the launcher starts the inbox: fdbroker/launcher/start.py calls `main`, with its orders as the one argument.
 
 Runs in: inbox, as root until `obey` returns. Everything is imported before that: nothing can be afterwards.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import sqlite3
 import sys
+from typing import NoReturn
 
 from fdbroker import errors
 from fdbroker.inbox.service import Inbox
@@ -18,7 +19,7 @@ from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Confine, then serve; the exit code tells the launcher how it ended."""
     order, descriptors = orders.read(sys.argv[1])
     orders.obey(order, descriptors["filter"])
@@ -29,7 +30,7 @@ def main() -> int:
             store, damage = opened(folder)
         except sqlite3.Error as error:
             Topics(records).say(f"the stored messages in {folder} cannot be opened: {error}")
-            return errors.EX_OSERR
+            orders.end(errors.EX_OSERR)
     topics = Topics(records, store)
     if damage:
         topics.say(damage)
@@ -41,8 +42,4 @@ def main() -> int:
     inbox.serve()
     if store is not None:
         store.close()
-    return errors.EX_OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    orders.end(errors.EX_OK)

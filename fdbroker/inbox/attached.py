@@ -13,15 +13,20 @@ import os
 import resource
 import socket
 import threading
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from fdbroker import limits
 from fdbroker.errors import QuotaExceeded
 from fdbroker.kernel import sockets
+from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.memfd import SEALS
 
 _HELD, _HELD_BYTES = limits.HELD_DESCRIPTORS, limits.HELD_BYTES
+_LOOK_S = 0.05
+_OURS = -1  # whose job it is to have the kernel collect
 _UNREAD, _UNREAD_OF_USER = limits.UNREAD_DESCRIPTORS, limits.UNREAD_OF_USER
 
 
@@ -31,11 +36,11 @@ class Attached:
     `over`: they were not let in, for the user's messages hold too many; then there are none.
     """
 
-    __slots__ = ("_ledger", "_size", "_uid", "numbers", "over")
+    __slots__ = ("_ledger", "_owner", "_size", "numbers", "over")
 
-    def __init__(self, ledger: Ledger, uid: int, numbers: Sequence[int]) -> None:
+    def __init__(self, ledger: Ledger, owner: int, numbers: Sequence[int]) -> None:
         self._ledger = ledger
-        self._uid = uid
+        self._owner = owner
         self._size = 0
         self.numbers = tuple(numbers)
         self.over = not numbers
@@ -53,7 +58,7 @@ class Attached:
         except OSError:
             return None
         size = os.fstat(number).st_size
-        self._ledger.add_bytes(self._uid, size)
+        self._ledger.add_bytes(self._owner, size)
         self._size += size
         return size
 
@@ -62,91 +67,84 @@ class Attached:
         return os.pread(self.numbers[index], size, 0)
 
     def __del__(self) -> None:
-        self._ledger.give_back(self._uid, self.numbers, self._size)
+        self._ledger.give_back(self._owner, self.numbers, self._size)
 
 
 class _Held:
-    """What one user's messages hold, and what of it waits to be closed."""
+    """What one owner's messages hold; what waits to be closed still counts."""
 
-    __slots__ = ("bytes", "closing", "count", "to_close")
+    __slots__ = ("bytes", "count")
 
     def __init__(self) -> None:
         self.count = 0
         self.bytes = 0
-        self.to_close: deque[tuple[tuple[int, ...], int]] = deque()
-        self.closing = False
 
 
 class Ledger:
-    """The descriptors that all messages hold, by the user who sent them; what is being closed still counts."""
+    """The descriptors that all messages hold, by the owner who sent them; what is being closed still counts.
 
-    def __init__(self) -> None:
+    A part of them is kept for owners whose messages hold none, so that a few owners cannot hold them all.
+    """
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
         self._held: dict[int, _Held] = {}
         self._count = 0
         self._most = limits.held_in_all(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._lock = threading.RLock()  # an Attached may be let go of anywhere
 
-    def has_room(self, uid: int) -> bool:
-        """Whether as many as one message may carry may be let in from that user."""
+    def has_room(self, owner: int) -> bool:
+        """Whether as many as one message may carry may be let in from that owner."""
         with self._lock:
-            held = self._held.get(uid)
-            if held is not None and held.to_close:
-                self._start(uid, held)
+            held = self._held.get(owner)
+            if held is None:
+                return self._count + limits.DESCRIPTORS_PER_MESSAGE <= self._most
+            self._jobs.start()
             most = limits.DESCRIPTORS_PER_MESSAGE
-            # of a small table, one user gets half
-            each = min(_HELD, self._most // 2)
-            return self._count + most <= self._most and (held is None or held.count + most <= each)
+            # of a small table, one owner gets a quarter
+            each = min(_HELD, self._most // 4)
+            return self._count + most <= limits.shared(self._most) and held.count + most <= each
 
-    def take(self, uid: int, numbers: Sequence[int]) -> Attached:
-        """Own these, which came from that user, once `has_room` said so; none of them stands for those not let in."""
+    def has_room_to_close(self, owner: int) -> bool:
+        """Whether the descriptors of one message more may be let in from that owner to be closed at once."""
+        with self._lock:
+            held = self._held.get(owner)
+            if held is None:
+                return True
+            self._jobs.start()
+            return held.count <= min(_HELD, self._most // 4)
+
+    def take(self, owner: int, numbers: Sequence[int]) -> Attached:
+        """Own these, which came from that owner, once `has_room` said so; none of them stands for those not let in."""
         if numbers:
             with self._lock:
-                self._held.setdefault(uid, _Held()).count += len(numbers)
+                self._held.setdefault(owner, _Held()).count += len(numbers)
                 self._count += len(numbers)
-        return Attached(self, uid, numbers)
+        return Attached(self, owner, numbers)
 
-    def add_bytes(self, uid: int, size: int) -> None:
-        """Raises QuotaExceeded when that user's memfds are too many bytes."""
+    def add_bytes(self, owner: int, size: int) -> None:
+        """Raises QuotaExceeded when that owner's memfds are too many bytes."""
         with self._lock:
-            held = self._held[uid]
+            held = self._held[owner]
             if held.bytes + size > _HELD_BYTES:
                 raise QuotaExceeded("held_bytes", _HELD_BYTES)
             held.bytes += size
 
-    def give_back(self, uid: int, numbers: tuple[int, ...], size: int) -> None:
-        """Close these, without waiting for it."""
-        if not numbers:
-            return
+    def give_back(self, owner: int, numbers: tuple[int, ...], size: int) -> None:
+        """Close these, without waiting for it: each by a job of its own, for one may wait for another to be closed."""
+        for index, number in enumerate(numbers):
+            self._jobs.put(owner, partial(self._close, owner, number, 0 if index else size))
+
+    def _close(self, owner: int, number: int, size: int) -> None:
+        with contextlib.suppress(OSError):  # what its owner's close(2) says is nothing to us
+            os.close(number)
         with self._lock:
-            held = self._held[uid]
-            held.to_close.append((numbers, size))
-            self._start(uid, held)
-
-    def _start(self, uid: int, held: _Held) -> None:
-        if held.closing:
-            return
-        held.closing = True
-        try:
-            threading.Thread(target=self._close, args=(uid, held), daemon=True).start()
-        except RuntimeError:  # no thread to be had: the next one closes these as well
-            held.closing = False
-
-    def _close(self, uid: int, held: _Held) -> None:
-        while True:
-            with self._lock:
-                if not held.to_close:
-                    held.closing = False
-                    if not held.count:
-                        del self._held[uid]
-                    return
-                numbers, size = held.to_close.popleft()
-            for number in numbers:
-                with contextlib.suppress(OSError):  # what its owner's close(2) says is nothing to us
-                    os.close(number)
-            with self._lock:
-                self._count -= len(numbers)
-                held.count -= len(numbers)
-                held.bytes -= size
+            held = self._held[owner]
+            self._count -= 1
+            held.count -= 1
+            held.bytes -= size
+            if not held.count:
+                del self._held[owner]
 
 
 class Unread:
@@ -155,56 +153,100 @@ class Unread:
     They count against our RLIMIT_NOFILE: at that, the kernel would refuse to send any to anybody (ETOOMANYREFS).
     """
 
-    def __init__(self) -> None:
-        self._sent: dict[int, dict[socket.socket, int]] = {}  # by uid
-        self._ended: set[socket.socket] = set()
-        # with more of all users we would rather lose count than descriptors
-        self._ended_max = limits.held_in_all(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) // 4
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._draining: set[socket.socket] = set()  # ended ones that a thread reads
+        self._collecting = False
+        self._sent: dict[int, dict[socket.socket, int]] = {}  # by owner; an ended connection may have been sent none
+        self._count = 0
+        self._looked_s = 0.0
+        self._ended: dict[socket.socket, int] = {}  # and whose it was
+        self._ended_of: Counter[int] = Counter()
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = descriptors - limits.reserved(descriptors)
+        self._ended_max = limits.held_in_all(descriptors) // 4
 
-    def may_send(self, uid: int, sock: socket.socket, count: int) -> bool:
-        """Whether so many more may be sent on that user's socket."""
-        sent = self._sent.get(uid, {})
+    def may_send(self, owner: int, sock: socket.socket, count: int) -> bool:
+        """Whether so many more may be sent on that user's socket; none while many that it ended have some unread."""
         for look in (True, False):
-            if sent.get(sock, 0) + count <= _UNREAD and sum(sent.values()) + count <= _UNREAD_OF_USER:
+            sent = self._sent.get(owner, {})
+            # a part of all is kept for owners of whom none is unread
+            most = limits.shared(self._most) if sent else self._most
+            own = sent.get(sock, 0) + count <= _UNREAD and sum(sent.values()) + count <= _UNREAD_OF_USER
+            ended = self._ended_of[owner] >= self._ended_max // 4 or len(self._ended) >= self._ended_max
+            if own and not ended and self._count + count <= most:
                 return True
             if look:
-                self._look(uid)
+                self._look(owner, [sock])
+                self.sweep_at_times()
         return False
 
-    def add(self, uid: int, sock: socket.socket, count: int) -> None:
-        """So many have been sent on this socket."""
-        sent = self._sent.setdefault(uid, {})
-        sent[sock] = sent.get(sock, 0) + count
+    def sweep_at_times(self) -> None:
+        """Count anew, now and then: to look at the sockets of all owners for each message would take too long."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= _LOOK_S:
+            self._looked_s = now_s
+            self.sweep()
+            if self._sent and not self._collecting:  # one may be the other end of the connection that it waits in
+                self._collecting = True
+                self._jobs.put(_OURS, self._collect)
 
-    def end(self, uid: int, sock: socket.socket) -> None:
-        """The connection is over: close our copy, once its other end has received, or closed, what it was sent."""
-        if len(self._ended) < self._ended_max and sock in self._sent.get(uid, {}) and sockets.unread_bytes(sock):
-            self._ended.add(sock)
-            sockets.hang_up(sock)
+    def add(self, owner: int, sock: socket.socket, count: int) -> None:
+        """So many have been sent on this socket."""
+        sent = self._sent.setdefault(owner, {})
+        sent[sock] = sent.get(sock, 0) + count
+        self._count += count
+
+    def end(self, owner: int, sock: socket.socket) -> None:
+        """The connection is over: close our copy, once its other end has received, or closed, what it was sent.
+
+        A thread closes what came and was not read, and our copy stays for so long: the connection's own other end can
+        be among it, and the opener, which has a copy as well, counts it for the owner until nothing is left.
+        """
+        sockets.hang_up(sock)  # nothing more comes
+        if sockets.waiting_bytes(sock):
+            self._sent.setdefault(owner, {}).setdefault(sock, 0)
+            self._draining.add(sock)
+            self._jobs.put(owner, partial(self._drain, sock))
+        if self._is_in_use(owner, sock):
+            self._ended[sock] = owner
+            self._ended_of[owner] += 1
         else:
-            self._forget(uid, sock)
+            self._forget(owner, sock)
             sock.close()
 
+    def _is_in_use(self, owner: int, sock: socket.socket) -> bool:
+        sent = self._sent.get(owner, {}).get(sock, 0)
+        return sock in self._draining or (sent > 0 and sockets.unread_bytes(sock) > 0)
+
+    def _drain(self, sock: socket.socket) -> None:
+        sockets.drain(sock)
+        self._draining.discard(sock)
+
+    def _collect(self) -> None:
+        sockets.collect()
+        self._collecting = False
+
     @property
-    def lingering(self) -> bool:
-        """Whether an ended connection waits for its other end: `sweep` from time to time."""
-        return bool(self._ended)
+    def waiting(self) -> bool:
+        """Whether anything is unread, as far as we know: `sweep_at_times` from time to time."""
+        return bool(self._sent)
 
     def sweep(self) -> None:
         """Close the ended connections of which nothing is unread any more."""
-        for uid in list(self._sent):
-            self._look(uid)
+        for owner, sent in list(self._sent.items()):
+            self._look(owner, list(sent))
 
-    def _look(self, uid: int) -> None:
-        for sock in list(self._sent.get(uid, {})):
-            if not sockets.unread_bytes(sock):
-                self._forget(uid, sock)
-                if sock in self._ended:
-                    self._ended.discard(sock)
+    def _look(self, owner: int, of: Sequence[socket.socket]) -> None:
+        for sock in of:
+            if not self._is_in_use(owner, sock):
+                self._forget(owner, sock)
+                if self._ended.pop(sock, None) is not None:
+                    self._ended_of -= Counter([owner])  # which leaves no zeros
                     sock.close()
 
-    def _forget(self, uid: int, sock: socket.socket) -> None:
-        sent = self._sent.get(uid, {})
-        sent.pop(sock, None)
+    def _forget(self, owner: int, sock: socket.socket) -> None:
+        sent = self._sent.get(owner, {})
+        self._count -= sent.pop(sock, 0)
         if not sent:
-            self._sent.pop(uid, None)
+            self._sent.pop(owner, None)

@@ -5,6 +5,7 @@ Runs in: inbox. An attacker controls what is in `decoder`, and whether `out` is 
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 from collections import deque
@@ -23,7 +24,7 @@ from fdbroker.wire import link
 from fdbroker.wire.rights import Rights, Sender
 
 _UNITS_PER_REQUEST = limits.UNITS_PER_REQUEST
-ENDED, BROKE, FOREIGN, SLOW, DEAF = range(len(link.CLOSED_REASONS))
+ENDED, BROKE, FOREIGN, SLOW, DEAF, NOT_TAKEN = range(len(link.CLOSED_REASONS))
 
 
 class User:
@@ -35,19 +36,19 @@ class User:
         "forgiven_s",
         "held",
         "owed",
+        "owner",
         "pace",
         "quiet_until_s",
         "rate",
         "rests",
         "rests_until_s",
         "size",
-        "uid",
         "used",
         "waiting",
     )
 
-    def __init__(self, uid: int, allowed: Rights, now_s: float) -> None:
-        self.uid = uid
+    def __init__(self, owner: int, allowed: Rights, now_s: float) -> None:
+        self.owner = owner
         self.allow(allowed)
         self.pace = Pace(self.size, now_s)
         self.clients = 0
@@ -128,6 +129,8 @@ class Client:
         """The answer when the opener refuses."""
         if self.decoder.framed:
             return dispatch.refusal_status(refusal)
+        if self.state == "reloading":
+            return dispatch.reload_refused(refusal)
         return dispatch.refusal_reply(refusal, self.asked)
 
     def push(self, data: bytes, attached: Attached | None) -> None:
@@ -157,7 +160,7 @@ class Client:
     def fill(self, unread: Unread) -> None:
         """Have all that waits for a subscriber sent."""
         for data, attached in self.member.take(
-            lambda count: unread.may_send(self.uid, self.sock, count + self.count_attached())
+            lambda count: unread.may_send(self.user.owner, self.sock, count + self.count_attached())
         ):
             self.push(data, attached)
 
@@ -174,9 +177,15 @@ class Client:
                 end = self.attached[1][0] if len(self.attached) > 1 else end
             elif self.attached:
                 end = self.attached[0][0]
-            sent = sockets.send(self.sock, self.out if end == len(self.out) else self.out[:end], numbers)
+            try:
+                sent = sockets.send(self.sock, self.out if end == len(self.out) else self.out[:end], numbers)
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:
+                    raise
+                self.shed()  # the kernel sends no descriptor of ours now, to nobody
+                continue
             if numbers:
-                unread.add(self.uid, self.sock, len(numbers))
+                unread.add(self.user.owner, self.sock, len(numbers))
                 self.attached.popleft()
             del self.out[:sent]
             if self.attached:

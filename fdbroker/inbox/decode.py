@@ -33,7 +33,12 @@ class Decoder:
     @property
     def partial(self) -> bool:
         """Whether the beginning of a message waits for its end."""
-        return self._reader is not None and self._reader.held > 0
+        return self.held > 0
+
+    @property
+    def held(self) -> int:
+        """How many bytes wait."""
+        return 0 if self._reader is None else self._reader.held
 
     def feed(self, data: bytes, attached: Attached | None = None) -> None:
         """Add what arrived, at least one byte; `attached` came with the last of them."""

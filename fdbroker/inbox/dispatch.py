@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import errno
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeGuard
+from typing import Any, NamedTuple, TypedDict, TypeGuard, assert_never
 
 from fdbroker import __version__, limits
 from fdbroker.errors import (
     ClientNotReading,
     Denied,
     DescriptorsRefused,
+    Finding,
     MessageTooLong,
     NoSuchRecipient,
     NotWhatItWas,
@@ -26,13 +27,14 @@ from fdbroker.errors import (
 )
 from fdbroker.inbox.attached import Attached
 from fdbroker.terms import FRAMED_TOPIC, Device, Offer, Resource
-from fdbroker.wire import frame, varlink
+from fdbroker.wire import admin, frame, link, varlink
 from fdbroker.wire.resources import WrongMember, from_json, to_json
 from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
 _BROKER = "io.fdbroker.Broker"
 _INBOX = "io.fdbroker.Inbox"
+_ADMIN = "io.fdbroker.Admin"
 SENT = (frame.encode_status(0), varlink.encode_reply({}))  # by the framing, by Varlink
 
 
@@ -45,7 +47,7 @@ class Answer(NamedTuple):
 class AskOpen(NamedTuple):
     """Ask the opener for these; it answers the client itself, or says how to refuse."""
 
-    resources: list[Resource]
+    resources: tuple[Resource, ...]
 
 
 class AskList(NamedTuple):
@@ -56,6 +58,14 @@ class AskList(NamedTuple):
 
 class AskShutdown(NamedTuple):
     """Ask the opener to stop the service, if the client is an administrator; there is no answer then."""
+
+
+class AskReload(NamedTuple):
+    """Ask the opener to have the policy loaded again, if the client is an administrator."""
+
+
+class TellAbout(NamedTuple):
+    """Answer which policy is in force; the opener has said it."""
 
 
 class Publish(NamedTuple):
@@ -98,8 +108,8 @@ class Receive(NamedTuple):
     silent: bool = False
 
 
-Question = AskOpen | AskList | AskShutdown | Subscribe | Receive
-Action = Answer | Question | Publish
+Question = AskOpen | AskList | AskShutdown | AskReload | Subscribe | Receive
+Action = Answer | Question | Publish | TellAbout
 
 
 def dispatch_frame(payload: bytes, attached: Attached | None = None) -> Action:
@@ -191,7 +201,7 @@ def _open(call: Call) -> Action:
     if not isinstance(listed, list) or not 1 <= len(listed) <= _RESOURCES:
         raise invalid_parameter("resources")
     try:
-        return AskOpen([from_json(value) for value in listed])
+        return AskOpen(tuple(from_json(value) for value in listed))
     except WrongMember as error:
         raise invalid_parameter(str(error)) from None
 
@@ -199,6 +209,16 @@ def _open(call: Call) -> Action:
 def _list(call: Call) -> Action:
     _only(call)
     return AskList(call.more)
+
+
+def _about(call: Call) -> Action:
+    _only(call)
+    return TellAbout()
+
+
+def _reload(call: Call) -> Action:
+    _only(call)
+    return AskReload()
 
 
 def _count(attached: Attached | None) -> int:
@@ -224,7 +244,9 @@ def _send(call: Call) -> Action:
         raise invalid_parameter("topic")
     if file is not None and not _is_number(file):
         raise invalid_parameter("fileDescriptor")
-    if others is not None and not (isinstance(others, list) and all(map(_is_number, others))):
+    if others is not None and not (
+        isinstance(others, list) and len(others) <= limits.DESCRIPTORS_PER_MESSAGE and all(map(_is_number, others))
+    ):
         raise invalid_parameter("fileDescriptors")
     if file is not None and text is None:
         text = ""
@@ -238,7 +260,7 @@ def _send(call: Call) -> Action:
         payload = base64.b64decode(text, validate=True) if encoding == "base64" else text.encode()
     except ValueError:
         raise invalid_parameter("payload") from None
-    return Publish(topic, payload, text, encoding or "text", to or "", file=file, others=tuple(others or ()))
+    return Publish(topic, payload, **text_of(payload), to=to or "", file=file, others=tuple(others or ()))
 
 
 def _subscribe(call: Call) -> Action:
@@ -280,10 +302,17 @@ HANDLERS: dict[tuple[str, str], Callable[[Call], Action]] = {
     (SERVICE, "GetInterfaceDescription"): _get_interface_description,
     (_BROKER, "Open"): _open,
     (_BROKER, "List"): _list,
+    (_BROKER, "About"): _about,
+    (_ADMIN, "Reload"): _reload,
     (_INBOX, "Send"): _send,
     (_INBOX, "Subscribe"): _subscribe,
     (_INBOX, "Receive"): _receive,
 }
+
+
+def units(message: bytes) -> int:
+    """What decoding a message counts as, beside its bytes: objects and arrays take the longest."""
+    return 1 + (message.count(b"{") + message.count(b"[")) // limits.VALUES_PER_UNIT
 
 
 def weight(question: Question | None) -> int:
@@ -292,6 +321,21 @@ def weight(question: Question | None) -> int:
         # what the namespaces worker opens takes long, and the opener nothing
         return len(question.resources) if all(isinstance(one, Device) for one in question.resources) else 0
     return int(isinstance(question, AskList))
+
+
+def question(asked: AskOpen | AskList | AskReload | AskShutdown, number: int) -> tuple[str, link.FromInbox]:
+    """What to ask the opener for connection `number`: the event of link.TURNS, and the message."""
+    match asked:
+        case AskOpen(resources):
+            return "Open", link.Open(number, resources)
+        case AskList(watch):
+            return "Watch" if watch else "List", link.List(number, watch)
+        case AskReload():
+            return "Reload", admin.Reload(number)
+        case AskShutdown():
+            return "Shutdown", link.Shutdown(number)
+        case other:
+            assert_never(other)
 
 
 def refusal_status(refusal: Refused) -> bytes:
@@ -313,6 +357,8 @@ def _parameters(refusal: Refused, resources: Sequence[Resource] = ()) -> dict[st
             return {"retryAfterMilliseconds": refusal.retry_after_ms}
         case ClientNotReading():
             return {}
+        case Denied() if not resources:
+            return {}
         case TopicDenied():
             return {"topic": refusal.topic}
         case MessageTooLong():
@@ -330,6 +376,29 @@ def _parameters(refusal: Refused, resources: Sequence[Resource] = ()) -> dict[st
     return parameters
 
 
+def about_reply(said: admin.InForce) -> bytes:
+    """The reply of About."""
+    return varlink.encode_reply(
+        {
+            "version": __version__,
+            "generation": said.generation,
+            "digest": said.digest,
+            "loadedAt": said.loaded_us,
+        }
+    )
+
+
+def reloaded_reply(findings: Sequence[Finding]) -> bytes:
+    """The reply of Reload."""
+    listed = [{"file": one.file, "line": one.line, "column": one.column, "message": one.text} for one in findings]
+    return varlink.encode_reply({"applied": not listed, "findings": listed})
+
+
+def reload_refused(refusal: Refused) -> bytes:
+    """The error reply of Reload."""
+    return varlink.encode_error(f"{_ADMIN}.{refusal.wire_name}", _parameters(refusal))
+
+
 def message_refused(refusal: Refused, *, framed: bool) -> bytes:
     """The answer to a message, or a subscription, that was refused: one of MESSAGE_REFUSALS."""
     if framed:
@@ -344,5 +413,13 @@ def messages_reply(messages: Sequence[bytes]) -> bytes:
 
 def offers_reply(offers: Sequence[Offer], *, continues: bool) -> bytes:
     """The reply of List."""
-    listed = [{"resource": to_json(one.resource), "access": one.resource.access, "rule": one.where} for one in offers]
+    listed = [
+        {
+            "resource": to_json(one.resource),
+            "access": one.resource.access,
+            "rule": one.where,
+            "generation": one.generation,
+        }
+        for one in offers
+    ]
     return varlink.encode_reply({"resources": listed}, continues=continues)

@@ -14,10 +14,10 @@ from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.client import Client
 from fdbroker.inbox.topics import Member, Topics
-from fdbroker.inbox.turns import Turns
+from fdbroker.inbox.turns import Turns, clock
 from fdbroker.kernel.link import Link
 from fdbroker.terms import TopicUse
-from fdbroker.wire import rights
+from fdbroker.wire import link, rights
 
 _BYTES_PER_UNIT = limits.BYTES_PER_UNIT
 
@@ -73,14 +73,15 @@ class Messages:
                 elif unacknowledged is not None and answer.acknowledge:
                     client.out += client.message_refused(unacknowledged)
                 else:
+                    began_s = clock()
                     stored = self._topics.receive(client.member, answer.maximum)
-                    self._turns.work(client.user, len(stored))
                     client.out += dispatch.messages_reply(stored)
+                    self._turns.spend(client.user, began_s, len(stored))
             yield client
 
     def subscribe(self, client: Client, topics: list[str], after: int | None) -> None:
         """From now on the client gets these topics' messages, or is told why not."""
-        others = sum(member.sender.uid == client.uid for member in self._subscribed)
+        others = sum(member.sender.owner == client.user.owner for member in self._subscribed)
         try:
             self._topics.subscribe(client.member, topics, after, others)
         except Refused as refusal:
@@ -117,7 +118,8 @@ class Messages:
     def _note(self, client: Client, refusal: Refused, verb: str) -> None:
         """Have a denial recorded, unless the opener has more to read than it can already."""
         if isinstance(refusal, TopicDenied) and not self._opener.waiting:
-            self._opener.send(rights.encode_denied_use(client.number, TopicUse(verb, refusal.topic)))
+            denied = rights.DeniedUse(client.number, TopicUse(verb, refusal.topic))
+            self._opener.send(link.INBOX_TO_OPENER.encode(denied))
 
     def deliver(self) -> Iterator[Client]:
         """Those that something waits for, of each all of it at once; also what is stored, for those who asked."""
@@ -128,9 +130,9 @@ class Messages:
                 yield client
         for client in list(self._replaying.values()):
             if not client.out and self._turns.may_work(client.user):
-                before = len(client.out)
+                before, began_s = len(client.out), clock()
                 client.out += self._topics.replay(client.member)
-                self._turns.work(client.user, 1 + (len(client.out) - before) // _BYTES_PER_UNIT)
+                self._turns.spend(client.user, began_s, 1 + (len(client.out) - before) // _BYTES_PER_UNIT)
                 if client.member.replayed is None:
                     del self._replaying[client.number]
                 yield client

@@ -11,30 +11,32 @@ from __future__ import annotations
 import errno
 import select
 import socket
-import time
+from typing import assert_never
 
 from fdbroker import limits
-from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation, RateLimited
+from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation
 from fdbroker.inbox import dispatch
-from fdbroker.inbox.attached import Ledger, Unread
-from fdbroker.inbox.client import BROKE, DEAF, ENDED, FOREIGN, SLOW, Client
+from fdbroker.inbox.attached import Unread
+from fdbroker.inbox.client import BROKE, DEAF, ENDED, FOREIGN, NOT_TAKEN, SLOW, Client
+from fdbroker.inbox.deadlines import Deadlines
+from fdbroker.inbox.memory import Memory
 from fdbroker.inbox.messages import Messages
+from fdbroker.inbox.receive import READ_BYTES, Receiver
 from fdbroker.inbox.topics import Topics
-from fdbroker.inbox.turns import Turns
-from fdbroker.kernel import sockets
+from fdbroker.inbox.turns import Turns, clock
+from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.terms import Offer
-from fdbroker.wire import frame, link, rights
+from fdbroker.wire import admin, frame, link, rights
 from fdbroker.wire.frame import TooLong
 
-_READ_BYTES = 65536
-_MESSAGE_S = limits.MESSAGE_SECONDS
+# After these nothing may be asked any more: what a client sends then ends its connection.
+_LAST = ("watching", "subscribed")
+_to_opener = link.INBOX_TO_OPENER.encode
 _UNSENT_BYTES = limits.UNSENT_BYTES
 _MESSAGES_PER_TURN = 64
-# How often we look whether what an ended connection left unread is gone.
-_LINGER_S = 1.0
-# How late a message that is not complete in time may be noticed.
-_SLOW_S = 0.05
+_LONG_BYTES = 1024  # of a message: what takes long to decode has more
+_LINGER_S = 1.0  # how often we look whether descriptors that were unread still are
 _BYTES_PER_UNIT = limits.BYTES_PER_UNIT
 _UNITS_PER_RESOURCE = limits.UNITS_PER_RESOURCE
 
@@ -46,16 +48,19 @@ class Inbox:
         self._launcher = launcher
         self._opener = opener
         self._topics = topics
-        self._ledger = Ledger()
-        self._unread = Unread()
+        closing = Jobs(limits.CLOSING_THREADS, limits.STUCK_THREADS)
+        self._receiver = Receiver(closing)
+        self._unread = Unread(closing)
         self._turns = Turns()
         self._messages = Messages(topics, opener, self._unread, self._turns)
         self._opener_full = False
         self._by_number: dict[int, Client] = {}
         self._by_descriptor: dict[int, Client] = {}
-        self._partial: dict[int, float] = {}  # number -> when its message began; in order of time
+        self._deadlines = Deadlines()
+        self._memory = Memory()
         self._more: dict[int, Client] = {}  # whose whole messages wait for the next turn
         self._draining = False
+        self._in_force = admin.InForce(0, "", 0)
         self._epoll = select.epoll()
 
     def serve(self) -> None:
@@ -79,9 +84,8 @@ class Inbox:
             if ready.pop(launcher, 0) and self._launcher.receive() == b"":
                 return
             for descriptor, client_events in ready.items():
-                client = self._by_descriptor.get(descriptor)
-                if client is not None:
-                    self._client_event(client, client_events)
+                if (known := self._by_descriptor.get(descriptor)) is not None:
+                    self._client_event(known, client_events)
             for client in (*self._turns.rested(), *self._more.values()):
                 if client.number in self._by_number:
                     self._work(client)
@@ -93,41 +97,33 @@ class Inbox:
             self._turns.end()
             self._say_slowed()
             self._end_slow()
-            if self._unread.lingering:
-                self._unread.sweep()
+            if self._unread.waiting:
+                self._unread.sweep_at_times()
         self._opener.send(link.DRAINED)
 
     def _timeout_s(self) -> float:
         if self._more or self._messages.pressing:
             return 0
-        end_s = self._turns.timeout_s()
-        if self._partial:
-            began_s = next(iter(self._partial.values()))
-            slow_s = max(_SLOW_S, began_s + _MESSAGE_S - time.monotonic())
-            end_s = slow_s if end_s < 0 else min(end_s, slow_s)
-        if self._unread.lingering:
-            end_s = _LINGER_S if end_s < 0 else min(end_s, _LINGER_S)
-        return end_s
+        ends_s = (self._turns.timeout_s(), self._deadlines.timeout_s(), _LINGER_S if self._unread.waiting else -1)
+        return min((one for one in ends_s if one >= 0), default=-1)
 
     def _end_slow(self) -> None:
-        """Disconnect whose message is not complete in time, and who does not take its last answer."""
-        if not self._partial:
-            return
-        limit_s = time.monotonic() - _MESSAGE_S
-        for number, began_s in list(self._partial.items()):
-            if began_s > limit_s:
-                return
+        """Disconnect clients whose message is not complete in time, or that do not take their answers."""
+        for number in self._deadlines.unsent():
+            self._close(self._by_number[number], DEAF)
+        for number in self._deadlines.partial():
             client = self._by_number[number]
-            if number not in client.user.held:  # else the rest of it may be there, and it is we who do not read
+            if number not in client.user.held and not self._receiver.peek(client):
                 self._close(client, SLOW)
+            self._deadlines.completed(number)  # else it is we who do not read, and the rest has its time anew
 
     def _say_slowed(self) -> None:
         """Have it recorded whose work has begun to wait."""
         while self._turns.slowed:
-            uid = self._turns.slowed.pop().uid
-            number = next((client.number for client in self._by_number.values() if client.uid == uid), None)
+            user = self._turns.slowed.pop()
+            number = next((client.number for client in self._by_number.values() if client.user is user), None)
             if number is not None and not self._opener.waiting:
-                self._opener.send(link.encode_slowed(number))
+                self._opener.send(_to_opener(link.Slowed(number)))
 
     # ---- the opener's link
 
@@ -140,47 +136,55 @@ class Inbox:
             data, descriptors = received
             if not data:
                 return False
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0]) if descriptors else None
-            match link.decode(link.OPENER_TO_INBOX, data):
-                case rights.Connected(number, sender, allowed) if sock is not None:
-                    client = Client(number, sender, sock, self._turns.join(sender.uid, allowed))
-                    self._topics.allow(client.member, allowed)
-                    self._welcome(client)
-                case rights.Connected(number, _, _) if descriptors is None:  # none is left here: nobody serves it
-                    self._opener.send(link.encode_closed(number, ENDED))
+            match link.OPENER_TO_INBOX.decode(data):
+                case rights.Connected() as connected:
+                    self._connected(connected, descriptors)
                 case rights.RightsChanged(number, allowed):
-                    if number in self._by_number:
-                        client = self._by_number[number]
-                        client.user.allow(allowed)
-                        if not self._messages.allow(client, allowed):
-                            self._end_turn(client)
+                    if known := self._by_number.get(number):
+                        known.user.allow(allowed)
+                        if not self._messages.allow(known, allowed):
+                            self._end_turn(known)
                 case rights.Topics(topics):
                     self._topics.use(topics)
                 case rights.Users(users):
                     self._topics.add_users(users)
                 case link.Outcome(number, refusal):
-                    if number in self._by_number:
-                        client = self._by_number[number]
+                    if known := self._by_number.get(number):
                         if refusal is not None:
-                            client.out += client.refused(refusal)
-                            client.doomed |= isinstance(refusal, ClientNotReading)
-                            if isinstance(refusal, RateLimited | ClientNotReading):
-                                self._turns.offend(client.user)
-                        self._answered(client)
-                        self._end_turn(client)
+                            known.out += known.refused(refusal)
+                            known.doomed |= isinstance(refusal, ClientNotReading)
+                            if refusal.offends:
+                                self._turns.offend(known.user)
+                        self._answered(known)
+                        self._end_turn(known)
                     return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
                 case link.Offered(number, last, offers):
-                    if number in self._by_number:
-                        self._offered(self._by_number[number], offers, last=last)
+                    if known := self._by_number.get(number):
+                        self._offered(known, offers, last=last)
+                case admin.Reloaded(number, findings):
+                    if known := self._by_number.get(number):
+                        known.out += dispatch.reloaded_reply(findings)
+                        self._end_turn(known)
+                case admin.InForce() as said:
+                    self._in_force = said
                 case link.Drain():
                     self._drain()
                 case link.Ping():
                     self._opener.send(link.PONG)
                 case other:
-                    raise LinkViolation(f"{other!r} with the wrong descriptors")
+                    assert_never(other)
         return True
 
-    def _welcome(self, client: Client) -> None:
+    def _connected(self, connected: rights.Connected, descriptors: list[int] | None) -> None:
+        number, sender, allowed = connected
+        if descriptors is None:  # no descriptor was left here for the client's socket: nobody serves it
+            self._opener.send(_to_opener(link.Closed(number, NOT_TAKEN)))
+            return
+        if not descriptors:
+            raise LinkViolation("Connected without a socket")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0])
+        client = Client(number, sender, sock, self._turns.join(sender.owner, allowed))
+        self._topics.allow(client.member, allowed)
         self._by_number[client.number] = client
         self._by_descriptor[client.sock.fileno()] = client
         self._epoll.register(client.sock.fileno(), client.events)
@@ -189,7 +193,8 @@ class Inbox:
 
     def _offered(self, client: Client, offers: list[Offer], *, last: bool) -> None:
         client.offers += offers
-        self._turns.work(client.user, len(offers) * _UNITS_PER_RESOURCE)
+        if client.state != "watching":  # else somebody changed a node, who may be another
+            self._turns.work(client.user, len(offers) * _UNITS_PER_RESOURCE)
         if not last:
             return
         watching = client.state == "watching"
@@ -222,7 +227,7 @@ class Inbox:
         """Answer what has been asked, read nothing more."""
         self._draining = True
         for client in list(self._by_number.values()):
-            if client.state in ("watching", "stopping", "subscribed"):  # nothing more is owed to them
+            if client.state in ("watching", "stopping", "reloading", "subscribed"):  # nothing more is owed to them
                 self._close(client, ENDED)
             elif client.state == "idle":
                 if not client.out and client.question is None:
@@ -239,6 +244,8 @@ class Inbox:
             return
         if client.state != "idle" and events & (select.EPOLLHUP | select.EPOLLERR):
             self._close(client, ENDED)  # nobody is there to hear the answer
+        elif client.state in _LAST and events & select.EPOLLIN:
+            self._end_asking(client)
         elif events & ~select.EPOLLOUT:
             if client.number in client.user.held:
                 return
@@ -258,27 +265,35 @@ class Inbox:
         """Whether nothing that it sent before is still to be done."""
         return client.question is None and client.number not in self._more
 
+    def _end_asking(self, client: Client) -> None:
+        """Something came after Subscribe or a watch, and must not stay: it could be the connection's own other end."""
+        said = self._receiver.peek(client)
+        if said is None:
+            return
+        if said == b"":  # it sends no more, and may go on to listen
+            client.ended = True
+            self._settle(client)
+        else:
+            self._close(client, BROKE)
+
     def _read(self, client: Client) -> None:
-        room = limits.DESCRIPTORS_PER_MESSAGE if client.member.send and self._ledger.has_room(client.uid) else 0
         try:
-            data, uid, numbers, cut = sockets.receive_with_sender(client.sock, _READ_BYTES, room)
+            received = self._receiver.read(client)
         except BlockingIOError:
             return
         except OSError:
             self._close(client, ENDED)
             return
-        # whatever comes of it, they have an owner; without room, or where we have none left, none came
-        attached = self._ledger.take(client.uid, numbers) if numbers or cut else None
-        self._turns.work(client.user, 1 + len(data) // _BYTES_PER_UNIT + len(numbers) * 2)
-        if not data:
+        self._turns.work(client.user, 1 + len(received.data) // _BYTES_PER_UNIT + received.descriptors * 2)
+        if received.broken:
+            self._close(client, BROKE)
+        elif not received.data:
             client.ended = True
             self._settle(client)
-        elif uid != client.uid:
+        elif received.uid != client.uid:
             self._close(client, FOREIGN)
-        elif cut and len(numbers) == limits.DESCRIPTORS_PER_MESSAGE:
-            self._close(client, BROKE)  # it sent more than a message may have
         else:
-            client.decoder.feed(data, attached if not cut else self._ledger.take(client.uid, ()))
+            client.decoder.feed(received.data, received.attached)
             self._work(client)
 
     def _work(self, client: Client) -> None:
@@ -292,7 +307,7 @@ class Inbox:
                     break
                 if client.question is not None and not self._put(client):
                     break
-                if len(client.out) > _READ_BYTES and not self._send(client):
+                if len(client.out) > READ_BYTES and not self._send(client):
                     break
             else:
                 waiting = client.user.held if client.user.rests_until_s else self._more
@@ -313,13 +328,15 @@ class Inbox:
         if received is None:
             return False
         message, attached = received
-        self._partial.pop(client.number, None)
-        self._turns.work(client.user, 1)
-        dispatch_message = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
-        action = dispatch_message(message, attached)
+        self._deadlines.completed(client.number)
+        began_s = clock() if len(message) >= _LONG_BYTES else None
+        dispatched = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
+        action = dispatched(message, attached)
         match action:
             case dispatch.Answer(data):
                 client.answer(data)
+            case dispatch.TellAbout():
+                client.answer(dispatch.about_reply(self._in_force))
             case dispatch.Publish():
                 self._messages.publish(client, action, attached)
             case dispatch.Receive(_, acknowledge):
@@ -330,6 +347,7 @@ class Inbox:
                 client.question = action
             case _:
                 client.question = action
+        self._turns.spend(client.user, began_s, dispatch.units(message))
         return True
 
     def _put(self, client: Client) -> bool:
@@ -339,29 +357,34 @@ class Inbox:
         weight = dispatch.weight(client.question)
         if weight and not self._turns.may_ask(client.user, client, weight):
             return False
-        question, client.question = client.question, None
-        match question:
-            case dispatch.AskOpen(resources):
-                client.state = link.TURNS[client.state, "Open"]
-                client.asked = resources
-                self._opener.send(link.encode_open(client.number, resources))
-            case dispatch.AskList(watch):
-                client.state = link.TURNS[client.state, "Watch" if watch else "List"]
-                self._opener.send(link.encode_list(client.number, watch=watch))
-            case dispatch.AskShutdown() if self._draining:
-                client.doomed = True  # it stops already
-            case dispatch.AskShutdown():
-                client.state = link.TURNS[client.state, "Shutdown"]
-                self._opener.send(link.encode_shutdown(client.number))
+        asked, client.question = client.question, None
+        match asked:
             case dispatch.Subscribe(topics, after):
                 self._messages.subscribe(client, topics, after)
             case dispatch.Receive():
-                self._messages.receive(client, question)
+                self._messages.receive(client, asked)
+            case dispatch.AskShutdown() if self._draining:
+                client.doomed = True  # it stops already
+            case dispatch.AskOpen() | dispatch.AskList() | dispatch.AskReload() | dispatch.AskShutdown():
+                if isinstance(asked, dispatch.AskOpen):
+                    client.asked = asked.resources
+                event, message = dispatch.question(asked, client.number)
+                client.state = link.TURNS[client.state, event]
+                self._opener.send(_to_opener(message))
+        self._end_with(client)
         return True
+
+    @staticmethod
+    def _end_with(client: Client) -> None:
+        """That was its last request: one that came with it ends the connection."""
+        if client.state in _LAST and client.decoder.partial:
+            client.doomed = True
+            client.reason = BROKE
 
     def _send(self, client: Client) -> bool:
         """Send what waits; true when all of it is sent. A client that is gone is noticed when it is read."""
         if client.out:
+            before = len(client.out)
             try:
                 client.send(self._unread)
             except BlockingIOError:
@@ -371,6 +394,9 @@ class Inbox:
                 client.out.clear()
                 client.attached.clear()
                 return True
+            finally:
+                if len(client.out) < before:
+                    self._deadlines.took(client.number)
         return not client.out
 
     def _settle(self, client: Client) -> None:
@@ -382,14 +408,20 @@ class Inbox:
         if not sent or client.member.replayed is not None:
             client.shed()
         idle = client.state == "idle" and self._awaits(client) and client.number not in client.user.held
-        if sent and idle and (client.doomed or client.ended or self._draining):
+        ends = client.doomed or client.ended or self._draining
+        if (sent and idle and ends) or (client.state in _LAST and client.doomed):
             self._close(client, client.reason)
             return
-        if (idle and sent and client.decoder.partial) or (client.doomed and not sent):
-            self._partial.setdefault(client.number, time.monotonic())
-        else:
-            self._partial.pop(client.number, None)
-        readable = (idle and sent) or bool(client.events & select.EPOLLIN)
+        size = len(client.out) + client.member.queued_bytes + client.decoder.held
+        if self._memory.is_too_much(client.user.owner, client.number, size):
+            self._close(client, DEAF)
+            return
+        self._deadlines.note(
+            client.number,
+            unsent=client.state not in _LAST and bool(client.out),
+            partial=idle and sent and client.decoder.partial,
+        )
+        readable = (idle and sent) or client.state in _LAST or bool(client.events & select.EPOLLIN)
         self._interest(client, readable=readable and not client.ended)
 
     def _interest(self, client: Client, *, readable: bool) -> None:
@@ -404,14 +436,15 @@ class Inbox:
         del self._by_number[client.number]
         del self._by_descriptor[client.sock.fileno()]
         self._more.pop(client.number, None)
-        self._partial.pop(client.number, None)
+        self._deadlines.forget(client.number)
+        self._memory.forget(client.user.owner, client.number)
         self._messages.forget(client)
         self._turns.leave(client.user, client)
         # taken out by hand: epoll would keep it for as long as the opener's copy is open
         self._epoll.unregister(client.sock.fileno())
         client.let_go()
-        self._unread.end(client.uid, client.sock)
-        self._opener.send(link.encode_closed(client.number, reason))
+        self._unread.end(client.user.owner, client.sock)
+        self._opener.send(_to_opener(link.Closed(client.number, reason)))
         if reason:
             self._turns.offend(client.user)
         self._answered(client)

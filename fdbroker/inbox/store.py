@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 _VERSION = 1
 _PAGE_BYTES = 4096
 _EXPIRE_S = 0.1  # how often we look for messages whose time is over,
-_EXPIRE_AT_ONCE = 50  # and how many of them are removed then
+_EXPIRE_AT_ONCE = 1000  # and for how many recipients they are removed then
 _RETRY_S = 1.0  # without a reserve: how often we try to have it again
 _PIECE = 16  # messages that are removed at once there: of the longest, 2 MiB are written first
 # One connection in exclusive mode needs no shared memory file; FULL: a commit is on the disk, not only in the kernel.
@@ -76,6 +76,10 @@ _NUMBER_MAX = 1 << 62  # in microseconds since 1970, 146,000 years
 _REMOVE = """
     DELETE FROM messages WHERE number = ? AND NOT EXISTS (SELECT 1 FROM waiting WHERE number = messages.number)
     RETURNING sender, length(data)
+"""
+_OLD = """
+    SELECT messages.number, uid FROM messages LEFT JOIN waiting ON waiting.number = messages.number
+    WHERE expires_us <= ? ORDER BY expires_us LIMIT ?
 """
 _WAITING = """
     SELECT number, data FROM waiting JOIN messages USING (number)
@@ -221,10 +225,9 @@ class Store:
 
     def _expire(self) -> None:
         """Remove what has not been acknowledged in time, some of it: nobody should wait for all."""
-        old = "SELECT number FROM messages WHERE expires_us <= ? ORDER BY expires_us LIMIT ?"
-        gone = self._database.execute(old, (time.time_ns() // 1000, _EXPIRE_AT_ONCE)).fetchall()
+        gone = self._database.execute(_OLD, (time.time_ns() // 1000, _EXPIRE_AT_ONCE)).fetchall()
         with contextlib.suppress(NotStored):
-            self._remove_all([number for (number,) in gone], self._expired)
+            self._remove_all(gone, self._expired)
 
     def _acknowledged(self, one: _Done) -> None:
         topic = self._database.execute("SELECT topic FROM messages WHERE number = ?", (one.number,)).fetchone()
@@ -233,8 +236,9 @@ class Store:
         if self._database.execute("DELETE FROM waiting WHERE uid = ? AND number = ?", (one.uid, one.number)).rowcount:
             self._remove(one.number)
 
-    def _expired(self, number: int) -> None:
-        self._database.execute("DELETE FROM waiting WHERE number = ?", (number,))
+    def _expired(self, one: tuple[int, int | None]) -> None:
+        number, uid = one
+        self._database.execute("DELETE FROM waiting WHERE uid = ? AND number = ?", (uid, number))
         self._remove(number)
 
     def _remove(self, number: int) -> None:

@@ -26,12 +26,13 @@ from fdbroker.inbox.attached import Attached
 from fdbroker.inbox.dispatch import Publish, text_of
 from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.kernel.records import NotRecorded, Records
-from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Topic, User
+from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Topic, User, owner_text
 from fdbroker.wire import varlink
 from fdbroker.wire.rights import Rights, Sender
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
+_UIDS_HERE = limits.RECIPIENTS_OF_OWNER
 _ROWS = limits.ROWS_PER_MESSAGE
 _DELIVERIES_PER_UNIT = limits.DELIVERIES_PER_UNIT
 _BUCKETS_KEPT = 4096
@@ -135,6 +136,18 @@ class _Delivery(NamedTuple):
     stored: bool
 
 
+def _bucket(buckets: dict[int, Bucket], owner: int, burst: int) -> Bucket:
+    """The bucket of an owner; those of owners who did nothing for a while are forgotten."""
+    bucket = buckets.get(owner)
+    if bucket is None:
+        now_s = time.monotonic()
+        if len(buckets) >= _BUCKETS_KEPT:
+            for one in [one for one, kept in buckets.items() if kept.is_idle(now_s)]:
+                del buckets[one]
+        bucket = buckets[owner] = Bucket(burst, now_s)
+    return bucket
+
+
 def _reply(data: bytes) -> bytes:
     """A message as a reply to Subscribe; `data` is its JSON object."""
     return varlink.encode_reply({"message": varlink.Raw(data)}, continues=True)
@@ -158,7 +171,8 @@ class Topics:
         self._members: dict[int, dict[Member, None]] = {}  # of each connected user
         self._subscribers: dict[str, dict[Member, None]] = {}
         self._uncommitted: list[_Delivery] = []
-        self._buckets: dict[int, Bucket] = {}  # by uid
+        self._buckets: dict[int, Bucket] = {}  # of messages, by owner
+        self._records_of: dict[int, Bucket] = {}  # of records
         # larger than any before a restart, as long as no more than a million came in a second
         self._number = max(time.time_ns() // 1000, store.last_number if store else 0)
         self._say_at_s = 0.0
@@ -228,6 +242,7 @@ class Topics:
             "number": self._number + 1,
             "topic": topic.name,
             "uid": sender.uid,
+            **({} if sender.owner == sender.uid else {"owner": sender.owner}),
             "gid": sender.gid,
             "pid": sender.pid,
             **({"session": sender.session} if sender.session else {}),
@@ -242,14 +257,16 @@ class Topics:
         recipients: frozenset[int] = frozenset()
         if stored is not None:
             maxima = member.maxima
-            stored.check(sender.uid, len(delivery.data), maxima.stored_messages, maxima.stored_bytes)
+            stored.check(sender.owner, len(delivery.data), maxima.stored_messages, maxima.stored_bytes)
             recipients = frozenset({to}) if to is not None else self._recipients(topic)
             if len(recipients) > _ROWS:
                 self._take_token(member, len(recipients) // _ROWS)
-        if "journal" in topic.deliver:  # the last one that can refuse by itself
+        if "journal" in topic.deliver:  # the journal can still refuse, so it comes before a number is given
+            self._take_records(member, len(asked.payload))
             self._record(message, asked.payload)
         self._number += 1
-        self._work += len(self._subscribers.get(topic.name, ())) // _DELIVERIES_PER_UNIT
+        copies = len(self._subscribers.get(topic.name, ()))
+        self._work += copies // _DELIVERIES_PER_UNIT + copies * len(delivery.data) // limits.BYTES_PER_UNIT
         if stored is None:
             if self._uncommitted:  # behind those with smaller numbers
                 self._uncommitted.append(delivery)
@@ -259,7 +276,7 @@ class Topics:
         if recipients:
             expires_us = time_us + topic.keep_s * 1_000_000
             self._work += len(recipients)
-            stored.put(Stored(self._number, sender.uid, topic.name, expires_us, delivery.data), recipients)
+            stored.put(Stored(self._number, sender.owner, topic.name, expires_us, delivery.data), recipients)
         self._uncommitted.append(delivery)
         return True
 
@@ -344,13 +361,13 @@ class Topics:
         raise NoSuchRecipient(to)
 
     def _recipients(self, topic: Topic) -> frozenset[int]:
-        """For whom a message to all is stored: those that the policy names, and those that are here."""
-        here = {
-            uid
-            for uid, members in self._members.items()
-            if any(topic.name in member.subscribe for member in members)  # mostly the first one says it
-        }
-        return frozenset(here | self._listed[topic.name])
+        """Who gets a stored message to all: the users that the policy names, and a few connected uids of each owner."""
+        here: dict[int, list[int]] = {}
+        for uid, members in self._members.items():
+            if any(topic.name in member.subscribe for member in members):  # mostly the first one says it
+                here.setdefault(next(iter(members)).sender.owner, []).append(uid)
+        few = (sorted(uids, key=lambda uid: (uid != owner, uid))[:_UIDS_HERE] for owner, uids in here.items())
+        return frozenset(self._listed[topic.name]).union(*few)
 
     def _record(self, message: dict[str, Any], payload: bytes) -> None:
         fields = {
@@ -359,25 +376,29 @@ class Topics:
             "PRIORITY": "6",
             "SYSLOG_IDENTIFIER": _IDENTIFIER,
             **{f"FDBROKER_{name.upper()}": str(message[name]) for name in ("number", "topic", "uid", "gid", "pid")},
+            "FDBROKER_OWNER": owner_text(message.get("owner", message["uid"])),
             **({"FDBROKER_SESSION": str(message["session"])} if "session" in message else {}),
             "FDBROKER_PAYLOAD": payload.decode(errors="backslashreplace"),
         }
         try:
             self._records.write(fields)
         except NotRecorded:
-            raise RateLimited(_JOURNAL_RETRY_MS) from None
+            raise RateLimited(_JOURNAL_RETRY_MS, "journal") from None
 
     def _take_token(self, member: Member, cost: int = 1) -> None:
-        """Count one message against its user's token bucket, or a broadcast like several."""
-        maxima, uid, now_s = member.maxima, member.sender.uid, time.monotonic()
-        bucket = self._buckets.get(uid)
-        if bucket is None:
-            if len(self._buckets) >= _BUCKETS_KEPT:
-                self._buckets = {one: kept for one, kept in self._buckets.items() if not kept.is_idle(now_s)}
-            bucket = self._buckets[uid] = Bucket(maxima.burst, now_s)
-        wait_ms = bucket.take(maxima.messages_per_second, maxima.burst, now_s, cost)
+        """Count one message against its owner's token bucket, or a broadcast like several."""
+        rate, burst = member.maxima.messages_per_second, member.maxima.burst
+        wait_ms = _bucket(self._buckets, member.sender.owner, burst).take(rate, burst, time.monotonic(), cost)
         if wait_ms:
             raise RateLimited(wait_ms)
+
+    def _take_records(self, member: Member, size: int) -> None:
+        """Count a record of a message against its owner's records: a long one is as much as several."""
+        rate, burst = member.maxima.records_per_second, member.maxima.record_burst
+        cost = limits.RECORDS_PER_MESSAGE + size // limits.BYTES_PER_RECORD
+        wait_ms = _bucket(self._records_of, member.sender.owner, burst).take(rate, burst, time.monotonic(), cost)
+        if wait_ms:
+            raise RateLimited(wait_ms, "records")
 
     # ---- having
 

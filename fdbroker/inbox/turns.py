@@ -2,8 +2,9 @@
 
 Runs in: inbox. An attacker controls how much it sends, on how many connections, and what of it is refused.
 
-A user is all of its connections together. Work is counted in units of about 5 us: a read, a message, a row that is
-stored. Who goes on above its budget is not read for a while, and nothing else happens to it; who is alone never is.
+A user is an owner: all connections of all its uids together. Work is counted in units of about 5 us: a read, a
+message, a row that is stored. A user above its budget is not read for a while, and nothing else happens to it; a user
+who is alone never has to rest.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _DEBT_S, _FORGOTTEN_S = limits.DEBT_SECONDS, limits.OFFENCES_SECONDS
 _CONTEST_S = limits.CONTEST_SECONDS
 _ASKED = limits.ASKED_AT_ONCE
 _USERS_KEPT = 4096
+_UNIT_S, _LONG_S = limits.UNIT_US / 1e6, limits.LONG_WORK_US / 1e6
+clock = time.thread_time  # of this thread's own work: what other processes do meanwhile counts for nobody
 # Units are taken from the budget in lots: looking at the clock for each message would cost as much as some messages.
 _LOT = 64
 
@@ -29,7 +32,7 @@ class Turns:
     """All users that were here lately."""
 
     def __init__(self) -> None:
-        self._by_uid: dict[int, User] = {}
+        self._by_owner: dict[int, User] = {}
         self._worked: dict[User, None] = {}  # in this turn
         self._latest: User | None = None
         self._contested_s = -float(_CONTEST_S)  # when another user than before had work
@@ -37,22 +40,22 @@ class Turns:
         self.share = _SHARE_ALONE  # of each user, in one turn
         self.slowed: list[User] = []  # who has begun to rest, to be recorded
 
-    def join(self, uid: int, allowed: Rights) -> User:
+    def join(self, owner: int, allowed: Rights) -> User:
         """The user of a connection that begins; what the policy allows it now is for all of its connections."""
-        user = self._by_uid.get(uid)
+        user = self._by_owner.get(owner)
         if user is None:
             now_s = time.monotonic()
-            if len(self._by_uid) >= _USERS_KEPT:
+            if len(self._by_owner) >= _USERS_KEPT:
                 self._forget_idle(now_s)
-            user = self._by_uid[uid] = User(uid, allowed, now_s)
+            user = self._by_owner[owner] = User(owner, allowed, now_s)
         user.allow(allowed)
         user.clients += 1
         return user
 
     def _forget_idle(self, now_s: float) -> None:
-        for uid, user in list(self._by_uid.items()):
+        for owner, user in list(self._by_owner.items()):
             if not user.clients and not user.rests_until_s and user.pace.is_idle(now_s):
-                del self._by_uid[uid]
+                del self._by_owner[owner]
 
     def leave(self, user: User, client: Client) -> None:
         """Its connection has ended."""
@@ -64,6 +67,14 @@ class Turns:
         """So much was done for the user, or will be, at one go: what is over its share nobody could come between."""
         user.used += units if units <= _SHARE else units * _UNDIVIDED
         self._worked[user] = None
+
+    def spend(self, user: User, began_s: float | None, units: int) -> None:
+        """So much was done for the user; what took long since `began_s` of `clock` counts by its time instead.
+
+        However a client makes its message, or what waits for it, expensive: nothing but small work goes by numbers.
+        """
+        spent_s = 0.0 if began_s is None else clock() - began_s
+        self.work(user, max(units, int(spent_s / _UNIT_S)) if spent_s > _LONG_S else units)
 
     def may_work(self, user: User) -> bool:
         """Whether the user has something left of its share of this turn."""

@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import gc
 import os
+import resource
 import socket
 import struct
 import threading
 import time
 
 import pytest
+from harness import ALICE, as_user
 
 from fdbroker import limits
 from fdbroker.errors import ProtocolViolation, QuotaExceeded
@@ -19,6 +21,7 @@ from fdbroker.inbox.attached import Ledger, Unread
 from fdbroker.inbox.client import Client, User
 from fdbroker.inbox.decode import Decoder
 from fdbroker.kernel import memfd, sockets
+from fdbroker.kernel.jobs import Jobs
 from fdbroker.wire.rights import Rights, Sender
 
 INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
@@ -34,7 +37,7 @@ def is_open(number):
 
 def wait_closed(numbers):
     gc.collect()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while any(map(is_open, numbers)):
         assert time.monotonic() < end, "still open"
         time.sleep(0.005)
@@ -42,9 +45,9 @@ def wait_closed(numbers):
 
 @pytest.fixture
 def ledger():
-    made = Ledger()
+    made = Ledger(Jobs(8))
     yield made
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while made._held:
         assert time.monotonic() < end, made._held
         time.sleep(0.005)
@@ -63,13 +66,14 @@ def test_they_are_closed_with_the_last_that_refers_to_them(ledger):
 
 def test_a_user_has_room_for_one_message_more_or_for_none(ledger):
     most, each = limits.HELD_DESCRIPTORS, limits.DESCRIPTORS_PER_MESSAGE
+    ledger._most = most * 5
     held = [ledger.take(5, null(each)) for _ in range(most // each - 1)]
     assert ledger.has_room(5)
     held.append(ledger.take(5, null(1)))
     assert not ledger.has_room(5)
     assert ledger.has_room(6)
     held.clear()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not ledger.has_room(5):
         assert time.monotonic() < end
 
@@ -107,7 +111,7 @@ def test_the_bytes_of_memfds_count_while_they_are_held(ledger, monkeypatch):
     numbers = first.numbers
     del first
     wait_closed(numbers)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while ledger._held[5].bytes:
         assert time.monotonic() < end
     assert second.size(0) == 5
@@ -198,7 +202,7 @@ def pair():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     theirs.settimeout(5)
     with ours, theirs:
-        yield Client(1, Sender(5, 5, 5, ""), ours, User(5, Rights(), 0)), theirs
+        yield Client(1, Sender(5, 5, 5, "", 5), ours, User(5, Rights(), 0)), theirs
 
 
 def received(sock):
@@ -210,7 +214,7 @@ def received(sock):
 
 def test_each_goes_with_the_first_byte_of_its_message(pair, ledger):
     client, theirs = pair
-    unread = Unread()
+    unread = Unread(Jobs(1))
     client.push(b"none", None)
     client.push(b"two", ledger.take(5, null(2)))
     client.push(b"none again", None)
@@ -238,7 +242,7 @@ def test_a_socket_that_takes_a_part_has_the_descriptors_already(pair, ledger):
     total, counts = b"", []
     while len(total) < 300_010:
         with contextlib.suppress(BlockingIOError):
-            client.send(Unread())
+            client.send(Unread(Jobs(1)))
         data, count = received(theirs)
         total += data
         counts += [count] if count else []
@@ -246,8 +250,30 @@ def test_a_socket_that_takes_a_part_has_the_descriptors_already(pair, ledger):
     assert counts == [3, 1]
 
 
+def _send_when_the_kernel_takes_none(_):
+    """As a user without rights, with as many descriptors in flight as it may have open."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    many = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with contextlib.suppress(OSError):
+        while True:
+            socket.send_fds(many[0], [b"x"], [0] * 10)
+    client = Client(1, Sender(5, 5, 5, "", 5), ours, User(5, Rights(), 0))
+    jobs = Jobs(1)
+    client.push(b"before\0", None)
+    client.push(b"with one\0", Ledger(jobs).take(5, null(1)))
+    client.push(b"behind\0", None)
+    client.send(Unread(jobs))
+    return [theirs.recv(100).decode(), client.member.lost, len(client.attached)]
+
+
+def test_a_message_is_lost_when_the_kernel_sends_no_descriptors_and_its_subscriber_stays():
+    """ETOOMANYREFS: others of the inbox's user have too many in flight."""
+    assert as_user(ALICE, [], _send_when_the_kernel_takes_none, None) == ["before\0behind\0", 1, 0]
+
+
 def test_unread_ones_are_counted_of_each_connection_and_each_user():
-    unread = Unread()
+    unread = Unread(Jobs(1))
     most, of_user = limits.UNREAD_DESCRIPTORS, limits.UNREAD_OF_USER
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
     (first, _), (second, _), (third, _) = pairs
@@ -276,7 +302,7 @@ def test_unread_ones_are_counted_of_each_connection_and_each_user():
 
 
 def test_an_ended_connection_stays_until_its_other_end_has_them_or_is_gone():
-    unread = Unread()
+    unread = Unread(Jobs(1))
     for by_reading in (True, False):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         numbers = null(1)
@@ -285,7 +311,7 @@ def test_an_ended_connection_stays_until_its_other_end_has_them_or_is_gone():
         unread.add(5, ours, limits.UNREAD_OF_USER)
         unread.end(5, ours)
         unread.sweep()
-        assert unread.lingering
+        assert unread.waiting
         assert ours.fileno() >= 0
         assert not unread.may_send(5, theirs, 1)
         if by_reading:
@@ -293,24 +319,29 @@ def test_an_ended_connection_stays_until_its_other_end_has_them_or_is_gone():
             unread.sweep()
         theirs.close()
         unread.sweep()
-        assert not unread.lingering
+        assert not unread.waiting
         assert ours.fileno() < 0
         assert unread.may_send(5, theirs, 1)
 
 
-def test_so_many_ended_connections_stay_and_not_one_more():
-    unread = Unread()
-    unread._ended_max = 2
-    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
-    for uid, (ours, _) in enumerate(pairs):
+def test_who_ends_many_connections_with_something_unread_is_sent_nothing_more_and_none_is_forgotten():
+    """The kernel counts what is unread for as long as the other end lives; whoever has none is still sent some."""
+    unread = Unread(Jobs(1))
+    unread._ended_max = 8
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(4)]
+    for ours, theirs in pairs[:3]:
         numbers = null(1)
+        assert unread.may_send(5, ours, 1) == (pairs.index((ours, theirs)) < 2)
         sockets.send(ours, b"x", numbers)
         os.close(numbers[0])
-        unread.add(uid, ours, 1)
-        unread.end(uid, ours)
-    assert [ours.fileno() >= 0 for ours, _ in pairs] == [True, True, False]
+        unread.add(5, ours, 1)
+        unread.end(5, ours)
+        assert ours.fileno() >= 0
+    assert unread.may_send(6, pairs[3][0], 1)
+    assert unread._count == 3
     for _, theirs in pairs:
         theirs.close()
+    pairs[3][0].close()
     unread.sweep()
-    assert not unread.lingering
+    assert not unread.waiting
     assert unread._sent == {}

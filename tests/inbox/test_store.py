@@ -293,16 +293,18 @@ def test_numbers_are_remembered_when_their_messages_are_gone(folder):
     store.close()
 
 
-def test_what_is_over_is_removed_in_pieces(store, monkeypatch):
+@pytest.mark.parametrize(("messages", "recipients"), [(2400, 1), (3, 800), (1, 2400)])
+def test_what_is_over_is_removed_in_pieces(store, monkeypatch, messages, recipients):
+    """However many recipients a message has: all others wait meanwhile."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    for number in range(1, 121):
-        put(store, number, expires_us=1000)
+    for number in range(1, messages + 1):
+        put(store, number, range(recipients), expires_us=1000)
     store.commit()
     left = []
     for _ in range(4):
         now[0] += 1
-        store.check(9, 1, 1000, 1000)
+        store.check(9, 1, 10000, 10000)
         left.append(store._database.execute("SELECT count(*) FROM waiting").fetchone()[0])
-    assert left == [70, 20, 0, 0]
+    assert left == [1400, 400, 0, 0]
     assert store._used == {}

@@ -17,7 +17,7 @@ from fdbroker.terms import Topic, User
 from fdbroker.wire.rights import Rights, Sender
 
 TOPICS = (Topic("inbox", ("journal", "subscribers"), 100), Topic("news", ("subscribers",), 65536))
-ALL = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2)
+ALL = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2, 0, 0, 1000, 1000)
 
 
 class Journal:
@@ -44,7 +44,7 @@ def topics(journal):
 
 
 def member(topics, uid=5, rights=ALL, session=""):
-    made = Member(Sender(uid, uid + 1, uid + 2, session))
+    made = Member(Sender(uid, uid + 1, uid + 2, session, uid))
     topics.allow(made, rights)
     return made
 
@@ -183,7 +183,7 @@ def test_another_policy_holds_from_the_next_message_on(topics):
     with pytest.raises(TopicDenied):
         send(topics, sender, topic="other")
     with pytest.raises(TopicDenied):
-        topics.allow(one, Rights(frozenset({0}), frozenset({0}), 1, 1, 1))
+        topics.allow(one, Rights(frozenset({0}), frozenset({0}), 1, 1, 1, 0, 0, 9, 9))
     assert one.subscribed == frozenset()
     taken(one)
     send(topics, sender, topic="inbox")
@@ -206,7 +206,7 @@ STORED = (
     Topic("mail", ("queue",), 65536, 60),
     Topic("open", ("journal", "subscribers", "queue"), 65536, 60, everyone=True),
 )
-QUEUE = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2, 3, 10_000)
+QUEUE = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2, 3, 10_000, 1000, 1000)
 
 
 class Held:
@@ -421,3 +421,15 @@ def test_messages_of_one_turn_keep_their_order_stored_or_not(journal):
     assert topics.commit() is not None
     assert [message["topic"] for message in taken(one)] == ["plain"]  # what is not stored is not lost with the others
     store.close()
+
+
+def test_of_one_owner_so_many_who_are_here_and_not_one_more(topics):
+    """RECIPIENTS_OF_OWNER: who sends to all pays for each of them; its own uid is always one."""
+    here = [Member(Sender(uid, uid, uid, "", 7)) for uid in range(100_000, 100_000 + limits.RECIPIENTS_OF_OWNER)]
+    for one in (*here, Member(Sender(9, 9, 9, "", 9))):
+        topics.allow(one, ALL)
+    assert topics._recipients(TOPICS[1]) == {9, *range(100_000, 100_000 + limits.RECIPIENTS_OF_OWNER)}
+    topics.allow(Member(Sender(7, 7, 7, "", 7)), ALL)
+    found = topics._recipients(TOPICS[1])
+    assert {7, 9} < found
+    assert len(found) == 1 + limits.RECIPIENTS_OF_OWNER

@@ -137,7 +137,7 @@ def test_one_user_has_few_questions_with_the_opener_while_others_have_work(clock
     one = turns.join(1, ALLOWED)
     pairs = [socket.socketpair() for _ in range(4)]
     try:
-        clients = [Client(number, Sender(1, 1, 1, ""), ours, one) for number, (ours, _) in enumerate(pairs)]
+        clients = [Client(number, Sender(1, 1, 1, "", 1), ours, one) for number, (ours, _) in enumerate(pairs)]
         assert all(turns.may_ask(one, client, 1) for client in clients)  # it is alone
         for client in clients:
             turns.answered(one, client)

@@ -1,0 +1,69 @@
+"""Reading a client's socket: its bytes, its descriptors, and whatever must not stay in our queue.
+
+Runs in: inbox. An attacker controls what comes, when, and how long it takes to close what comes along.
+
+The kernel closes a descriptor for which a read has no room, in the thread that reads, and that can take as long as a
+driver likes. So descriptors are let in, also those that nobody may send, and a thread of their owner's closes them.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import NamedTuple
+
+from fdbroker import limits
+from fdbroker.inbox.attached import Attached, Ledger
+from fdbroker.inbox.client import Client
+from fdbroker.kernel import sockets
+from fdbroker.kernel.jobs import Jobs
+
+READ_BYTES = 65536
+_MOST = limits.DESCRIPTORS_PER_MESSAGE
+
+
+class Received(NamedTuple):
+    """What one read brought of one sender: bytes, none at the end of the stream, and how many descriptors.
+
+    `attached` owns them as far as the client may have sent them. `broken`: it sent more than anybody may.
+    """
+
+    data: bytes
+    uid: int
+    descriptors: int
+    attached: Attached | None
+    broken: bool
+
+
+class Receiver:
+    """Owns the descriptors that come, by a ledger."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._ledger = Ledger(jobs)
+
+    def read(self, client: Client) -> Received:
+        """The next bytes. Raises BlockingIOError when there are none, OSError when the client is gone.
+
+        There is room for descriptors from who may send none, too: one can wait since before the kernel was told so.
+        """
+        owner = client.user.owner
+        size, room = READ_BYTES, sockets.SCM_MAX_FD
+        if not self._ledger.has_room_to_close(owner):
+            size, room = sockets.plain_bytes(client.sock, READ_BYTES), 0
+            if not size:  # more than the owner may have waiting to be closed
+                return Received(b"", -1, 0, None, broken=True)
+        may_hold = client.member.send and self._ledger.has_room(owner)
+        data, uid, numbers, cut = sockets.receive_with_sender(client.sock, size, room)
+        attached = self._ledger.take(owner, numbers) if numbers else None
+        if cut or (attached is not None and not may_hold):
+            attached = self._ledger.take(owner, ())  # none was left here, or they are too many for it
+        return Received(data, uid, len(numbers), attached, broken=len(numbers) > _MOST)
+
+    @staticmethod
+    def peek(client: Client) -> bytes | None:
+        """The first byte that waits, b"" at the end of the stream, None when nothing has come."""
+        try:
+            return client.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b"?"
