@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import termios
+from typing import NamedTuple
 
 from fdbroker.kernel import libc
 from fdbroker.kernel.namespaces import CLONE, QUESTIONS
@@ -31,16 +32,20 @@ _LOOP = """
     getsockname
 """
 _OPENER = """
-    accept4 openat2 openat readlinkat getdents64 capset inotify_init1 inotify_add_watch pread64 dup prlimit64
+    accept4 openat2 openat readlinkat getdents64 faccessat2 capset inotify_init1 inotify_add_watch pread64 dup prlimit64
+    eventfd2 set_robust_list rseq pidfd_open
 """
 
-# What the inbox does beside: a thread to close what came with a message, and how many of these it may hold.
+# What the inbox does beside: read a payload from its memfd, whatever becomes of the message; start a thread to close
+# what came with a message; see how many of these it may hold.
 _INBOX = """
-    set_robust_list rseq prlimit64
+    pread64 set_robust_list rseq prlimit64
 """
-# What SQLite does for the inbox, where messages are stored: Landlock says in which folder.
+# What the store alone does (inbox/store.py and inbox/reserve.py), by itself and by SQLite: Landlock says in which
+# folder. An inbox without a store touches no file, so it may do none of this. A call that any other module of the inbox
+# makes belongs above: tests/privileged/test_each_feature_alone.py.
 _STORE = """
-    openat pread64 pwrite64 fsync fdatasync ftruncate fallocate unlink access rename
+    openat pwrite64 fsync fdatasync ftruncate fallocate unlink access rename
 """
 
 # A process of ours that does one of these is not itself any more.
@@ -63,15 +68,64 @@ PROCESSES = {
     "inbox": _RUNTIME + _LOOP + _INBOX,
     "inbox-store": _RUNTIME + _LOOP + _INBOX + _STORE,
     "namespaces": _RUNTIME + _LOOP + _WORKER,
+    "witness": _RUNTIME + "recvmsg select pselect6 getsockname getsockopt capset",
+    "refuser": _RUNTIME + "accept4 recvfrom shutdown getsockname getsockopt setsockopt set_robust_list rseq",
 }
+
+
+class Ioctl(NamedTuple):
+    """One ioctl(2) that a process may make: its request, the module that makes it, the rules that need it."""
+
+    process: str
+    name: str
+    request: int
+    module: str
+    rules: str
+
+
+# All ioctls of our processes; tests/launcher/test_ioctls.py compares them with the filters and with the code.
+IOCTLS = (
+    # how much has the client not read yet; of SIOCOUTQ's number termios has the other name
+    Ioctl("opener", "SIOCOUTQ", termios.TIOCOUTQ, "kernel/sockets.py", "all"),
+    # the same of a subscriber that descriptors were sent to
+    Ioctl("inbox", "SIOCOUTQ", termios.TIOCOUTQ, "kernel/sockets.py", "`topics`"),
+    # whether a socket that is to be closed has something unread in it, which may take its time to close
+    Ioctl("opener", "SIOCINQ", termios.FIONREAD, "kernel/sockets.py", "all"),
+    Ioctl("inbox", "SIOCINQ", termios.FIONREAD, "kernel/sockets.py", "all"),
+    # which type, whose, and which process: answer.py; the witness compares two by their numbers alone
+    Ioctl("namespaces", "NS_GET_NSTYPE", QUESTIONS["NS_GET_NSTYPE"], "kernel/namespaces.py", "`namespaces`, `sockets`"),
+    Ioctl("namespaces", "NS_GET_USERNS", QUESTIONS["NS_GET_USERNS"], "kernel/namespaces.py", "`namespaces`"),
+    Ioctl("namespaces", "NS_GET_OWNER_UID", QUESTIONS["NS_GET_OWNER_UID"], "kernel/namespaces.py", "`namespaces`"),
+    Ioctl(
+        "namespaces",
+        "NS_GET_PID_FROM_PIDNS",
+        QUESTIONS["NS_GET_PID_FROM_PIDNS"],
+        "kernel/namespaces.py",
+        "`namespaces` with `of`",
+    ),
+)
+
+
+def _ioctls(process: str) -> tuple[int, tuple[int, ...]]:
+    return 1, tuple(row.request for row in IOCTLS if row.process == process)
+
+
 # What is allowed with certain values of one argument only: which one, and which values.
 _FORK = 0x0120_0000 | signal.SIGCHLD  # CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID: what glibc's fork says
 _THREAD = 0x003D_0F00  # what glibc's pthread_create says: a thread that shares all there is, and no process
-# a subscriber's unread descriptors, as for the opener
-_OF_INBOX: dict[str, tuple[int, tuple[int, ...]]] = {"ioctl": (1, (termios.TIOCOUTQ,)), "clone": (0, (_THREAD,))}
+# a pair of sockets that is closed at once has the kernel collect others
+_OF_INBOX: dict[str, tuple[int, tuple[int, ...]]] = {
+    "ioctl": _ioctls("inbox"),
+    "clone": (0, (_THREAD,)),
+    "socketpair": (0, (socket.AF_UNIX,)),
+}
 NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
-    # how much has the client not read yet; whether it may send descriptors
-    "opener": {"ioctl": (1, (termios.TIOCOUTQ,)), "setsockopt": (2, (SO_PASSRIGHTS,))},
+    # whether a client may send descriptors; threads for drivers that sleep
+    "opener": {
+        "ioctl": _ioctls("opener"),
+        "setsockopt": (2, (SO_PASSRIGHTS, socket.SO_OOBINLINE)),
+        "clone": (0, (_THREAD,)),
+    },
     "inbox": _OF_INBOX,
     "inbox-store": _OF_INBOX,
     "namespaces": {
@@ -80,9 +134,11 @@ NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
         "clone": (0, (_FORK,)),
         "socketpair": (0, (socket.AF_UNIX,)),
         "socket": (0, (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)),
-        "ioctl": (1, QUESTIONS),
+        "ioctl": _ioctls("namespaces"),
         "prctl": (0, (libc.PR_SET_PDEATHSIG,)),
     },
+    "witness": {},
+    "refuser": {"clone": (0, (_THREAD,)), "setsockopt": (2, (socket.SO_OOBINLINE,))},
 }
 # What is allowed without certain flags only: in which argument, and which flags. No process makes code once it is
 # confined, and none connects: what is sent with the first packet of a TCP connection would.
@@ -93,23 +149,33 @@ _WITHOUT = {
     "sendto": (3, _MSG_FASTOPEN),
     "sendmsg": (2, _MSG_FASTOPEN),
 }
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 WITHOUT: dict[str, dict[str, tuple[int, int]]] = {
     "opener": _WITHOUT,
     "inbox": _WITHOUT,
     "inbox-store": _WITHOUT,
     # it has no Landlock, and reads only; so not openat2 either, whose flags no filter sees
-    "namespaces": {**_WITHOUT, "openat": (2, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)},
+    "namespaces": {**_WITHOUT, "openat": (2, _WRITING)},
+    "witness": {**_WITHOUT, "openat": (2, _WRITING)},
+    "refuser": _WITHOUT,
 }
 # NSS may ask a server.
 _LAUNCHER_MAY = "socket bind connect listen"
+# What the kernel lets the launcher do to every process of root's uid, process 1 among them, without a capability. Its
+# children end by their links or by lifeline.py, never by a signal of the launcher's.
+_LAUNCHER_MAY_NOT = """
+    kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal setpriority ioprio_set sched_setscheduler
+    sched_setparam sched_setattr sched_setaffinity
+"""
 
 
 def compile_launchers() -> bytes:
     """The launcher's own filter, for when all serve. Raises OSError when libseccomp refuses."""
     program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     refused = pyseccomp.ERRNO(errno.EPERM)
-    for name in set(_DEADLY.split()).difference(_LAUNCHER_MAY.split()):
+    for name in set(_DEADLY.split()).difference(_LAUNCHER_MAY.split()).union(_LAUNCHER_MAY_NOT.split()):
         _add(program, refused, name)
+    _add(program, refused, "prlimit64", pyseccomp.Arg(0, pyseccomp.NE, 0))  # 0 is the launcher itself
     for flag in CLONE.values():
         _add(program, refused, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, flag, flag))
     _add(program, pyseccomp.ERRNO(errno.ENOSYS), "clone3")

@@ -1,6 +1,7 @@
 """The listening socket: the one that systemd passes, or one bound in place with its final owner and mode.
 
-Runs in: launcher, as root. Whoever may write to the socket's folder could replace it: so that must be root alone.
+Runs in: launcher, as root. A user with write access to the socket's folder, or to one above it, could replace the
+socket: so these folders must be root's alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import stat
 
 from fdbroker.errors import EX_CONFIG, EX_UNAVAILABLE, FdbrokerError
 from fdbroker.kernel import sockets
-from fdbroker.policy.load import untrusted
+from fdbroker.policy.files import untrusted
 from fdbroker.terms import INVALID_ID
 
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
@@ -97,14 +98,7 @@ def bound(path: str, mode: int, group: str | None) -> Listener:
     """
     if not path.startswith("/"):
         raise CannotListen(f"{path!r} is no absolute path; abstract addresses have no mode and are refused")
-    folder = os.path.dirname(path)
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        raise CannotListen(f"{folder}: {error.strerror}; make it: install -d -m 0755 {folder}") from None
-    trouble = untrusted(status, sticky_is_fine=True)
-    if trouble:
-        raise CannotListen(f"{folder} {trouble}, or others could replace the socket")
+    _judge_folders(path)
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     gid_before = os.getegid()
@@ -122,6 +116,24 @@ def bound(path: str, mode: int, group: str | None) -> Listener:
     listener = Listener(sock, path)
     sock.listen(_BACKLOG)
     return listener
+
+
+def _judge_folders(path: str) -> None:
+    """Raises CannotListen when somebody else than root could put another socket in the place of `path`."""
+    folder, name = os.path.split(path)
+    real = os.path.realpath(folder)
+    if real != folder:  # the owner of a link could lead clients elsewhere, and so could the owner of a folder with one
+        raise CannotListen(f"{folder} is not the plain name of a folder: write {os.path.join(real, name)}")
+    while True:
+        try:
+            trouble = untrusted(os.stat(folder), sticky_is_fine=True)
+        except OSError as error:
+            raise CannotListen(f"{folder}: {error.strerror}; make it: install -d -m 0755 {folder}") from None
+        if trouble:
+            raise CannotListen(f"{folder} {trouble}, or others could replace the socket {path}")
+        if folder == "/":
+            return
+        folder = os.path.dirname(folder)
 
 
 def _gid_of(group: str) -> int:

@@ -10,16 +10,26 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fdbroker.errors import RestartNeeded
+from fdbroker import errors, limits
+from fdbroker.errors import FdbrokerError, Finding, PolicyError, RestartNeeded
 from fdbroker.kernel.devices import nodes_matching
 from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
-from fdbroker.policy.compiled import Policy
+from fdbroker.policy.compile import Loaded, failed_tests, load_policy
+from fdbroker.policy.compiled import Policy, to_bytes
+from fdbroker.policy.fit import number_fits
 from fdbroker.policy.paths import is_literal, literal_folder
 from fdbroker.terms import DeviceRule, NamespaceRule, SocketRule, TopicRule
 
 _MODE_BITS = {"ro": 4, "wo": 2, "rw": 6}
 _RIGHTS = {"ro": READ_FILE, "wo": WRITE_FILE, "rw": READ_FILE | WRITE_FILE}
+_MEMORY = 1  # the major number of /dev/null and the like, which are in every kernel: mem.c of Linux
 _CAPABILITY = {"ro": "CAP_DAC_READ_SEARCH", "wo": "CAP_DAC_OVERRIDE", "rw": "CAP_DAC_OVERRIDE"}
+
+
+class CapabilitiesMissing(FdbrokerError):
+    """The policy needs what the service was not given when it was started: by its unit, or in a container."""
+
+    exit_code = errors.EX_CONFIG
 
 
 class Needs(NamedTuple):
@@ -51,6 +61,7 @@ def needs(policy: Policy) -> Needs:
     files: dict[str, int] = {}
     reasons = []
     worker: set[str] | None = None
+    removing = _devtmpfs()
     for rule in policy.all_rules():
         if isinstance(rule, TopicRule):
             continue
@@ -60,7 +71,7 @@ def needs(policy: Policy) -> Needs:
             reasons += [f"{name} in the namespaces worker: {rule.where}" for name in wanted]
             files["/run"] = READ_DIR  # to list the names in /run/netns
             continue
-        found = [path for path in nodes_matching(rule.pattern, set()) if os.path.exists(path)]
+        found = [path for path in nodes_matching(rule.pattern, set()) if _may_be_given(path, rule)]
         for need in {_need(path, rule) for path in found} or {_CAPABILITY[rule.access]}:
             if isinstance(need, int):
                 groups.add(need)
@@ -68,7 +79,7 @@ def needs(policy: Policy) -> Needs:
             elif need:
                 capabilities.add(need)
                 reasons.append(f"{need}: {rule.where} {rule.pattern}")
-        for path in _places(rule.pattern, found):
+        for path in _places(rule.pattern, found, removing):
             files[path] = files.get(path, 0) | _RIGHTS[rule.access] | READ_DIR
     stored = [topic.name for topic in policy.topics if "queue" in topic.deliver]
     reasons += [f"a folder for stored messages: topic {name}" for name in stored]
@@ -119,6 +130,16 @@ def _of_worker(rule: NamespaceRule | SocketRule) -> set[str]:
     return wanted
 
 
+def _may_be_given(path: str, rule: DeviceRule) -> bool:
+    """Whether there is a node at `path` with a number that the rule is for: another one needs nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return bool(status.st_rdev) and (not rule.device or number_fits(rule.device, number))
+
+
 def _need(path: str, rule: DeviceRule) -> str | int:
     """A capability, a gid, or "" for the opener to open `path` as `rule` says."""
     folder = os.path.dirname(path)
@@ -136,21 +157,46 @@ def _need(path: str, rule: DeviceRule) -> str | int:
     return _CAPABILITY[rule.access]
 
 
-def _places(pattern: str, found: list[str]) -> set[str]:
-    """Where Landlock must let the opener open: the narrowest places that nodes can come and go in."""
+def _places(pattern: str, found: list[str], removing: int | None) -> set[str]:
+    """Where Landlock must let the opener open: the narrowest places that nodes can come and go in, and that stay."""
     folder = literal_folder(pattern)
-    if folder == "/dev" and is_literal(pattern) and found:
-        places = {pattern}
-    else:
-        while not os.path.isdir(folder):
-            folder = os.path.dirname(folder)
-        places = {folder}
+    places = {pattern if folder == "/dev" and is_literal(pattern) and found else folder}
     # links lead elsewhere
     for path in found:
         real = os.path.realpath(path)
         if real != path and real.startswith("/dev/"):
             places.add(os.path.dirname(real))
-    return places
+    return {_staying(place, removing) for place in places}
+
+
+def _staying(path: str, removing: int | None) -> str:
+    """The deepest place at or above `path` that will be the same as long as the service runs.
+
+    Landlock holds on to what stands there, not to its name. `removing` is where the kernel removes nodes.
+    """
+    while path != "/dev":
+        try:
+            status = os.lstat(path)
+        except OSError:  # it comes later
+            status = None
+        if status is not None and (status.st_dev != removing or os.major(status.st_rdev) == _MEMORY):
+            break
+        path = os.path.dirname(path)
+    return path
+
+
+def _devtmpfs() -> int | None:
+    """The device number of the file system in which the kernel makes and removes nodes, None where it is not mounted.
+
+    With its device or driver a node goes, and a folder with its last node. Source: devtmpfs.c of Linux.
+    """
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            mount, _, kind = line.partition(b" - ")
+            if kind.startswith(b"devtmpfs "):
+                major, minor = mount.split()[2].split(b":")
+                return os.makedev(int(major), int(minor))
+    return None
 
 
 def _still(place: str, given: Needs) -> bool:
@@ -184,3 +230,16 @@ def check_reload(given: Needs, wanted: Needs) -> None:
         raise RestartNeeded(
             f"the new policy needs {', '.join(missing)}, which was given up when the service started: restart fdbroker"
         )
+
+
+def checked_policy(path: str) -> tuple[Loaded, Needs]:
+    """Load, test, and see what it needs. Raises PolicyError when anything is wrong or a test of the policy fails."""
+    loaded = load_policy(path, trusted=True)
+    failed = failed_tests(loaded)
+    if failed:
+        raise PolicyError(failed)
+    size = len(to_bytes(loaded.policy))
+    if size > limits.POLICY_LINK_BYTES:
+        expected = f"at most {limits.POLICY_LINK_BYTES} bytes"
+        raise PolicyError([Finding(path, 0, 0, "is too large once it is compiled", expected, f"{size} bytes")])
+    return loaded, needs(loaded.policy)

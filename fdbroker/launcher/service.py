@@ -10,32 +10,40 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
 from fdbroker.kernel import capabilities, confine, landlock, memfd, processes
-from fdbroker.launcher import filters, listen, start
+from fdbroker.launcher import ends, filters, listen, start
+from fdbroker.launcher.broken import Refuser
 from fdbroker.launcher.journal import Journal
-from fdbroker.launcher.needs import Needs, check_reload, needs
+from fdbroker.launcher.needs import CapabilitiesMissing, check_reload, checked_policy
 from fdbroker.launcher.notify import Notify
-from fdbroker.policy.compile import failed_tests, load_policy
+from fdbroker.policy import names
+from fdbroker.policy.compile import compile_documents
 from fdbroker.policy.compiled import Policy, to_bytes
-from fdbroker.wire import link
+from fdbroker.policy.files import policy_files
+from fdbroker.wire import admin, codec, link
+
+_to_opener = link.LAUNCHER_TO_OPENER.encode
 
 # What each child may say to us.
-_SAYS = {
+_SAYS: dict[str, codec.Table[Any]] = {
     "opener": link.OPENER_TO_LAUNCHER,
     "inbox": link.INBOX_TO_LAUNCHER,
     "namespaces": link.WORKER_TO_LAUNCHER,
+    "witness": link.WITNESS_TO_LAUNCHER,
 }
 _STOP_LOOK_S = 0.05
-# How often we look whether a child has ended that does not say so by its link, and whether the journal is another one.
-_LOOK_S = 5.0
+# How often we look whether a child has ended that does not say so by its link, whether the journal is another one, and
+# whether the databases of users and groups have changed.
+_LOOK_S = 2.0
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
@@ -53,8 +61,8 @@ class ServiceFailed(FdbrokerError):
     """A child died, or did not come up; the service ends, and its manager starts it again."""
 
 
-class CapabilitiesMissing(FdbrokerError):
-    """The policy needs what the service was not given when it was started: by its unit, or in a container."""
+class ChildRefused(ServiceFailed):
+    """A child does not run on a machine that is set up like this one, and has said why."""
 
     exit_code = errors.EX_CONFIG
 
@@ -63,21 +71,8 @@ def say(text: str, priority: int = 6) -> None:
     """One message to standard error, which the service manager puts into the journal with that syslog(3) priority."""
     begin = f"<{priority}>" if "JOURNAL_STREAM" in os.environ else "fdbroker: "
     with contextlib.suppress(OSError):
-        sys.stderr.write("".join(f"{begin}{line}\n" for line in text.splitlines()))
+        sys.stderr.write("".join(f"{begin}{line}\n" for line in text.split("\n")))
         sys.stderr.flush()
-
-
-def checked_policy(path: str) -> tuple[Policy, Needs]:
-    """Load, test, and see what it needs. Raises PolicyError when anything is wrong or a test of the policy fails."""
-    loaded = load_policy(path, trusted=True)
-    failed = failed_tests(loaded)
-    if failed:
-        raise PolicyError(failed)
-    size = len(to_bytes(loaded.policy))
-    if size > limits.POLICY_LINK_BYTES:
-        expected = f"at most {limits.POLICY_LINK_BYTES} bytes"
-        raise PolicyError([Finding(path, 0, 0, "is too large once it is compiled", expected, f"{size} bytes")])
-    return loaded.policy, needs(loaded.policy)
 
 
 class Launcher:
@@ -88,48 +83,108 @@ class Launcher:
         self._notify = Notify()
         self._journal = Journal()
         self._generation = 1
+        self._reload_wanted = False
+        self._reload_for: list[int] = []  # connections that wait for the next load
+        self._applying: list[int] | None = None  # those that wait for the policy to be in force, while it is not yet
         self._stop_at_s = 0.0
         self._children: list[start.Child] = []
+        self._half_ended: set[str] = set()  # children that the last look found without their main thread
         self._epoll = select.epoll()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def run(self) -> None:
         """Serve. Raises PolicyError and CannotListen before anything is started, ServiceFailed afterwards."""
-        policy, self._given = checked_policy(self._options.policy)
         options = self._options
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         if descriptors != resource.RLIM_INFINITY and descriptors <= limits.DESCRIPTORS_RESERVED:
             needed = limits.DESCRIPTORS_RESERVED
             raise ServiceFailed(f"at most {descriptors} descriptors (ulimit -Hn) leave none for clients: over {needed}")
-        for warning in self._given.warnings:
-            say(warning, priority=4)
-        missing = sorted((self._given.capabilities | (self._given.worker or frozenset())) - capabilities.effective())
-        if missing:
-            hint = ": see /usr/share/doc/fdbroker/namespaces.conf" if self._given.worker is not None else ""
-            raise CapabilitiesMissing(f"the policy needs {', '.join(missing)}, which this service may not have{hint}")
-        if not self._journal.await_place():
-            raise ServiceFailed("there is no journal, and standard error is /dev/null: nothing would be recorded")
-        listener = listen.inherited() or listen.bound(options.address, options.mode, options.group)
-        if not listener.asked_credentials:
-            say("who connected already is disconnected: add PassCredentials=yes to the socket's unit", priority=4)
+        listener = listen.inherited()
         try:
             self._catch_signals()
-            self._children = start.start_children(
-                listener.sock, to_bytes(policy), self._given, options.state, self._journal.sock
-            )
-            listener.sock.close()  # the opener alone accepts
-            self._await_ready()
-            self._confine(listener.path)
-            self._notify.tell(READY=1, STATUS=f"Serving with {options.policy}")
-            say(f"serving with {options.policy}")
+            while not self._children:
+                try:
+                    self._check()
+                    listener = listener or listen.bound(options.address, options.mode, options.group)
+                    self._start(listener)
+                except FdbrokerError as error:
+                    # what systemd has bound, clients may wait at: each of them would start a service that cannot run
+                    waiting = error.exit_code == errors.EX_CONFIG and listener is not None and not listener.path
+                    if self._children or not waiting or listener is None:
+                        raise
+                    if not self._refuse_until_mended(listener.sock, error):
+                        return
             self._loop()
         finally:
-            listener.sock.close()
-            listener.remove()
+            for number in _SIGNALS:  # at its own end Python would give them back what they did, which is to kill
+                signal.signal(number, signal.SIG_IGN)
+            if listener is not None:
+                listener.sock.close()
+                listener.remove()
             for child in self._children:
                 child.link.close()
             self._notify.close()
             self._journal.close()
+
+    def _check(self) -> None:
+        """Load the policy. Raises PolicyError, or CapabilitiesMissing when this service could not serve it."""
+        self._databases = names.databases()
+        self._loaded, self._given = checked_policy(self._options.policy)
+        missing = sorted((self._given.capabilities | (self._given.worker or frozenset())) - capabilities.effective())
+        if missing:
+            hint = ": see /usr/share/doc/fdbroker/namespaces.conf" if self._given.worker is not None else ""
+            raise CapabilitiesMissing(f"the policy needs {', '.join(missing)}, which this service may not have{hint}")
+
+    def _start(self, listener: listen.Listener) -> None:
+        """Start the children, and give up what that needed."""
+        for warning in self._given.warnings:
+            say(warning, priority=4)
+        if not self._journal.await_place():
+            raise ServiceFailed("there is no journal, and standard error is /dev/null: nothing would be recorded")
+        if not listener.asked_credentials:
+            say("who connected already is disconnected: add PassCredentials=yes to the socket's unit", priority=4)
+        if not capabilities.effective() >= start.WITNESS_NEEDS:
+            say("without CAP_SYS_PTRACE nobody is shown to be an administrator: reload with SIGHUP", priority=4)
+        options, journal = self._options, self._journal.sock
+        policy = to_bytes(self._in_force(self._loaded.policy))
+        self._children = start.start_children(listener.sock, policy, self._given, options.state, journal)
+        listener.sock.close()  # the opener alone accepts
+        self._await_ready()
+        self._confine(listener.path)
+        self._notify.tell(READY=1, STATUS=f"Serving with {options.policy}")
+        say(f"serving with {options.policy}")
+
+    def _in_force(self, policy: Policy) -> Policy:
+        """A policy that was loaded now."""
+        return policy._replace(generation=self._generation, loaded_us=time.time_ns() // 1000)
+
+    def _refuse_until_mended(self, listener: socket.socket, broken: FdbrokerError) -> bool:
+        """Have everybody who connects told that the policy cannot be used, until it can: then true.
+
+        Returns False when told to stop; raises what is wrong BROKEN_SECONDS after the last client.
+        """
+        say(f"nobody is served until this is mended:\n{broken}", priority=3)
+        self._notify.tell(STATUS="The policy cannot be used, and nobody is served: fdbroker policy check")
+        with Refuser(listener) as refuser:
+            while refuser.wait(self._wake_read):
+                if any(number != signal.SIGHUP for number in self._signals()):
+                    return False
+                if not refuser.is_asked():
+                    continue
+                self._notify.tell(EXTEND_TIMEOUT_USEC=3_000_000 * limits.BROKEN_SECONDS)  # sd_notify(3)
+                try:
+                    self._check()
+                except FdbrokerError as error:
+                    if str(error) != str(broken):
+                        say(f"this is to be mended:\n{error}", priority=3)
+                    broken = error
+                    refuser.go_on()
+                else:
+                    return True
+        if not isinstance(broken, PolicyError | CapabilitiesMissing):
+            raise broken
+        self._check()  # the files may have been mended since somebody was refused
+        return True
 
     # ---- start
 
@@ -156,9 +211,11 @@ class Launcher:
             for child in self._children:
                 data = child.link.receive()
                 if data == b"":
-                    raise ServiceFailed(self._end_of(child))
+                    how = ends.end_of(child, self._children)
+                    refused = any(one.process.poll() == errors.EX_CONFIG for one in self._children)
+                    raise ChildRefused(how) if refused else ServiceFailed(how)
                 if data is not None:
-                    link.decode(_SAYS[child.name], data)
+                    _SAYS[child.name].decode(data)
                     missing.discard(child.name)
 
     def _confine(self, bound_path: str) -> None:
@@ -167,6 +224,9 @@ class Launcher:
         places = ["/etc", "/usr", "/lib", "/lib64", "/run", "/var/lib", "/proc", sys.prefix, sys.base_prefix]
         files = [(place, read) for place in (*places, os.path.dirname(os.path.abspath(self._options.policy)))]
         files += [(place, read) for place in sys.path if place]
+        # where the symlinks among the policy's files lead now
+        for file in policy_files(self._options.policy, []):
+            files.append((os.path.dirname(os.path.realpath(file)), read))
         if bound_path:
             files.append((os.path.dirname(bound_path), landlock.REMOVE_FILE))
         # needs() lists the folders of /dev and reads no node
@@ -179,10 +239,16 @@ class Launcher:
     # ---- run
 
     def _look(self) -> None:
-        """A process can end without its links: when one of its threads waits in the kernel. Raises ServiceFailed."""
+        """A process can end without its links: when one of its threads waits in the kernel. Raises ServiceFailed.
+
+        The main thread of every process that ends is gone a moment before the process is: so two looks must find it so.
+        """
+        before, self._half_ended = self._half_ended, set()
         for child in self._children:
             if child.process.poll() is None and processes.main_thread_ended(child.process.pid):
-                raise ServiceFailed(f"the {child.name} has ended, but for a thread that waits in the kernel")
+                if child.name in before:
+                    raise ServiceFailed(f"the {child.name} has ended, but for a thread that waits in the kernel")
+                self._half_ended.add(child.name)
 
     def _loop(self) -> None:
         watchdog_s = self._notify.watchdog_s
@@ -195,18 +261,23 @@ class Launcher:
                 self._opener.link.send(link.PING)
             if now_s >= look_at_s:
                 look_at_s = now_s + _LOOK_S
-                self._look()
+                if not self._stop_at_s:  # then every process is to end, in its own time until `_stop_at_s`
+                    self._look()
                 self._journal.look()
+                self._read_databases()
             ends_s = [at_s for at_s in (look_at_s, ping_at_s, self._stop_at_s) if at_s]
             if self._stop_at_s:
                 ends_s.append(now_s + _STOP_LOOK_S)  # a child's link has ended a moment before it
             self._epoll.poll(max(0.0, min(ends_s) - now_s))
             for number in self._signals():
                 if number == signal.SIGHUP:
-                    self._reload()
+                    self._reload_wanted = True
                 elif not self._stop_at_s:
                     self._stop()
-            if self._read_children() or (self._stop_at_s and time.monotonic() >= self._stop_at_s):
+            ended = self._read_children()
+            if self._reload_wanted and self._applying is None and not self._stop_at_s:
+                self._reload()
+            if ended or (self._stop_at_s and time.monotonic() >= self._stop_at_s):
                 return
 
     @property
@@ -219,34 +290,30 @@ class Launcher:
         except BlockingIOError:
             return b""
 
+    def _child(self, name: str) -> start.Child:
+        return next(child for child in self._children if child.name == name)
+
     def _read_children(self) -> bool:
         """What the children say; true when all have ended as they were told to."""
         for child in self._children:
             while True:
-                data = child.link.receive()
-                if data is None:
+                received = child.link.receive_with_descriptors(1 if child is self._opener else 0)
+                if received is None:
                     break
+                data, descriptors = received
                 if not data:
                     if not self._stop_at_s:
-                        raise ServiceFailed(self._end_of(child))
+                        raise ServiceFailed(ends.end_of(child, self._children))
                     with contextlib.suppress(FileNotFoundError):
                         self._epoll.unregister(child.link.fileno())
                         if child is self._opener:
-                            self._stop_worker()
+                            self._stop_others()
                     break
-                match link.decode(_SAYS[child.name], data):
-                    case link.Pong():
-                        self._notify.tell(WATCHDOG=1)
-                    case link.StopAsked() if not self._stop_at_s:
-                        say("an administrator asks to stop")
-                        self._stop()
-                    case link.WorkerStuck():
-                        say("the namespaces worker does not answer; it is started again", priority=4)
-                        self._children[-1].link.send(link.RESTART)
-                    case link.Applied(generation):
-                        text = f"Serving with {self._options.policy}, reloaded {generation - 1} times"
-                        self._notify.tell(READY=1, STATUS=text)
-                        say(f"the policy is reloaded: {self._options.policy}")
+                try:
+                    self._heard(_SAYS[child.name].decode(data), data, descriptors)
+                finally:
+                    for descriptor in descriptors:
+                        os.close(descriptor)
         if not self._stop_at_s:
             return False
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -255,57 +322,112 @@ class Launcher:
             return True
         return False
 
-    def _stop_worker(self) -> None:
-        """The opener has ended, so nobody asks the worker any more, whether it answers or not."""
+    def _heard(self, message: link.ToLauncher | admin.Judged, data: bytes, descriptors: list[int]) -> None:
+        match message:
+            case link.Pong():
+                self._notify.tell(WATCHDOG=1)
+            case link.StopAsked():
+                if not self._stop_at_s:
+                    say("an administrator asks to stop")
+                    self._stop()
+            case admin.Judge():
+                if not self._child("witness").link.send_with_descriptors(data, descriptors):
+                    self._opener.link.send(_to_opener(admin.Judged(message.connection, False)))
+            case admin.Judged():
+                self._opener.link.send(data)
+            case admin.ReloadAsked(connection):
+                self._reload_for.append(connection)
+                self._reload_wanted = True
+            case link.WorkerStuck():
+                say("the namespaces worker does not answer; it is started again", priority=4)
+                self._child("namespaces").link.send(link.RESTART)
+            case link.Applied(generation):
+                # users or groups that have changed make a policy of the same generation, which nobody waits for
+                if self._applying is not None and generation == self._generation:
+                    text = f"Serving with {self._options.policy}, reloaded {self._generation - 1} times"
+                    self._notify.tell(READY=1, STATUS=text)
+                    say(f"the policy is reloaded: {self._options.policy}")
+                    self._tell_reloaded(self._applying, [])
+                    self._applying = None
+            case link.Ready():
+                pass
+            case other:
+                assert_never(other)
+
+    def _tell_reloaded(self, connections: list[int], findings: list[Finding]) -> None:
+        for connection in connections:
+            self._opener.link.send(_to_opener(admin.Reloaded(connection, tuple(findings[: limits.POLICY_FINDINGS]))))
+
+    def _stop_others(self) -> None:
+        """The opener has ended, so nobody asks worker and witness any more, whether they answer or not."""
         for child in self._children:
-            if child.name == "namespaces":
+            if child.name in ("namespaces", "witness"):
                 with contextlib.suppress(OSError):  # it has ended by itself
                     child.link.send(link.STOP)
 
-    def _end_of(self, child: start.Child) -> str:
-        """How a child ended, whose link is at its end; and others that have, for one may be the other's reason."""
-        try:
-            child.process.wait(1)
-        except subprocess.TimeoutExpired:
-            return f"the {child.name} closed its link and still runs"
-        ends = []
-        for one in self._children:
-            code = one.process.poll()
-            if code is not None:
-                name = "namespaces worker's holder" if one.name == "namespaces" else one.name
-                ends.append(f"the {name} ended with " + (f"signal {-code}" if code < 0 else f"exit code {code}"))
-        return ", ".join(ends)
-
     def _reload(self) -> None:
-        """Load the policy again; on any error the old one stays in force."""
+        """Load the policy again; on any error the old one stays in force. Those who asked for it are told."""
+        self._reload_wanted = False
+        asked, self._reload_for = self._reload_for, []
         self._notify.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        databases = names.databases()
         try:
-            policy, wanted = checked_policy(self._options.policy)
+            loaded, wanted = checked_policy(self._options.policy)
             check_reload(self._given, wanted)
             for warning in wanted.warnings:
                 say(warning, priority=4)
-        except Exception as error:  # noqa: BLE001 -- whatever a policy does to us, the running service goes on
-            self._keep_policy(
-                f"{type(error).__name__}: {error}" if not isinstance(error, FdbrokerError) else str(error)
-            )
+        except PolicyError as error:
+            self._keep_policy(error.findings, asked)
             return
+        except Exception as error:  # noqa: BLE001 -- whatever a policy does to us, the running service goes on
+            why = str(error) if isinstance(error, FdbrokerError) else f"{type(error).__name__}: {error}"
+            self._keep_policy([Finding(self._options.policy, 0, 0, why)], asked)
+            return
+        self._generation += 1
+        loaded = loaded._replace(policy=self._in_force(loaded.policy))
+        why = self._hand_on(loaded.policy)
+        if why:
+            self._generation -= 1
+            self._keep_policy([Finding(self._options.policy, 0, 0, why)], asked)
+        else:
+            self._databases, self._loaded, self._applying = databases, loaded, asked
+
+    def _hand_on(self, policy: Policy) -> str:
+        """Give the opener a policy; why that is not possible now, or ""."""
         try:
             descriptor = memfd.sealed("policy", to_bytes(policy))
             try:
-                sent = self._opener.link.send_with_descriptors(link.encode_policy(self._generation + 1), [descriptor])
+                sent = self._opener.link.send_with_descriptors(_to_opener(link.Policy(policy.generation)), [descriptor])
             finally:
                 os.close(descriptor)
         except OSError as error:  # no descriptors, or too many of root's in flight
-            self._keep_policy(f"the opener cannot be told: {error}")
-            return
-        if sent:
-            self._generation += 1
-        else:
-            self._keep_policy("the opener is busy, try again")
+            return f"the opener cannot be told: {error}"
+        return "" if sent else "the opener is busy, try again"
 
-    def _keep_policy(self, why: str) -> None:
+    def _read_databases(self) -> None:
+        """When users, groups or subordinate uids have changed, compile the policy in force with the new ones.
+
+        The policy's files are not read again: whatever stands in them now is for a reload. Where the policy names a
+        user or group that is no more, the rules stay as they are, and the owners alone are new.
+        """
+        found = names.databases()
+        if found == self._databases or self._stop_at_s or self._applying is not None:
+            return
+        before = self._loaded.policy
+        try:
+            loaded = compile_documents(self._options.policy, self._loaded.documents, [], before.digest)
+        except PolicyError as error:
+            say(f"users or groups have changed, and a reload would now fail:\n{error}", priority=4)
+            loaded = self._loaded._replace(policy=before._replace(owners=names.owners()))
+        policy = loaded.policy._replace(generation=before.generation, loaded_us=before.loaded_us)
+        if not self._hand_on(policy):  # else the next time
+            self._databases, self._loaded = found, loaded._replace(policy=policy)
+
+    def _keep_policy(self, findings: list[Finding], asked: list[int]) -> None:
+        why = "\n".join(map(str, findings))
         say(f"the policy is NOT reloaded, the old one stays in force:\n{why}", priority=3)
         self._notify.tell(READY=1, STATUS="The last reload failed, the policy before it is in force")
+        self._tell_reloaded(asked, findings)
 
     def _stop(self) -> None:
         self._notify.tell(STOPPING=1)

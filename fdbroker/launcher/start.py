@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import importlib.util
 import os
 import pwd
 import socket
@@ -15,7 +16,7 @@ import sys
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.kernel import landlock, lifeline, memfd, orders
+from fdbroker.kernel import capabilities, landlock, lifeline, memfd, orders
 from fdbroker.kernel.link import Link
 from fdbroker.launcher import state
 from fdbroker.launcher.filters import compile_filter
@@ -26,6 +27,10 @@ _DYNAMIC_IDS = range(61184, 65520)
 # what SQLite does in the folder of the stored messages
 STATE_RIGHTS = landlock.READ_FILE | landlock.READ_DIR | landlock.WRITE_FILE | landlock.TRUNCATE
 STATE_RIGHTS |= landlock.MAKE_REG | landlock.REMOVE_FILE
+# to see in which user namespace an administrator is
+WITNESS_NEEDS = frozenset({"CAP_SYS_PTRACE"})
+# what the children import beside the standard library and each other
+_PACKAGES = ("fdbroker", "prctl", "msgspec")
 _USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox", "namespaces": "fdbroker-namespaces"}
 
 
@@ -136,6 +141,12 @@ def start_children(
             started = _start("namespaces", ids["namespaces"], worker, _Kept(need.worker))
             children.append(_child("namespaces", started, to_worker))
         kept = _Kept(need.capabilities, need.groups, need.files)
+        to_witness, witness_end = pair()
+        held = capabilities.effective()
+        started = _start(
+            "witness", (os.getuid(), os.getgid()), {"launcher": witness_end.fileno()}, _Kept(WITNESS_NEEDS & held)
+        )
+        children.append(_child("witness", started, to_witness))
         return [
             _child("opener", _start("opener", ids["opener"], opener, kept), to_opener),
             _child("inbox", _start("inbox", ids["inbox"], inbox, _Kept(files=inbox_files)), to_inbox),
@@ -143,14 +154,45 @@ def start_children(
         ]
 
 
+def start_refuser(listener: socket.socket) -> Child:
+    """Start what refuses everybody while there is no valid policy; the caller owns it, and keeps the listener."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        descriptors = {"listener": listener.fileno(), "launcher": theirs.fileno()}
+        return _child("refuser", _start("refuser", identities()["opener"], descriptors, _Kept(files={})), ours)
+
+
 def _child(name: str, process: subprocess.Popen[bytes], end: socket.socket) -> Child:
     return Child(name, process, Link(end), lifeline.bind(process.pid))
+
+
+def command(name: str, order: str) -> list[str]:
+    """How a child is started.
+
+    -I takes nothing from the environment or the current folder. -S runs no `site`: no .pth file and no folder of
+    /usr/local counts. The path is the standard library's, and behind it the folders where the launcher itself found its
+    packages: one where the service is installed, two for an editable checkout.
+    """
+    code = f"import sys; sys.path += {_folders()!r}; from fdbroker.{name}.__main__ import main; sys.exit(main())"
+    return [sys.executable, "-I", "-S", "-B", "-c", code, order]
+
+
+def _folders() -> list[str]:
+    found = []
+    for package in _PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{package} is not installed beside {sys.executable}", name=package)
+        # a package's file is FOLDER/NAME/__init__.py, a module's FOLDER/NAME.py
+        found.append(os.path.dirname(os.path.dirname(spec.origin) if spec.submodule_search_locations else spec.origin))
+    return list(dict.fromkeys(found))
 
 
 def _start(name: str, ids: tuple[int, int], descriptors: dict[str, int], kept: _Kept) -> subprocess.Popen[bytes]:
     stores = name == "inbox" and bool(kept.files)
     filter_fd = compile_filter("inbox-store" if stores else name)
     order = orders.Order(
+        f"{name} worker" if name == "namespaces" else name,
         *ids,
         sorted(kept.groups),
         sorted(kept.capabilities),
@@ -159,14 +201,25 @@ def _start(name: str, ids: tuple[int, int], descriptors: dict[str, int], kept: _
         limits.DESCRIPTORS,
         os.getpid(),
     )
+    error_fd = _standard_error()
     try:
         return subprocess.Popen(
-            [sys.executable, "-I", "-B", "-m", f"fdbroker.{name}", orders.write(order)],
+            command(name, orders.write(order)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            stderr=error_fd,
+            start_new_session=True,  # without a controlling terminal: /dev/tty is nothing to a child
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
             pass_fds=tuple(order.descriptors.values()),
             cwd="/",
         )
     finally:
+        os.close(error_fd)
         os.close(filter_fd)
+
+
+def _standard_error() -> int:
+    """An owned descriptor for what a child says: our standard error; where that is a terminal, for writing alone."""
+    if os.isatty(2):
+        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    return os.dup(2)

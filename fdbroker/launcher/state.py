@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from fdbroker import errors
 from fdbroker.errors import FdbrokerError
-from fdbroker.policy.load import untrusted
+from fdbroker.policy.files import untrusted
 
 _MAKE = "`systemd-tmpfiles --create` makes it for an installed service"
 

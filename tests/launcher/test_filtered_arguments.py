@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
+import signal
 import socket
+import struct
 from collections.abc import Callable
 
 import pytest
@@ -70,3 +73,23 @@ def test_the_launcher_starts_nothing_and_makes_no_namespace():
     assert _under(program, lambda: socket.socket(socket.AF_UNIX).close()) == 0
     assert _under(program, lambda: os.execv("/bin/true", ["true"])) == errno.EPERM
     assert _under(program, lambda: libc.LIBC.unshare(0x10000000) and libc.fail("unshare")) == errno.EPERM
+
+
+def test_the_launcher_changes_and_signals_no_process_of_its_own_uid():
+    """Of root's uid are most services, and process 1; for all of this the kernel asks for no more."""
+    program, another = filters.compile_launchers(), os.getpid()  # the call is made in a child
+    core = resource.getrlimit(resource.RLIMIT_CORE)
+    calls = (
+        lambda: resource.prlimit(another, resource.RLIMIT_CORE, core),
+        lambda: resource.prlimit(another, resource.RLIMIT_CORE),
+        lambda: os.kill(another, 0),
+        lambda: os.setpriority(os.PRIO_PROCESS, another, os.getpriority(os.PRIO_PROCESS, another)),
+        lambda: os.sched_setscheduler(another, os.SCHED_OTHER, os.sched_param(0)),
+        lambda: os.sched_setparam(another, os.sched_param(0)),
+        lambda: os.sched_setaffinity(another, os.sched_getaffinity(another)),
+        lambda: signal.pidfd_send_signal(os.pidfd_open(another), 0),
+    )
+    allow = struct.pack("HBBI", 0x06, 0, 0, 0x7FFF_0000)  # linux/filter.h, linux/seccomp.h
+    assert [_under(allow, call) for call in calls] == [0] * len(calls)
+    assert [_under(program, call) for call in calls] == [errno.EPERM] * len(calls)
+    assert _under(program, lambda: resource.setrlimit(resource.RLIMIT_CORE, core)) == 0

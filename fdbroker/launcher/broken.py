@@ -1,0 +1,55 @@
+"""While no policy can be used: a child that refuses everybody, and asks before it does whether that is still so.
+
+Runs in: launcher, as root, which has started nothing else yet. It reads two fixed words of its child, and no client.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from types import TracebackType
+from typing import Self
+
+from fdbroker import limits
+from fdbroker.errors import FdbrokerError
+from fdbroker.launcher import start
+from fdbroker.wire import link
+
+
+class RefuserFailed(FdbrokerError):
+    """The child that refuses everybody has ended by itself."""
+
+
+class Refuser:
+    """The child, which lives as long as the `with` block; it borrows the listening socket."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._child = start.start_refuser(listener)
+
+    def wait(self, wake: int) -> bool:
+        """Until the child says something, or `wake` is readable; false when nobody has come for BROKEN_SECONDS."""
+        poll = select.poll()
+        poll.register(self._child.link.fileno(), select.POLLIN)
+        poll.register(wake, select.POLLIN)
+        return bool(poll.poll(limits.BROKEN_SECONDS * 1000))
+
+    def is_asked(self) -> bool:
+        """Whether somebody waits, and the child asks if it is to refuse. Raises RefuserFailed."""
+        data = self._child.link.receive()
+        if data == b"":
+            raise RefuserFailed(f"the process that refuses everybody ended with {self._child.process.wait()}")
+        return data is not None and isinstance(link.REFUSER_TO_LAUNCHER.decode(data), link.Look)
+
+    def go_on(self) -> None:
+        """Nothing is mended: refuse who waits."""
+        self._child.link.send(link.STILL_BROKEN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for descriptor in reversed(self._child.life):  # whoever writes first: that kills it, see lifeline.py
+            os.close(descriptor)
+        self._child.process.wait()
+        self._child.link.close()

@@ -1,0 +1,30 @@
+"""How a child ended, in words.
+
+Runs in: launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Sequence
+
+from fdbroker.kernel import lifeline
+from fdbroker.launcher.start import Child
+
+_ENDS_TOO_S = 0.1  # how long a process needs from closing its links to its end, which another one has noticed first
+
+
+def end_of(child: Child, children: Sequence[Child]) -> str:
+    """How a child ended, whose link is at its end; and others that have, for one may be the other's reason."""
+    try:
+        child.process.wait(1)
+    except subprocess.TimeoutExpired:
+        return f"the {child.name} closed its link and still runs"
+    ends = []
+    for one in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = one.process.wait(_ENDS_TOO_S)
+            name = "namespaces worker's holder" if one.name == "namespaces" else one.name
+            ends.append(f"the {name} {lifeline.how_ended(one.process.pid, code)}")
+    return ", ".join(ends)
