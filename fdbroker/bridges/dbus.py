@@ -178,8 +178,8 @@ async def _show(bus: MessageBus, topics: Sequence[str], broker: str | None, loss
         async for message in client.subscribe(topics):
             if message.lost:
                 losses.add("the desktop takes them slower than they come", message.lost)
-            if flood.holds_back(message.uid, time.monotonic()):
-                losses.add(f"too many at once of user {message.uid}")
+            if flood.holds_back(message.owner, time.monotonic()):
+                losses.add(f"too many at once of user {message.owner}")
                 message.close()
                 continue
             # Who is root, or is this user, can make any notification here without us.

@@ -80,14 +80,14 @@ class Flood:
         self._all = Bucket(limits.NOTIFICATIONS_BURST, now_s)
         self._users: dict[int, Bucket] = {}
 
-    def holds_back(self, uid: int, now_s: float) -> bool:
-        """Whether one more of this user is too many."""
-        if uid not in self._users and len(self._users) >= limits.NOTIFICATION_USERS:
+    def holds_back(self, owner: int, now_s: float) -> bool:
+        """Whether one more of this owner is too many."""
+        if owner not in self._users and len(self._users) >= limits.NOTIFICATION_USERS:
             self._users = {one: bucket for one, bucket in self._users.items() if not bucket.is_idle(now_s)}
             if len(self._users) >= limits.NOTIFICATION_USERS:
                 return True
         rate, burst = limits.NOTIFICATIONS_PER_USER, limits.NOTIFICATIONS_PER_USER_BURST
-        bucket = self._users.setdefault(uid, Bucket(burst, now_s))
+        bucket = self._users.setdefault(owner, Bucket(burst, now_s))
         if bucket.take(rate, burst, now_s):
             return True
         return bool(self._all.take(limits.NOTIFICATIONS_PER_SECOND, limits.NOTIFICATIONS_BURST, now_s))

@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from fdbroker import errors
+from fdbroker.cli.words import Group
 from fdbroker.errors import FdbrokerError
 from fdbroker.wire.journal import escaped
 
@@ -24,7 +25,7 @@ class LibraryMissing(FdbrokerError):
     exit_code = errors.EX_UNAVAILABLE
 
 
-@click.group("bridge")
+@click.group("bridge", cls=Group)
 def group() -> None:
     """Pass on between topics and D-Bus or input devices, as an ordinary client."""
 

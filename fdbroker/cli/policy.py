@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import datetime
 from typing import Any
 
 import click
 
 from fdbroker import errors
-from fdbroker.cli import show
+from fdbroker.cli import here, show
 from fdbroker.cli.usable import usable
+from fdbroker.cli.words import Group, split_access
 from fdbroker.errors import PolicyError
 from fdbroker.kernel.sockets import own_label
 from fdbroker.policy import names
 from fdbroker.policy.compile import Loaded, failed_tests, load_policy
+from fdbroker.policy.compiled import Policy
+from fdbroker.policy.decide import well_formed
 from fdbroker.policy.explain import Explanation, explain
+from fdbroker.policy.files import distrusted
+from fdbroker.policy.lint import warnings
+from fdbroker.policy.load import in_order
 from fdbroker.policy.schema import json_schema
-from fdbroker.terms import ACCESS_NAMES, Namespace, Resource, Subject, TopicUse, parse_asked
+from fdbroker.terms import ACCESS_NAMES, Device, Namespace, Resource, Subject, TopicUse, parse_asked
 from fdbroker.wire.journal import escaped
 
 DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
@@ -29,7 +36,7 @@ _file = click.option("--policy", "policy_file", default=DEFAULT_POLICY, show_def
 _as_json = click.option("--json", "json_", is_flag=True, help="Print JSON.")
 
 
-@click.group("policy")
+@click.group("policy", cls=Group)
 def group() -> None:
     """Check, test and explain a policy, without a running broker."""
 
@@ -42,42 +49,56 @@ def _load(policy_file: str) -> Loaded:
 @click.argument("policy_file", metavar="[FILE]", default=DEFAULT_POLICY)
 @_as_json
 def check(policy_file: str, json_: bool) -> None:
-    """Whether a policy file, and the policy.d beside it, have any error; all of them at once."""
+    """Whether a policy file, and the policy.d beside it, have any error; all of them at once.
+
+    Warnings name rules that are probably not meant, judged by the nodes and users of this machine now, and files that
+    `serve` would refuse.
+    """
     try:
         loaded = _load(policy_file)
     except PolicyError as error:
         if json_:
-            show.as_json([finding._asdict() for finding in error.findings])
+            show.as_json([{**finding._asdict(), "severity": "error"} for finding in error.findings])
         else:
             for finding in error.findings:
-                click.echo(escaped(str(finding)), err=True)
+                click.echo(show.typable(str(finding)), err=True)
         raise click.exceptions.Exit(error.exit_code) from None
-    rules = len(list(loaded.policy.all_rules()))
+    warned = in_order([*distrusted(loaded.files), *warnings(loaded.policy, here.machine())], "warnings")
     if json_:
-        show.as_json([])
-    else:
-        show.line(f"{policy_file}: valid, {rules} rules, {len(loaded.tests)} tests", "green")
+        show.as_json([{**finding._asdict(), "severity": "warning"} for finding in warned])
+        return
+    for finding in warned:
+        click.echo(show.typable(f"warning: {finding}"), err=True)
+    for file in loaded.files:
+        show.line(show.typable(f"read: {file}"))
+    counts = (
+        (len(list(loaded.policy.all_rules())), "rule"),
+        (len(loaded.policy.deny), "deny rule"),
+        (len(loaded.tests), "test"),
+    )
+    said = ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts)
+    show.line(show.typable(f"{policy_file}: valid, {said}"), "green")
 
 
 @group.command()
 @click.argument("policy_file", metavar="[FILE]", default=DEFAULT_POLICY)
 @_as_json
 def test(policy_file: str, json_: bool) -> None:
-    """Run the tests that stand in the policy."""
+    """Run the tests that stand in the policy. Exits with 1 when one fails, with 78 when the policy has errors."""
     loaded = _load(policy_file)
     failed = failed_tests(loaded)
     if json_:
         show.as_json({"tests": len(loaded.tests), "failed": [finding._asdict() for finding in failed]})
     else:
         for finding in failed:
-            click.echo(escaped(str(finding)), err=True)
+            click.echo(show.typable(str(finding)), err=True)
         show.line(f"{len(loaded.tests) - len(failed)} passed, {len(failed)} failed", "red" if failed else "green")
     if failed:
-        raise click.exceptions.Exit(errors.EX_CONFIG)
+        raise click.exceptions.Exit(1)
 
 
 @group.command("explain")
-@click.argument("words", metavar="RESOURCE...", nargs=-1, required=True)
+@click.argument("words", metavar="RESOURCE[:ACCESS]...", nargs=-1, required=True)
 @click.option("--user", help="For whom: a name or a uid. Default: you.")
 @click.option("--groups", help="All its groups, with commas between. Default: those of the group database.")
 @click.option(
@@ -98,32 +119,49 @@ def explain_(
 ) -> None:
     """Why a resource is allowed or denied to a user, what came near, and the smallest change that would allow it.
 
-    Of a namespace also whether its descriptor would be of use: without --user to this very program, else to a program
-    of that user that has no capabilities.
+    The answer for a device also describes the node that is there now, and says whether the broker would refuse that
+    node. The answer for a namespace says whether its descriptor would be of use: without --user to this very program,
+    else to a program of that user that has no capabilities. If the user cannot connect to the broker, a line says
+    why. If a broker answers that uses another policy than these files, such as the one before a change, the last line
+    says so.
 
     Exits with 0 when all are allowed, with 77 when one is denied.
     """
     loaded = _load(policy_file)
-    subject = _subject(user, groups, label)
+    subject = _subject(loaded.policy, user, groups, label)
     name = user or str(subject.uid)
     explained = []
     for word in words:
         try:
-            resource = parse_asked(word, access)
+            resource = parse_asked(*split_access(word, access))
         except ValueError as error:
             raise click.BadParameter(f"{escaped(word)}: {error}", param_hint="RESOURCE") from None
-        explained.append((resource, explain(loaded.policy, subject, resource, name)))
+        look = here.look(resource.path) if isinstance(resource, Device) and well_formed(resource) else None
+        explained.append((resource, explain(loaded.policy, subject, resource, show.typable(name), look)))
     use = [usable(resource, subject, itself=user is None) if one.allowed else None for resource, one in explained]
+    cannot = here.connect(subject.uid, subject.gids)
+    used = here.in_service()
+    other = used is not None and used.digest != loaded.policy.digest
     if json_:
-        show.as_json([_plain(*both, subject, why) for both, why in zip(explained, use, strict=True)])
+        said = [_plain(*both, subject, why) for both, why in zip(explained, use, strict=True)]
+        show.as_json([{**one, "cannotConnect": cannot, "otherPolicyInForce": other} for one in said])
     else:
         for both, why in zip(explained, use, strict=True):
             _print(*both, name, why)
+        if cannot:
+            show.line(show.typable(f"{name} cannot connect: {cannot}"), "red")
+        if used is not None and other:
+            at = datetime.fromtimestamp(used.loaded_us // 1_000_000).astimezone().isoformat(" ")
+            show.line(
+                f"the broker does not use these files as they are now, but a policy that it loaded {at}; if these are"
+                " the files of the broker, `fdbroker reload` puts them in force",
+                "red",
+            )
     if not all(one.allowed for _, one in explained):
         raise click.exceptions.Exit(errors.EX_NOPERM)
 
 
-def _subject(user: str | None, groups: str | None, label: str | None) -> Subject:
+def _subject(policy: Policy, user: str | None, groups: str | None, label: str | None) -> Subject:
     uid = os.getuid() if user is None else names.uid_of(user)
     if uid is None:
         raise click.BadParameter(f"there is no user {user!r}", param_hint="--user")
@@ -139,7 +177,7 @@ def _subject(user: str | None, groups: str | None, label: str | None) -> Subject
         gids = frozenset(number for number in found.values() if number is not None)
     if label is None:
         label = own_label() if user is None else ""
-    return Subject(uid, gids, gid, 0, "", label, foreign=False)
+    return Subject(uid, gids, gid, 0, "", label, foreign=False, owner=policy.owners.known_of(uid))
 
 
 def _plain(resource: Resource | TopicUse, one: Explanation, subject: Subject, why: str | None) -> dict[str, Any]:
@@ -155,6 +193,8 @@ def _plain(resource: Resource | TopicUse, one: Explanation, subject: Subject, wh
         "deniedBy": one.denied_by.where if one.denied_by else None,
         "near": [{"rule": near.rule.where, "missing": near.missing, "change": near.change} for near in one.near],
         "change": one.change or None,
+        "now": one.now or None,
+        "refused": one.refused,
         **({} if why is None else {"usable": not why, "why": why}),
     }
 
@@ -163,13 +203,15 @@ def _print(resource: Resource | TopicUse, one: Explanation, name: str, why: str 
     verdict = "allow" if one.allowed else "deny"
     what = f"{resource.access} {escaped(resource.text)}"
     show.line(f"{verdict}: {what} for {escaped(name)}", "green" if one.allowed else "red")
-    show.line(f"  because {escaped(one.reason)}")
+    show.line(f"  because {show.typable(one.reason)}")
     for rule in one.rules[1:]:
         show.line(f"  also {rule.where} ({rule.source})")
     for near in one.near:
-        show.line(f"  near: {near.rule.where} {near.rule.text} ({near.rule.source}): {escaped(near.missing)}")
+        show.line(f"  near: {near.rule.where} {near.rule.text} ({near.rule.source}): {show.typable(near.missing)}")
     if one.change:
-        show.line(f"  to allow it: {escaped(one.change)}")
+        show.line(f"  to allow it: {show.typable(one.change)}")
+    if one.now:
+        show.line(f"  {show.typable(one.now)}", "red" if one.refused else "")
     if why is not None:
         show.line(f"  usable: false: {why}" if why else "  usable: true")
     if why and isinstance(resource, Namespace) and resource.name:

@@ -5,12 +5,35 @@ Runs in: the command line.
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fdbroker.wire.journal import escaped
+
+_SHOWN_BYTES = 65536
+
+
+def typable(text: str) -> str:
+    """Text of the policy, or of this program, made harmless for terminals.
+
+    Backslashes stay as they are: globs are written with them, so the text can be typed again.
+    """
+    return "".join(one if one.isprintable() else escaped(one) for one in text)
+
+
+def shown(data: bytes) -> str:
+    """A message for people: text, or else base64; of a long one the beginning, and how much more there is."""
+    cut = data[:_SHOWN_BYTES]
+    try:
+        text = cut.decode()
+    except UnicodeDecodeError as error:
+        # a character that is cut at the end is no reason
+        is_text = len(cut) < len(data) and error.start > len(cut) - 4
+        text = cut[: error.start].decode() if is_text else base64.b64encode(cut).decode()
+    return text if len(cut) == len(data) else f"{text} … and {len(data) - len(cut)} bytes more: see --json"
 
 
 def as_json(value: Any) -> None:

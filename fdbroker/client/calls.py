@@ -8,8 +8,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -17,37 +15,39 @@ from typing import Any, NamedTuple, Self
 from fdbroker import limits
 from fdbroker.client.descriptor import Descriptor
 from fdbroker.errors import (
+    ADMIN_REFUSALS,
     MESSAGE_REFUSALS,
     REFUSALS,
     ClientNotReading,
     Denied,
     DescriptorsRefused,
     FdbrokerError,
+    Finding,
     MessageTooLong,
     NoSuchRecipient,
     NoSuchResource,
     NotWhatItWas,
     OpenFailed,
+    PolicyBroken,
     ProtocolViolation,
     QuotaExceeded,
     RateLimited,
     Refused,
     TopicDenied,
 )
-from fdbroker.terms import ACCESS_NAMES, Offer, Resource, parse
-from fdbroker.wire import varlink
+from fdbroker.terms import ACCESS_NAMES, INVALID_ID, OTHERS, Offer, Resource, parse
+from fdbroker.wire import frame, varlink
 from fdbroker.wire.resources import WrongMember, from_json, to_json
 
 DEFAULT_ADDRESS = "/run/fdbroker/socket"
-# A listing is at most OFFERS names of 4 KiB; everything else is far smaller.
-REPLY_BYTES = 32 * 1024 * 1024
-# How long a subscriber waits before it tries again to reach a broker that is gone: at first, and at most.
-RETRY_S, RETRY_MAX_S = 0.05, 5.0
 # SCM_MAX_FD: the most descriptors that one message carries
 DESCRIPTORS_PER_READ = 253
 _BROKER = "io.fdbroker.Broker"
 _INBOX = "io.fdbroker.Inbox"
-_REFUSALS = {_BROKER: REFUSALS, _INBOX: MESSAGE_REFUSALS}
+_NUMBER_MAX = (1 << 63) - 1  # of messages, and what counts them
+_ADMIN = "io.fdbroker.Admin"
+_REFUSALS = {_BROKER: REFUSALS, _INBOX: MESSAGE_REFUSALS, _ADMIN: ADMIN_REFUSALS}
+_PONG = frame.encode_frame(frame.PONG)
 _TEXTS: dict[type[Refused], str] = {
     Denied: "denied: no rule of the policy allows it, or a deny rule forbids it",
     NoSuchResource: "the policy allows it, and it is not there now",
@@ -68,11 +68,17 @@ def address(given: str | None, environment: Mapping[str, str]) -> str:
     return given or environment.get("FDBROKER_SOCKET") or DEFAULT_ADDRESS
 
 
-def asked(texts: Iterable[str], access: str) -> list[Resource]:
+# A resource as text, with an access of its own, or without one: then one access is meant for all of these.
+Asked = str | tuple[str, str]
+
+
+def asked(texts: Iterable[Asked], access: str) -> list[Resource]:
     """What these words ask for. Raises ValueError for an unknown access or kind, none, or over 64 of them."""
-    if access not in ACCESS_NAMES:
-        raise ValueError(f"access is one of {', '.join(ACCESS_NAMES)}, not {access!r}")
-    resources = [parse(text, access) for text in texts]
+    resources = []
+    for text, wanted in ((one, access) if isinstance(one, str) else one for one in texts):
+        if wanted not in ACCESS_NAMES:
+            raise ValueError(f"access is one of {', '.join(ACCESS_NAMES)}, not {wanted!r}")
+        resources.append(parse(text, wanted))
     if not 1 <= len(resources) <= limits.RESOURCES_PER_OPEN:
         raise ValueError(f"1 to {limits.RESOURCES_PER_OPEN} resources at once, not {len(resources)}")
     return resources
@@ -88,10 +94,30 @@ def list_call(*, more: bool) -> bytes:
     return varlink.encode_call(f"{_BROKER}.List", {}, more=more)
 
 
+class About(NamedTuple):
+    """Which policy is in force: `digest` is policy/load.py's of its files, `loaded_us` microseconds since 1970."""
+
+    version: str
+    generation: int
+    digest: str
+    loaded_us: int
+
+
+def about_call() -> bytes:
+    """The bytes of About."""
+    return varlink.encode_call(f"{_BROKER}.About", {})
+
+
+def reload_call() -> bytes:
+    """The bytes of Reload."""
+    return varlink.encode_call(f"{_ADMIN}.Reload", {})
+
+
 class Message(NamedTuple):
     """A message as it was received: who sent it, when (microseconds since 1970), and how many were lost before it.
 
-    `payload` is the bytes that were sent; `uid`, `gid`, `pid` and `session` are the kernel's and logind's word. A large
+    `payload` is the bytes that were sent; `uid`, `gid`, `pid` and `session` are the kernel's and logind's word.
+    `owner` is the user behind the uid, mostly the same; 4294967295 where the broker does not know the user. A large
     payload is not there but in `file`, a memfd that nobody can change; `read` gives it either way. `descriptors` were
     sent along. The receiver owns these and `file`: `close` the message, or leave its `with` block.
     """
@@ -107,6 +133,7 @@ class Message(NamedTuple):
     lost: int
     file: Descriptor | None = None
     descriptors: tuple[Descriptor, ...] = ()
+    owner: int = OTHERS
 
     def read(self, maximum: int | None = None) -> bytes:
         """The payload, wherever it is, or its first `maximum` bytes."""
@@ -137,27 +164,52 @@ def send_call(topic: str, payload: str | bytes | None, to: str | int | None, oth
         parameters["to"] = str(to)
     if payload is None:
         parameters["fileDescriptor"] = 0
-    elif isinstance(payload, bytes):
-        parameters |= {"payload": base64.b64encode(payload).decode(), "encoding": "base64"}
-    else:
+    elif isinstance(payload, str):
         parameters["payload"] = payload
+    else:
+        try:
+            parameters["payload"] = payload.decode()
+        except UnicodeDecodeError:
+            parameters |= {"payload": base64.b64encode(payload).decode(), "encoding": "base64"}
     if others:
         first = 1 if payload is None else 0
         parameters["fileDescriptors"] = list(range(first, first + others))
     return varlink.encode_call(f"{_INBOX}.Send", parameters)
 
 
+def probe_call(topic: str) -> bytes:
+    """The bytes of a Send that is never delivered: its answer is TopicDenied, or else NoSuchRecipient.
+
+    The kernel says EPERM to a client that sends descriptors and may send to no topic (SO_PASSRIGHTS, Linux 6.16), and
+    may say EPERM for other reasons. This call finds out which it was, as no user has the number (uid_t)-1.
+    """
+    return varlink.encode_call(f"{_INBOX}.Send", {"topic": topic, "payload": "", "to": str(INVALID_ID)})
+
+
+def _check_numbers(name: str, *numbers: int) -> None:
+    """Raises ValueError for a value that is not a message number."""
+    for number in numbers:
+        if not 0 <= number <= _NUMBER_MAX:
+            raise ValueError(f"{name} is {number}, must be a number of 0 to {_NUMBER_MAX}")
+
+
 def subscribe_call(topics: Sequence[str], after: int | None) -> bytes:
-    """The bytes of Subscribe."""
+    """The bytes of Subscribe. Raises ValueError for an `after` that is not a message number."""
     parameters: dict[str, Any] = {"topics": list(topics)}
     if after is not None:
+        _check_numbers("after", after)
         parameters["after"] = after
     return varlink.encode_call(f"{_INBOX}.Subscribe", parameters, more=True)
 
 
 def receive_call(maximum: int, acknowledge: Iterable[int]) -> bytes:
-    """The bytes of Receive. Raises ValueError when there are too many numbers for one call."""
-    return varlink.encode_call(f"{_INBOX}.Receive", {"maximum": maximum, "acknowledge": list(acknowledge)})
+    """The bytes of Receive. Raises ValueError for values that are not message numbers, and for over ACKNOWLEDGED."""
+    numbers = list(acknowledge)
+    _check_numbers("maximum", maximum)
+    _check_numbers("acknowledge", *numbers)
+    if len(numbers) > limits.ACKNOWLEDGED:
+        raise ValueError(f"{len(numbers)} numbers are acknowledged, at most {limits.ACKNOWLEDGED} in one call")
+    return varlink.encode_call(f"{_INBOX}.Receive", {"maximum": maximum, "acknowledge": numbers})
 
 
 def messages(reply: varlink.Reply) -> list[Message]:
@@ -183,6 +235,7 @@ def message(said: Any, numbers: list[int]) -> Message:
             int(said.get("lost") or 0),
             None if file is None else owned[file],
             tuple(owned[index] for index in indexes),
+            int(said.get("owner", said["uid"])),
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         for descriptor in owned:
@@ -204,9 +257,11 @@ def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
     elif kind is QuotaExceeded:
         made = QuotaExceeded(str(parameters.get("limit", "")), _integer(parameters, "maximum"))
     elif kind is RateLimited:
-        made = RateLimited(_integer(parameters, "retryAfterMilliseconds"))
+        made = RateLimited(_integer(parameters, "retryAfterMilliseconds"), "unknown")
     elif kind is ClientNotReading:
         made = ClientNotReading()
+    elif kind is PolicyBroken:
+        made = PolicyBroken()
     elif kind is TopicDenied:
         made = TopicDenied(str(parameters.get("topic", "")))
     elif kind is MessageTooLong:
@@ -215,6 +270,8 @@ def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
         made = DescriptorsRefused(str(parameters.get("reason", "")))
     elif kind is NoSuchRecipient:
         made = NoSuchRecipient(str(parameters.get("to", "")))
+    elif interface == _ADMIN:
+        made = Denied("denied: that is for those whom the policy's `administrators` names")
     else:
         made = kind(_TEXTS[kind])
     resource = parameters.get("resource")
@@ -234,6 +291,24 @@ def answer(reply: varlink.Reply) -> varlink.Reply:
     if reply.error:
         raise refusal(reply.error, reply.parameters)
     return reply
+
+
+def is_pong(received: bytes) -> bool:
+    """Whether `received`, all bytes since PING was sent, are the whole answer; false while more must come.
+
+    A client that is turned away gets a Varlink error, whatever protocol it speaks. No frame begins with the first
+    byte of that error. Raises the error, or ProtocolViolation when the bytes are no answer of a broker.
+    """
+    if received.startswith(b"{"):
+        reader = varlink.VarlinkReader()
+        reader.feed(received)
+        message = reader.next_message()
+        if message is None:
+            return False
+        answer(varlink.decode_reply(message))
+    if not _PONG.startswith(received):
+        raise ProtocolViolation("the program at that address is no fdbroker")
+    return received == _PONG
 
 
 def count_descriptors(reply: varlink.Reply) -> int:
@@ -285,9 +360,37 @@ def _said(grant: dict[str, Any]) -> tuple[str, str, str, bool | None, str]:
 def offered(reply: varlink.Reply) -> list[Offer]:
     """The offers of List's reply. Raises ProtocolViolation."""
     try:
-        return [Offer(from_json(one["resource"]), str(one["rule"])) for one in reply.parameters["resources"]]
-    except (LookupError, TypeError, WrongMember) as error:
+        return [
+            # a broker of an earlier version says no generation
+            Offer(from_json(one["resource"]), str(one["rule"]), int(one.get("generation", 0)))
+            for one in reply.parameters["resources"]
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError, WrongMember) as error:
         raise ProtocolViolation(f"a reply to List that is none: {error}") from None
+
+
+def about(reply: varlink.Reply) -> About:
+    """The answer of About's reply. Raises ProtocolViolation."""
+    try:
+        said = reply.parameters
+        return About(str(said["version"]), int(said["generation"]), str(said["digest"]), int(said["loadedAt"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ProtocolViolation(f"a reply to About that is none: {error}") from None
+
+
+def reloaded(reply: varlink.Reply) -> list[Finding]:
+    """What Reload's reply says is wrong; nothing when the new policy is in force. Raises ProtocolViolation."""
+    try:
+        said = reply.parameters
+        findings = [
+            Finding(str(one["file"]), int(one["line"]), int(one["column"]), str(one["message"]))
+            for one in said["findings"]
+        ]
+        if bool(said["applied"]) == bool(findings):
+            raise ValueError("applied, and findings")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ProtocolViolation(f"a reply to Reload that is none: {error}") from None
+    return findings
 
 
 def close_all(numbers: Iterable[int]) -> None:
@@ -295,66 +398,3 @@ def close_all(numbers: Iterable[int]) -> None:
     for number in numbers:
         if number >= 0:
             os.close(number)
-
-
-class Continued:
-    """Where a subscription goes on when it is made again, because the broker was gone."""
-
-    def __init__(self, after: int | None) -> None:
-        self.after = after
-        self._began_us = time.time_ns() // 1000
-        self._earlier = False  # what is stored may be older than the subscription
-        self._wait_s = RETRY_S
-
-    def lost(self) -> float:
-        """The connection is gone: how many seconds to wait before the next try."""
-        if self.after is None:
-            self.after, self._earlier = 0, True
-        wait_s, self._wait_s = self._wait_s, min(self._wait_s * 2, RETRY_MAX_S)
-        return wait_s
-
-    def is_new(self, message: Message) -> bool:
-        """Whether the caller wants it and has not had it; it has from now on."""
-        self._wait_s = RETRY_S
-        if self._earlier and message.time_us < self._began_us:
-            return False
-        self.after, self._earlier = max(self.after or 0, message.number), False
-        return True
-
-
-class Replies:
-    """Bytes and descriptors in, replies out, each with the descriptors that it owns.
-
-    Bytes that were sent before a message with descriptors can arrive together with it, so received descriptors wait
-    in a FIFO and each reply takes as many as it says. After ProtocolViolation it must be closed.
-    """
-
-    def __init__(self) -> None:
-        self._reader = varlink.VarlinkReader(REPLY_BYTES)
-        self._descriptors: deque[int] = deque()
-
-    def feed(self, data: bytes, descriptors: Iterable[int]) -> None:
-        """Add what arrived; takes the descriptors."""
-        self._descriptors.extend(descriptors)
-        self._reader.feed(data)
-
-    def next_reply(self) -> varlink.Reply | None:
-        """The next whole reply, or None until more arrives. Raises ProtocolViolation."""
-        message = self._reader.next_message()
-        return None if message is None else varlink.decode_reply(message)
-
-    def take(self, count: int) -> list[int]:
-        """The next `count` descriptors, now the caller's. Raises ProtocolViolation when fewer came."""
-        if len(self._descriptors) < count:
-            raise ProtocolViolation(f"a reply with {count} descriptors, and {len(self._descriptors)} came")
-        return [self._descriptors.popleft() for _ in range(count)]
-
-    @property
-    def spent(self) -> bool:
-        """Whether nothing waits: what is left once every call has its answer belongs to none."""
-        return not self._descriptors and not self._reader.held
-
-    def close(self) -> None:
-        """Close the descriptors that no reply has taken."""
-        close_all(self._descriptors)
-        self._descriptors.clear()

@@ -15,9 +15,11 @@ from functools import partial
 from types import TracebackType
 from typing import NoReturn, Protocol, Self, TypeVar
 
-from fdbroker.client import calls
+from fdbroker import limits
+from fdbroker.client import calls, unreachable
 from fdbroker.client.descriptor import Descriptor
-from fdbroker.errors import BrokerUnavailable, FdbrokerError, ProtocolViolation
+from fdbroker.client.replies import Continued, Replies
+from fdbroker.errors import BrokerUnavailable, NoSuchRecipient, PolicyBroken, PolicyError, ProtocolViolation
 from fdbroker.kernel import memfd, sockets
 from fdbroker.terms import Offer
 from fdbroker.wire import frame, varlink
@@ -37,7 +39,7 @@ class Client:
         self._timeout_s = timeout_s
         self._address = address
         self._closed = False
-        self._replies = calls.Replies()
+        self._replies = Replies()
         self._buffer = bytearray(_READ_BYTES)
 
     @classmethod
@@ -54,8 +56,11 @@ class Client:
         """
         return self.open_all([resource], access)[0]
 
-    def open_all(self, resources: list[str], access: str = "ro") -> list[Descriptor]:
-        """Ask for 1 to 64 at once: all of them, in this order, or none and the error of the first in the way."""
+    def open_all(self, resources: Sequence[calls.Asked], access: str = "ro") -> list[Descriptor]:
+        """Ask for 1 to 64 at once: all of them, in this order, or none and the error of the first in the way.
+
+        Each is a text, for which `access` is asked, or a pair of a text and its own access.
+        """
         asked = calls.asked(resources, access)
         reply, numbers = self._call(calls.open_call(asked))
         return self._judged(lambda: calls.opened(reply, numbers, asked))
@@ -78,9 +83,30 @@ class Client:
             calls.answer(reply)
             yield self._judged(partial(calls.offered, reply))
 
+    def about(self) -> calls.About:
+        """Which policy is in force, for everybody: since when, and made of which files."""
+        reply, numbers = self._call(calls.about_call())
+        calls.close_all(numbers)
+        return self._judged(lambda: calls.about(reply))
+
+    def reload(self) -> None:
+        """Have the policy loaded again; returns once the new one is in force.
+
+        Raises PolicyError with all that is wrong, and then the old one stays in force; Denied for all but
+        administrators; RateLimited.
+        """
+        reply, numbers = self._call(calls.reload_call())
+        calls.close_all(numbers)
+        findings = self._judged(lambda: calls.reloaded(reply))
+        if findings:
+            raise PolicyError(findings)
+
     def ping(self) -> float:
-        """Send PING on a connection of its own; returns the round trip in seconds. Raises BrokerUnavailable."""
-        return ping(self._address)
+        """Send PING on a connection of its own; returns the round trip in seconds.
+
+        Raises BrokerUnavailable; QuotaExceeded or PolicyBroken when the broker does not let that connection in.
+        """
+        return ping(self._address, timeout_s=self._timeout_s)
 
     def send(
         self,
@@ -94,11 +120,16 @@ class Client:
 
         `to` is the name or number of the one user whom it is for, None for all. A payload that is too long for the wire
         goes in a memfd. `descriptors`, at most 16 with that one, are borrowed: each receiver gets copies. Raises
-        TopicDenied, NoSuchRecipient, MessageTooLong, DescriptorsRefused, QuotaExceeded or RateLimited; OSError when the
-        kernel does not send the descriptors: EPERM for who may send to no topic, EBADF.
+        TopicDenied, NoSuchRecipient, MessageTooLong, DescriptorsRefused, QuotaExceeded or RateLimited; OSError, and
+        the client goes on, when the kernel does not send the descriptors, for example EBADF.
         """
         with outgoing(topic, payload, to, descriptors) as (call, numbers):
-            _, received = self._call(call, numbers)
+            try:
+                _, received = self._call(call, numbers)
+            except PermissionError:
+                with contextlib.suppress(NoSuchRecipient):
+                    self._call(calls.probe_call(topic))
+                raise
         calls.close_all(received)
 
     def receive(self, maximum: int = 100, acknowledge: Iterable[int] = ()) -> list[calls.Message]:
@@ -119,18 +150,19 @@ class Client:
         had: what is stored comes, what is not is lost. Nothing else can be asked on this client from then on. Raises
         TopicDenied, QuotaExceeded or RateLimited, then or later, when a new policy does not allow it any more.
         """
-        begun = calls.Continued(after)
+        begun = Continued(after)
         while True:
             try:
                 for message in self._messages(calls.subscribe_call(topics, begun.after)):
                     if begun.is_new(message):
                         yield message
-            except BrokerUnavailable:
-                if self._closed:
+            except (BrokerUnavailable, PolicyBroken) as error:
+                if self._closed or not begun.goes_on(error):
                     raise
+                self._drop()
                 time.sleep(begun.lost())
                 with contextlib.suppress(BrokerUnavailable):  # the next call finds that as well
-                    self._sock, self._replies = connected(self._address, self._timeout_s), calls.Replies()
+                    self._sock, self._replies = connected(self._address, self._timeout_s), Replies()
 
     def _messages(self, call: bytes) -> Iterator[calls.Message]:
         self._send(call)
@@ -143,6 +175,12 @@ class Client:
         self._closed = True
         self._drop()
 
+    def detach(self) -> int:
+        """The number of the connection, which from now on is the caller's to close; the client is closed."""
+        self._closed = True
+        self._replies.close()
+        return self._sock.detach()
+
     def _drop(self) -> None:
         self._replies.close()
         self._sock.close()
@@ -154,9 +192,18 @@ class Client:
         self.close()
 
     def _call(self, call: bytes, with_it: Sequence[int] = ()) -> tuple[varlink.Reply, list[int]]:
-        """One call and its reply, with the descriptors that it owns, now the caller's. Raises an error reply."""
+        """One call and its reply, with the descriptors that it owns, now the caller's. Raises an error reply.
+
+        Raises OSError when the kernel does not send the descriptors, nor anything of the call: the client goes on.
+        """
         try:
             self._send(call, with_it)
+        except OSError:
+            raise
+        except BaseException:
+            self._drop()  # half a call cannot be taken back
+            raise
+        try:
             reply, numbers = self._reply(None if self._timeout_s is None else time.monotonic() + self._timeout_s)
             if not self._replies.spent:
                 calls.close_all(numbers)
@@ -181,11 +228,16 @@ class Client:
         try:
             if with_it:
                 call = call[socket.send_fds(self._sock, [call], with_it) :]
+                with_it = ()
             self._sock.sendall(call)
         except TimeoutError:
             self._lost("the broker does not read")
         except (BrokenPipeError, ConnectionResetError):
             pass  # it hung up, and may have said why: `_reply` finds that, or the end
+        except OSError as error:
+            if with_it:
+                raise
+            self._lost(f"a call could not be sent: {error.strerror}")
 
     def _reply(self, deadline_s: float | None) -> tuple[varlink.Reply, list[int]]:
         try:
@@ -220,11 +272,18 @@ class HasFileno(Protocol):
 def outgoing(
     topic: str, payload: str | bytes, to: str | int | None, descriptors: Sequence[int | HasFileno]
 ) -> Iterator[tuple[bytes, list[int]]]:
-    """The call that sends a message, and what goes with it: before the others a memfd, if the payload is too long."""
+    """The call that sends a message, and its descriptors; a memfd before them holds a payload that is too long.
+
+    Raises ValueError for too many descriptors, and for an empty `to`.
+    """
     numbers = [one if isinstance(one, int) else one.fileno() for one in descriptors]
+    if to == "":
+        raise ValueError("to is empty: it is a user's name or number, or None for everybody")
+    _check_count(len(numbers), "")
     try:
         call = calls.send_call(topic, payload, to, len(numbers))
     except ValueError:
+        _check_count(len(numbers) + 1, ", with the memfd that has the payload")
         file = memfd.sealed("message", payload.encode() if isinstance(payload, str) else payload)
         try:
             yield calls.send_call(topic, None, to, len(numbers)), [file, *numbers]
@@ -234,37 +293,46 @@ def outgoing(
         yield call, numbers
 
 
+def _check_count(count: int, which: str) -> None:
+    if count > limits.DESCRIPTORS_PER_MESSAGE:
+        raise ValueError(f"{count} descriptors{which}: at most {limits.DESCRIPTORS_PER_MESSAGE} go with a message")
+
+
 def connected(address: str | None, timeout_s: float | None) -> socket.socket:
-    """A connected socket, owned by the caller. Raises BrokerUnavailable."""
+    """A connected socket, owned by the caller. Raises BrokerUnavailable, which says what to do."""
     path = calls.address(address, os.environ)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if timeout_s is not None:
             # not settimeout: to a full backlog a non-blocking connect says EAGAIN at once
-            seconds = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1_000_000) + 1)
+            seconds = struct.pack("ll", int(timeout_s), min(int(timeout_s % 1 * 1_000_000) + 1, 999_999))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         sock.connect(path)
     except OSError as error:
         sock.close()
-        raise BrokerUnavailable(f"nobody answers at {path}: {error.strerror or error}") from None
+        raise BrokerUnavailable(unreachable.why(path, error)) from None
     return sock
 
 
-def ping(address: str | None = None, *, timeout_s: float = 10.0) -> float:
-    """Send PING by the inbox framing; returns the round trip in seconds. Raises BrokerUnavailable."""
+def ping(address: str | None = None, *, timeout_s: float | None = 10.0) -> float:
+    """Send PING by the inbox framing; returns the round trip in seconds, of which it takes at most `timeout_s`.
+
+    Raises BrokerUnavailable; QuotaExceeded or PolicyBroken when the broker does not let the caller in.
+    """
     with connected(address, timeout_s) as sock:
-        sock.settimeout(timeout_s)
-        reader = frame.FrameReader()
+        received = b""
         began_s = time.perf_counter()
         try:
-            sock.sendall(frame.encode_frame(frame.PING))
-            while (payload := reader.next_message()) is None:
+            with contextlib.suppress(ConnectionError):  # it hung up, and may have said why
+                sock.settimeout(timeout_s)
+                sock.sendall(frame.encode_frame(frame.PING))
+            while not calls.is_pong(received):
+                if timeout_s is not None:
+                    sock.settimeout(max(0.001, began_s + timeout_s - time.perf_counter()))
                 data = sock.recv(_READ_BYTES)
                 if not data:
                     raise BrokerUnavailable("the broker closed the connection")
-                reader.feed(data)
-        except (OSError, FdbrokerError) as error:
+                received += data
+        except (OSError, ProtocolViolation) as error:
             raise BrokerUnavailable(f"no answer to PING: {error}") from None
-        if payload != frame.PONG:
-            raise BrokerUnavailable("who answers at that address is no fdbroker")
         return time.perf_counter() - began_s

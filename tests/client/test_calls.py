@@ -6,7 +6,10 @@ import os
 
 import pytest
 
+from fdbroker import limits
 from fdbroker.client import calls
+from fdbroker.client.replies import Replies
+from fdbroker.client.sync import outgoing
 from fdbroker.errors import (
     ClientNotReading,
     Denied,
@@ -104,7 +107,12 @@ def test_an_answer_that_does_not_fit_the_question_is_refused_and_everything_clos
             "/dev/x: it could not be opened: EBUSY",
         ),
         ("QuotaExceeded", {"limit": "burst", "maximum": 5}, QuotaExceeded, "limit burst is reached, maximum 5"),
-        ("RateLimited", {"retryAfterMilliseconds": 7}, RateLimited, "too many requests, try again in 7 ms"),
+        (
+            "RateLimited",
+            {"retryAfterMilliseconds": 7},
+            RateLimited,
+            "not now: too many requests, or the broker has no room, try again in 7 ms",
+        ),
         ("ClientNotReading", {}, ClientNotReading, "too many grants wait unread; the connection is closed"),
     ],
 )
@@ -125,7 +133,14 @@ def test_unknown_errors_and_odd_parameters_are_survived():
 
 @pytest.mark.parametrize(
     ("paths", "access"),
-    [([], "ro"), (["/dev/x"] * 65, "ro"), (["/dev/x"], "r"), (["/dev/" + "x" * 65536], "ro"), (["net"], "ro")],
+    [
+        ([], "ro"),
+        (["/dev/x"] * 65, "ro"),
+        (["/dev/x"], "r"),
+        (["/dev/" + "x" * 65536], "ro"),
+        (["net"], "ro"),
+        ("/dev/x", "ro"),
+    ],
 )
 def test_what_cannot_be_asked_is_a_value_error(paths, access):
     with pytest.raises(ValueError):
@@ -133,7 +148,7 @@ def test_what_cannot_be_asked_is_a_value_error(paths, access):
 
 
 def test_descriptors_wait_in_order_for_the_replies_that_own_them():
-    replies = calls.Replies()
+    replies = Replies()
     numbers = _open(3)
     first, second = varlink.encode_reply({"grants": [1]}), varlink.encode_reply({"grants": [1, 2]})
     replies.feed(first + second[:5], numbers[:1])
@@ -179,3 +194,29 @@ def test_the_address_is_the_given_one_else_the_environments_else_the_default():
     assert calls.address("/a", {"FDBROKER_SOCKET": "/b"}) == "/a"
     assert calls.address(None, {"FDBROKER_SOCKET": "/b"}) == "/b"
     assert calls.address(None, {}) == "/run/fdbroker/socket"
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: calls.receive_call(-1, ()), "maximum is -1"),
+        (lambda: calls.receive_call(1, [1 << 63]), "acknowledge is 9223372036854775808"),
+        (lambda: calls.receive_call(1, range(limits.ACKNOWLEDGED + 1)), "at most 1000 in one call"),
+        (lambda: calls.subscribe_call(["x"], 1 << 63), "after is 9223372036854775808"),
+        (lambda: calls.subscribe_call(["x"], -1), "after is -1"),
+        (lambda: outgoing("x", "", "", ()).__enter__(), "to is empty"),
+        (lambda: outgoing("x", "", None, [0] * 17).__enter__(), "17 descriptors: at most 16"),
+        (lambda: outgoing("x", "y" * 70_000, None, [0] * 16).__enter__(), "17 descriptors, with the memfd"),
+    ],
+    ids=range(8),
+)
+def test_what_no_broker_takes_is_not_sent(make, why):
+    with pytest.raises(ValueError, match=why):
+        make()
+
+
+def test_what_a_broker_just_takes_is_sent():
+    assert calls.receive_call(0, range(limits.ACKNOWLEDGED))
+    assert calls.subscribe_call(["x"], (1 << 63) - 1)
+    with outgoing("x", "y" * 70_000, 5, [0] * 15) as (_, numbers):
+        assert len(numbers) == 16
