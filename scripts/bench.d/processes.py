@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -103,14 +104,27 @@ def tail(log: Path) -> str:
     return log.read_text(errors="replace")[-2000:].strip() or "it said nothing"
 
 
-def memory_mb(group: int) -> dict[str, float]:
-    """Memory of a process group in MiB, and of how many processes: what they share counts once in "pss"."""
-    found = {"pss": 0.0, "rss": 0.0, "processes": 0.0}
+def _members(group: int) -> list[Path]:
+    """The folders in /proc of a process group, and of what these have started, in sessions of their own."""
+    parents = {}
+    members = set()
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # it ended meanwhile
             # proc(5): after the name in parentheses come state, parent, group
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) != group:
-                continue
+            _, parent, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            parents[int(folder.name)] = int(parent)
+            if int(its_group) == group:
+                members.add(int(folder.name))
+    while more := {pid for pid, parent in parents.items() if parent in members} - members:
+        members |= more
+    return [Path(f"/proc/{pid}") for pid in sorted(members)]
+
+
+def memory_mb(group: int) -> dict[str, float]:
+    """Memory of `_members` in MiB, and of how many processes: what they share counts once in "pss"."""
+    found = {"pss": 0.0, "rss": 0.0, "processes": 0.0}
+    for folder in _members(group):
+        try:
             fields = dict(line.split(":", 1) for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
         except OSError:  # it ended meanwhile
             continue
@@ -123,13 +137,12 @@ def memory_mb(group: int) -> dict[str, float]:
 def children_of(group: int) -> dict[str, int]:
     """The process ids of a broker's processes, by the module that each runs: `opener`, `inbox`."""
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
+    for folder in _members(group):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) == group:
-                for word in (folder / "cmdline").read_bytes().split(b"\0"):
-                    package, _, name = word.decode(errors="replace").partition(".")
-                    if package == "fdbroker" and name:
-                        found[name] = int(folder.name)
+            # as fdbroker/launcher/start.py starts them, and as staged.py does
+            name = re.search(rb"\bfdbroker\.(\w+)(?:\.__main__ import|\0)", (folder / "cmdline").read_bytes())
+            if name:
+                found[name[1].decode()] = int(folder.name)
     return found
 
 

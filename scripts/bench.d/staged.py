@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import select
 import signal
 import subprocess
@@ -29,7 +30,8 @@ _LINK = (
     "kernel.link:Link.receive_whole",
     "kernel.link:Link.send",
     "kernel.link:Link.send_with_descriptors",
-    "wire.link:decode",
+    "wire.codec:Table.encode",
+    "wire.codec:Table.decode",
 )
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "inbox": {
@@ -40,11 +42,11 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "inbox.dispatch:dispatch_varlink",
             "inbox.dispatch:dispatch_frame",
         ),
-        "link": (*_LINK, "wire.link:encode_open", "wire.link:encode_closed"),
+        "link": (*_LINK, "wire.codec:Table.encode", "wire.codec:Table.decode"),
         "send": ("inbox.client:Client.send",),
     },
     "opener": {
-        "link": (*_LINK, "wire.link:encode_outcome", "wire.rights:encode_connected"),
+        "link": (*_LINK, "wire.codec:Table.encode", "wire.codec:Table.decode"),
         "accept": ("opener.accept:Acceptor.accept",),
         "identify": ("opener.identify:Identifier.identify", "opener.identify:Identifier.describe"),
         "authorize": (
@@ -55,7 +57,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "opener.authorize:message_rights",
             "policy.decide:view",
         ),
-        "open": ("opener.open:Nodes.open_all", "opener.request:Opening.close"),
+        "open": ("opener.open:Nodes.judge_some", "opener.open:Nodes.open_all", "opener.request:Opening.close"),
         "audit": ("opener.audit:Audit.grant",),
         "send": (
             "opener.send:compose",
@@ -206,12 +208,14 @@ def _serve(folder: str, arguments: list[str]) -> int:
     from fdbroker.launcher import start  # noqa: PLC0415 -- likewise
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        *python, flag, module, order = command
-        if flag != "-m":
+        *python, code, order = command
+        found = re.search(r"from (fdbroker\.\w+)\.__main__ import main", code)
+        if found is None:
             raise SystemExit(f"the launcher starts its children by {command}: staged.py has to learn that")
-        return subprocess.Popen([*python, os.path.abspath(__file__), module, order, folder], **options)
+        # with `site`, unlike the real one: this file needs to find fdbroker
+        return subprocess.Popen([python[0], "-I", "-B", os.path.abspath(__file__), found[1], order, folder], **options)
 
-    ours = SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
+    ours = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
     setattr(start, "subprocess", ours)  # noqa: B010 -- likewise
     sys.argv = ["fdbroker", *arguments]
     return main()

@@ -39,7 +39,9 @@ class Brokers(NamedTuple):
 def _reported(brokers: Brokers) -> dict[str, dict[str, float]]:
     """Microseconds by process and stage since the last report."""
     found = {}
-    for name, pid in children_of(brokers.timed[1]).items():
+    children = children_of(brokers.timed[1])
+    for name in _PROCESSES:
+        pid = children[name]
         path = brokers.reports / f"{name}.json"
         path.unlink(missing_ok=True)
         os.kill(pid, signal.SIGUSR1)
