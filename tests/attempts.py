@@ -33,8 +33,9 @@ _WORDS = """
     ptrace=101 syslog=103 setfsuid=122 capset=126 rt_sigqueueinfo=129 personality=135 setpriority=141
     sched_setscheduler=144 vhangup=153 modify_ldt=154 pivot_root=155 prctl=157 adjtimex=159 acct=163
     settimeofday=164 mount=165 umount2=166 swapon=167 swapoff=168 reboot=169 sethostname=170 setdomainname=171
-    iopl=172 ioperm=173 init_module=175 delete_module=176 quotactl=179 tkill=200 clock_settime=227 tgkill=234
-    mq_open=240 mq_unlink=241 kexec_load=246 add_key=248 request_key=249 keyctl=250 inotify_add_watch=254
+    iopl=172 ioperm=173 init_module=175 delete_module=176 quotactl=179 tkill=200 sched_setaffinity=203
+    clock_settime=227 tgkill=234 mq_open=240 mq_unlink=241 kexec_load=246 add_key=248 request_key=249 keyctl=250
+    ioprio_set=251 inotify_add_watch=254
     unshare=272 inotify_init1=294 perf_event_open=298 fanotify_init=300 prlimit64=302 name_to_handle_at=303
     open_by_handle_at=304 setns=308 process_vm_readv=310 process_vm_writev=311 kcmp=312 finit_module=313 seccomp=317
     memfd_create=319 kexec_file_load=320 bpf=321 execveat=322 userfaultfd=323 pidfd_send_signal=424
@@ -91,7 +92,9 @@ class World:
         self.others = [pid for pid in plan["pids"].values() if pid != self.same]  # of the broker, and somebody's
         self.folder: str = plan["folders"][role]  # everybody may write to it, and to the file `public` in it
         self.mine = f"{self.folder}/mine"  # a file of this process's own user
-        self.state: str = plan["state"]  # where messages are stored
+        self.state = (
+            f"{plan['state']}/{role}"  # what it makes where messages are stored; no other attempt uses the name
+        )
         self.allowed: list[int] = plan["capabilities"][role]  # numbers of those that it has permitted
         self.pidfds = [os.pidfd_open(pid) for pid in self.others]
         spaces = {kind: f"/proc/{plan['pids']['victim']}/ns/{file}" for kind, file in _FILES.items()}
@@ -305,7 +308,13 @@ _LAUNCHER = "it keeps root's uid, to read the policy and NSS again"
 _CHILDREN = {"launcher": "NSS may; what it starts has what it has: no capability, the same filter and Landlock rules"}
 _HARMLESS = {"launcher": "it has no list of what it may do; this gives it no right that it has not"}
 _FORKS = {"namespaces": "each question is answered in a process of its own", **_CHILDREN}
-_THREADS = {"inbox": "what came with messages is closed in threads", **_CHILDREN}
+_THREADS = {
+    "opener": "nodes of drivers that may sleep are opened and closed in threads",
+    "inbox": "what came with messages is closed in threads",
+    "refuser": "what refused clients have sent is closed in threads",
+    **_CHILDREN,
+}
+_COLLECTS = {"inbox": "one that is closed at once has the kernel free others"}
 _MAKES = {"namespaces": "that is what it is for"}
 _NETWORK = {
     "namespaces": "it makes sockets for others, and asks the kernel by NETLINK",
@@ -313,10 +322,17 @@ _NETWORK = {
 }
 _NSS = {"launcher": "NSS may ask others"}
 _LOOK = {
-    "namespaces": "CAP_SYS_PTRACE is for the namespaces of clients' processes, CAP_DAC_READ_SEARCH for what they have open"
+    "witness": "CAP_SYS_PTRACE is for the user namespaces of administrators",
+    "namespaces": "CAP_SYS_PTRACE is for the namespaces of clients' processes, CAP_DAC_READ_SEARCH for what they have open",
 }
-_LOOK_ROOT = {**_LOOK, "launcher": f"{_LAUNCHER}; it sees their numbers, not what they are"}
-_READ = {"namespaces": "it has no Landlock, which would keep it from opening namespaces, and CAP_DAC_READ_SEARCH"}
+_LIST = {
+    "namespaces": _LOOK["namespaces"],  # the witness opens what it has the name of, and lists nothing
+    "launcher": f"{_LAUNCHER}; it sees their numbers, not what they are",
+}
+_READ = {
+    "namespaces": "it has no Landlock, which would keep it from opening namespaces, and CAP_DAC_READ_SEARCH",
+    "witness": "it has root's uid and no Landlock, or it could not look at namespaces; it reads nothing but the launcher's pidfds",
+}
 _READ_ETC = {**_READ, "launcher": f"{_LAUNCHER}, and Landlock leaves it /etc"}
 _SIGNALS = {"namespaces": "processes of its own user only: it ends its children"}
 _ITS_OWN_LIMITS = {"all": "processes of its own user only, which are itself"}
@@ -362,12 +378,12 @@ TABLE: dict[str, list[Attempt]] = {
         Attempt("write memory", "process_vm_writev", lambda w: any_of([*w.others, w.same], lambda pid: vectors("process_vm_writev", pid))),
         Attempt("read memory by /proc/PID/mem", "openat", lambda w: any_of([*w.others, w.same], lambda pid: opening(f"/proc/{pid}/mem", os.O_RDONLY)), _LOOK),
         Attempt("write memory by /proc/PID/mem", "openat", lambda w: any_of([*w.others, w.same], lambda pid: opening(f"/proc/{pid}/mem", os.O_WRONLY))),
-        Attempt("list descriptors in /proc/PID/fd", "openat getdents64", lambda w: any_of([*w.others, w.same], lambda pid: os.listdir(f"/proc/{pid}/fd")), _LOOK_ROOT),
+        Attempt("list descriptors in /proc/PID/fd", "openat getdents64", lambda w: any_of([*w.others, w.same], lambda pid: os.listdir(f"/proc/{pid}/fd")), _LIST),
         Attempt("open a descriptor in /proc/PID/fd", "openat", lambda w: any_of([*w.others, w.same], lambda pid: opening(f"/proc/{pid}/fd/2", os.O_RDONLY)), _LOOK),
         Attempt("read /proc/PID/environ", "openat", lambda w: any_of([*w.others, w.same], lambda pid: opening(f"/proc/{pid}/environ", os.O_RDONLY)), _LOOK),
         Attempt("go through the root folder of another", "openat", lambda w: any_of([*w.others, w.same], lambda pid: opening(f"/proc/{pid}/root/etc/hostname", os.O_RDONLY)), _LOOK),
         Attempt("open a namespace in /proc/PID/ns", "openat", lambda w: any_of([*w.others, w.same], lambda pid: opening(f"/proc/{pid}/ns/net", os.O_RDONLY)), _LOOK),
-        Attempt("refer to a process", "pidfd_open", lambda w: any_of(w.others, lambda pid: os.close(os.pidfd_open(pid))), {"namespaces": "to know that it is still the same", **_HARMLESS}),
+        Attempt("refer to a process", "pidfd_open", lambda w: any_of(w.others, lambda pid: os.close(os.pidfd_open(pid))), {"namespaces": "to know that it is still the same", "opener": "whose process it is, before Linux 6.5", **_HARMLESS}),
         Attempt("take a descriptor", "pidfd_getfd", lambda w: any_of(w.pidfds, lambda pidfd: os.close(sc("pidfd_getfd", pidfd, 2, 0)))),
         Attempt("signal a process of the broker", "kill", lambda w: any_of(w.others, lambda pid: sc("kill", pid, 0)), _SIGNALS),
         Attempt("signal a process of its own user", "kill", lambda w: sc("kill", w.same, 0), _SIGNALS),
@@ -378,6 +394,9 @@ TABLE: dict[str, list[Attempt]] = {
         Attempt("change the limits of another", "prlimit64", lambda w: any_of(w.others, limits_of)),
         Attempt("change the limits of its own user's", "prlimit64", lambda w: limits_of(w.same), _ITS_OWN_LIMITS),
         Attempt("change the priority of another", "setpriority", lambda w: any_of(w.others, lambda pid: sc("setpriority", 0, pid, 0))),
+        Attempt("change the scheduling of another", "sched_setscheduler", lambda w: any_of(w.others, lambda pid: sc("sched_setscheduler", pid, 0, struct.pack("i", 0)))),
+        Attempt("change the processors of another", "sched_setaffinity", lambda w: any_of(w.others, lambda pid: sc("sched_setaffinity", pid, 128, b"\xff" * 128))),
+        Attempt("change the disk priority of another", "ioprio_set", lambda w: any_of(w.others, lambda pid: sc("ioprio_set", 1, pid, 2 << 13 | 4))),
         Attempt("advise on another's memory", "process_madvise", lambda w: any_of(w.pidfds, lambda pidfd: sc("process_madvise", pidfd, struct.pack("QQ", 0, 0), 0, 20, 0))),
         Attempt("compare what others have open", "kcmp", lambda w: any_of(w.others, lambda pid: sc("kcmp", w.same, pid, 2, 0, 0))),
         Attempt("watch another by events", "perf_event_open", lambda w: any_of(w.others, lambda pid: os.close(sc("perf_event_open", struct.pack("IIQ112x", 1, 128, 0), pid, -1, -1, 0)))),
@@ -392,10 +411,10 @@ TABLE: dict[str, list[Attempt]] = {
         Attempt("write to a file of its own user's", "openat", lambda w: opening(w.mine, os.O_WRONLY)),
         Attempt("write to a file of root's", "openat", lambda w: opening(f"{w.folder}/secret", os.O_WRONLY)),
         Attempt("make a file", "openat", lambda w: opening(f"{w.folder}/new", os.O_WRONLY | os.O_CREAT)),
-        Attempt("make a file where messages are stored", "openat", lambda w: opening(f"{w.state}/new", os.O_WRONLY | os.O_CREAT), {"inbox-store": "SQLite makes its files there"}),
+        Attempt("make a file where messages are stored", "openat", lambda w: opening(f"{w.state}-new", os.O_WRONLY | os.O_CREAT), {"inbox-store": "SQLite makes its files there"}),
         Attempt("make a folder", "mkdir", lambda w: os.mkdir(f"{w.folder}/new-folder")),
         Attempt("make a link", "symlink", lambda w: os.symlink("/etc/shadow", f"{w.folder}/new-link")),
-        Attempt("make a link where messages are stored", "symlink", lambda w: os.symlink("/etc/shadow", f"{w.state}/new-link")),
+        Attempt("make a link where messages are stored", "symlink", lambda w: os.symlink("/etc/shadow", f"{w.state}-new-link")),
         Attempt("make a hard link", "link", lambda w: os.link(w.mine, f"{w.mine}-2")),
         Attempt("make a device node", "mknod", lambda w: os.mknod(f"{w.folder}/node", 0o020666, os.makedev(1, 5))),
         Attempt("rename a file", "rename", lambda w: os.rename(w.mine, f"{w.mine}-2")),
@@ -444,7 +463,7 @@ TABLE: dict[str, list[Attempt]] = {
                 ("XDP", 44, 3, {}),
             )
         ),
-        Attempt("a pair of sockets", "socketpair", lambda w: [one.close() for one in socket.socketpair()], {"namespaces": "a link to each child", **_HARMLESS}),
+        Attempt("a pair of sockets", "socketpair", lambda w: [one.close() for one in socket.socketpair()], {"namespaces": "a link to each child", **_COLLECTS, **_HARMLESS}),
         Attempt("connect a Unix socket", "connect", lambda w: w.unix.connect(f"{w.folder}/listening"), _NSS),
         Attempt("connect an abstract Unix socket", "connect", lambda w: w.unix.connect("\0fdbroker-tried")),
         Attempt("connect by TCP", "connect", lambda w: reaches(lambda: w.inet.connect(("127.0.0.1", 9)), errno.ECONNREFUSED) ),

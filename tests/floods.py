@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import multiprocessing
 import os
+import resource
 import select
 import signal
 import socket
@@ -21,21 +23,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from harness import Broker
+from harness import RATES, Broker
 
 MALLORY, VICTIM = 50004, 50005
+FIRST, COUNT = 200_000, 65_536  # MALLORY's subordinate uids
+SUBUID = f"{MALLORY}:{FIRST}:{COUNT}\n"
 RECIPIENTS = range(52000, 53000)
 CONNECTIONS = 64
 ROUND = 100  # of each kind of request, in one phase
 _together = 1
 KINDS = ("ping", "open", "send")
 
-# every limit at its default
-POLICY = """\
+# every limit at its default, but for the other user, who measures as often as it can
+POLICY = f"""\
 version: 1
-topics: {inbox: {}, news: {}, mail: {deliver: [queue]}}
-everyone: {send: ["*"], subscribe: [news], devices: [{path: /dev/null, access: rw, class: mem, device: "1:3"}]}
+topics: {{inbox: {{}}, news: {{}}, mail: {{deliver: [queue]}}}}
+everyone: {{send: ["*"], subscribe: [news], devices: [{{path: /dev/null, access: rw, class: mem, device: "1:3"}}]}}
 users:
+  {VICTIM}: {{limits: {{{RATES}}}}}
 """ + "".join(f"  {uid}: {{subscribe: [mail]}}\n" for uid in RECIPIENTS)
 
 
@@ -66,7 +71,14 @@ def connected(address: str) -> socket.socket:
     return sock
 
 
-def pipelined(message: bytes, most: int = CONNECTIONS, *, reads: bool = True, pieces: int = 0) -> Callable[[str], None]:
+def pipelined(
+    message: bytes,
+    most: int = CONNECTIONS,
+    *,
+    reads: bool = True,
+    pieces: int = 0,
+    connect: Callable[[str], socket.socket] = connected,
+) -> Callable[[str], None]:
     """As many connections, and as much of this message on each, as the broker takes."""
 
     def flood(address: str) -> None:
@@ -77,7 +89,7 @@ def pipelined(message: bytes, most: int = CONNECTIONS, *, reads: bool = True, pi
         at: dict[int, int] = {}
         while True:
             while len(made) < at_once:
-                sock = connected(address)
+                sock = connect(address)
                 sock.setblocking(False)
                 made[sock.fileno()] = sock
                 at[sock.fileno()] = 0
@@ -101,6 +113,21 @@ def pipelined(message: bytes, most: int = CONNECTIONS, *, reads: bool = True, pi
                     sock.close()
 
     return flood
+
+
+def as_many(uids: int) -> Callable[[str], None]:
+    """Requests on as many connections, each of another one of MALLORY's uids: needs to be root between them."""
+    each = itertools.cycle(range(FIRST, FIRST + uids))
+
+    def connect(address: str) -> socket.socket:
+        uid = next(each)
+        os.setresuid(uid, uid, 0)
+        try:
+            return connected(address)
+        finally:
+            os.setresuid(0, 0, 0)
+
+    return pipelined(OPEN, uids, connect=connect)
 
 
 def connecting(message: bytes = b"", *, listens: bool = False) -> Callable[[str], None]:
@@ -174,6 +201,7 @@ def stuffing(address: str) -> None:
                 made[index] = connected(address)
 
 
+MANY_UIDS = (99, 700, 2000)  # of one user; 99 were enough to take all that can be in flight
 FLOODS: dict[str, Callable[[str], None]] = {
     "PING": pipelined(PING),
     "SEND": pipelined(SEND),
@@ -191,6 +219,7 @@ FLOODS: dict[str, Callable[[str], None]] = {
     "connects": connecting(),
     "connects, PING": connecting(PING, listens=True),
     "garbage": connecting(struct.pack("!I", 0xFFFFFFFF), listens=True),
+    **{f"Open, as {uids} uids": as_many(uids) for uids in MANY_UIDS},
 }
 
 
@@ -207,7 +236,10 @@ def _become(uid: int) -> None:
 
 def _flood(names: list[str], address: str) -> None:
     os.setpgid(0, 0)
-    _become(MALLORY)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if " uids" not in names[0]:
+        _become(MALLORY)
     os.nice(19)
     global _together  # noqa: PLW0603 -- they share what connections one user may have
     _together = len(names)

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -29,8 +30,14 @@ CLONE_NEWNET = 0x40000000
 CLONE_NEWUSER = 0x10000000
 MS_REC, MS_PRIVATE, MS_BIND, MNT_DETACH = 0x4000, 0x40000, 0x1000, 2
 
+# How long anything is waited for that an idle machine does at once. At a load of 20 on two CPUs a broker takes 9 s to
+# serve and 2 s to stop [measured]. What must be quick is tested by its own limit.
+PATIENCE_S = 60.0
+
 # uids and gids that no machine has given to anybody: below the dynamic ranges, above the users
 ALICE, BOB, CAROL = 50001, 50002, 50003
+# those that are users of the machine while tests run: each its own owner
+USERS = range(50001, 50020)
 GROUP, OTHER_GROUP = 51001, 51002
 
 
@@ -52,6 +59,30 @@ def own_mount_namespace() -> None:
         cannot(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
     # for sockets and policies of the tests: it goes with the namespace, also when the run is killed
     mount("fdbroker-test", "/mnt", "tmpfs", 0, "mode=0755")
+    lines = [f"fdbroker-test-{uid}:x:{uid}:{uid}::/nonexistent:/usr/sbin/nologin\n" for uid in USERS]
+    replace_file("/etc/passwd", Path("/etc/passwd").read_text() + "".join(lines))
+
+
+def replace_file(path: str, text: str) -> None:
+    """Have a file with this text stand at `path`, which is there, for the tests alone."""
+    place = Path(f"/mnt/{path.replace('/', '-')}-{time.monotonic_ns()}")
+    place.write_text(text)
+    mount(str(place), path, "none", MS_BIND)
+
+
+@contextlib.contextmanager
+def replaced_file(path: str, text: str) -> Iterator[None]:
+    """The same for a while; where nothing is at `path`, it is made, and removed again."""
+    made = not os.path.exists(path)
+    if made:
+        Path(path).touch()
+    replace_file(path, text)
+    try:
+        yield
+    finally:
+        unmount(path)
+        if made:
+            os.unlink(path)
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -101,6 +132,11 @@ def descriptors_of(pid: int) -> dict[str, str]:
     return found
 
 
+def resident_bytes(pid: int) -> int:
+    """The memory of a process that is in RAM now."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def status_of(pid: int) -> dict[str, str]:
     text = Path(f"/proc/{pid}/status").read_text()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
@@ -128,7 +164,9 @@ class Broker:
                 [
                     *(("prlimit", f"--nofile={descriptors}:{descriptors}") if descriptors else ()),
                     *(sys.executable, "-I", "-W", "error", *program, "serve", "--policy", str(self.policy)),
-                    *("--socket", self.socket, "--mode", "0666", *arguments),
+                    *(() if "--socket" in arguments else ("--socket", self.socket)),
+                    *(() if "--mode" in arguments else ("--mode", "0666")),
+                    *arguments,
                 ],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
@@ -138,29 +176,22 @@ class Broker:
         self.expected_code: int | None = 0
 
     def wait_ready(self) -> None:
-        for _ in range(400):
-            if "serving with" in self.text():
-                break
-            if self.process.poll() is not None:
-                raise AssertionError(f"the broker ended with {self.process.returncode}:\n{self.text()}")
-            time.sleep(0.02)
-        else:
-            raise AssertionError(f"the broker did not come up:\n{self.text()}")
+        self._wait(lambda: "serving with" in self.text(), "it did not come up", PATIENCE_S)
         children = subprocess.run(["pgrep", "-P", str(self.process.pid), "-a"], capture_output=True, text=True).stdout
         self.pids = {"launcher": self.process.pid}
         for line in children.splitlines():
             pid, _, command = line.partition(" ")
-            for name in ("opener", "inbox", "namespaces"):
+            for name in ("opener", "inbox", "namespaces", "witness"):
                 if f"fdbroker.{name}" in command:
                     self.pids[name] = int(pid)
-        assert set(self.pids) - {"namespaces"} == {"launcher", "opener", "inbox"}, children
+        assert set(self.pids) - {"namespaces"} == {"launcher", "opener", "inbox", "witness"}, children
         if "namespaces" in self.pids:
             self.pids["worker"] = self.worker()
         self.idle = self.counts()  # before the first client
 
     def worker(self) -> int:
         """The pid of the namespaces worker, which its holder starts again when it ends."""
-        end = time.monotonic() + 5
+        end = time.monotonic() + PATIENCE_S
         while not (found := subprocess.run(["pgrep", "-P", str(self.pids["namespaces"])], capture_output=True).stdout):
             assert time.monotonic() < end, self.text()
             time.sleep(0.02)
@@ -174,11 +205,19 @@ class Broker:
         records = [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
         return [record for record in records if not kind or f" {kind} " in record["MESSAGE"].replace(":", " ")]
 
-    def wait_for(self, text: str, seconds: float = 5.0) -> None:
-        """Until the log has that text."""
+    def wait_for(self, text: str, seconds: float = PATIENCE_S) -> None:
+        """Until the log has that text; no longer than the broker runs."""
+        self._wait(lambda: text in self.text(), f"no {text!r} in its log", seconds)
+
+    def _wait(self, ready: Callable[[], bool], missing: str, seconds: float) -> None:
+        """Until `ready`; `missing` says what is not there when the time is over, or the broker has ended before."""
         end = time.monotonic() + seconds
-        while text not in self.text():
-            assert time.monotonic() < end, f"no {text!r} in:\n{self.text()}"
+        while True:
+            code = self.process.poll()  # before `ready`: its last words count
+            if ready():
+                return
+            assert code is None, f"the broker ended with {code}, {missing}:\n{self.text()}"
+            assert time.monotonic() < end, f"{missing}:\n{self.text()}"
             time.sleep(0.02)
 
     def counts(self) -> dict[str, int]:
@@ -187,7 +226,7 @@ class Broker:
 
     def wait_idle(self) -> None:
         """Every process must have the descriptors again that it had before the first client."""
-        end = time.monotonic() + 5
+        end = time.monotonic() + PATIENCE_S
         while (counts := self.counts()) != self.idle:
             assert time.monotonic() < end, f"{counts}, were {self.idle}"
             time.sleep(0.02)
@@ -196,15 +235,12 @@ class Broker:
         self.policy.write_text(policy)
         before = self.text().count("reloaded")
         self.process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 10
-        while self.text().count("reloaded") == before:
-            assert time.monotonic() < end, self.text()
-            time.sleep(0.02)
+        self._wait(lambda: self.text().count("reloaded") > before, "no word of the reload", 10)
 
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.terminate()
-        return self.process.wait(10)
+        return self.process.wait(PATIENCE_S)
 
 
 @contextlib.contextmanager
@@ -228,6 +264,42 @@ def running(
         if broker.expected_code is not None:
             assert code == broker.expected_code, broker.text()
             assert "Traceback" not in broker.text(), broker.text()
+
+
+def activated(address: str, then: str = "from fdbroker.cli import main; sys.exit(main())") -> tuple[str, ...]:
+    """The `program` of a broker that gets its socket as the service manager gives it; `then` goes on."""
+    code = f"""
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind({address!r})
+os.chmod({address!r}, 0o666)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+listener.listen()
+os.dup2(listener.detach(), 3)
+os.environ["LISTEN_FDS"], os.environ["LISTEN_PID"] = "1", str(os.getpid())
+{then}
+"""
+    return ("-c", code)
+
+
+@contextlib.contextmanager
+def refusing(
+    place: Path, then: str = "from fdbroker.cli import main; sys.exit(main())"
+) -> Iterator[tuple[Broker, int]]:
+    """A broker whose policy is broken, at `place`/socket, and the pid of its refuser; it lives until the block ends."""
+    broker = Broker(place, "version: 1\nbroken: here\n", program=activated(f"{place}/socket", then))
+    try:
+        broker.wait_for("nobody is served", PATIENCE_S)
+        end = time.monotonic() + PATIENCE_S
+        while ask(broker.socket, "/dev/null") != "PolicyBroken":  # it serves, so it is confined
+            assert time.monotonic() < end, broker.text()
+        (pid,) = subprocess.run(["pgrep", "-P", str(broker.process.pid)], capture_output=True).stdout.split()
+        yield broker, int(pid)
+        assert broker.process.poll() is None, broker.text()
+        assert broker.stop() == 0, broker.text()
+    finally:
+        broker.process.kill()
+        broker.process.wait()
 
 
 @contextlib.contextmanager
@@ -356,7 +428,7 @@ class Raw:
         except OSError:
             self.sock.close()
             raise
-        self.sock.settimeout(15)
+        self.sock.settimeout(PATIENCE_S)
         self.buffer = b""
         self.descriptors: list[int] = []
 
@@ -484,4 +556,7 @@ def ask(address: str, *paths: str, access: str = "ro") -> str:
         return outcome(client.open(*paths, access=access))
 
 
+# For tests that ask as often as they can: also that many records, or a quick machine is refused for these.
+RATES = "requests_per_second: 100000, burst: 100000, records_per_second: 100000, record_burst: 100000"
+NO_RATES = f"limits: {{{RATES}}}\n"
 EVERYONE_NULL = 'version: 1\neveryone: {devices: [{path: /dev/null, access: rw, class: mem, device: "1:3"}]}\n'

@@ -1,6 +1,6 @@
 """Starts the broker as it ships, with an attacker's program behind the confinement of each process.
 
-Runs in: the broker's processes, instead of `-m fdbroker` and `-m fdbroker.opener` and so on. The launcher is the real one
+Runs in: the broker's processes, instead of `-m fdbroker` and what fdbroker/launcher/start.py has them import. The launcher is the real one
 and gives its real orders, descriptors and filters. Beside each process one is left that is still root and has done
 nothing yet (the range): for each attempt it starts one that goes through the very start code of the real process, and then
 runs the attempt in the place of what would serve. So the real processes live on, for the attempts to be aimed at.
@@ -15,6 +15,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -37,13 +38,21 @@ import attempts  # noqa: E402
 MODES = ("whole", "no filter", "no landlock", "free")
 # The errno of the filter in the place of EPERM: so it can be told from what refuses behind it.
 MARK = errno.EXFULL
-ROLES = {"opener": ("opener",), "inbox": ("inbox",), "namespaces": ("holder", "worker", "child")}
+ROLES = {
+    **{name: (name,) for name in ("opener", "inbox", "witness", "refuser")},
+    "namespaces": ("holder", "worker", "child"),
+}
 _ENOUGH_S = 20.0
 
 
 def program(folder: str, store: bool) -> tuple[str, ...]:
     """What to give Python in the place of `-m fdbroker`."""
-    return ("-c", f"import sys; sys.path.insert(0, {TESTS!r}); import takeover; takeover.launcher({folder!r}, {store})")
+    return ("-c", f"import sys; {code(folder, store)}")
+
+
+def code(folder: str, store: bool) -> str:
+    """The same as the end of a program that has imported sys."""
+    return f"sys.path.insert(0, {TESTS!r}); import takeover; takeover.launcher({folder!r}, {store})"
 
 
 def launcher(folder: str, store: bool) -> NoReturn:
@@ -54,9 +63,12 @@ def launcher(folder: str, store: bool) -> NoReturn:
     sys.path.remove(TESTS)  # what can be imported, the launcher's Landlock rules let it read
 
     def popen(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
-        module, orders = command[-2:]
-        code = f"import sys; sys.path.insert(0, {TESTS!r}); import takeover; takeover.child({module!r}, {folder!r}, {store})"
-        return subprocess.Popen([*command[:-3], "-c", code, orders], **more)
+        *python, real, orders = command
+        path, module = re.fullmatch(
+            r"(.*; )from (fdbroker\.\w+)\.__main__ import main; sys\.exit\(main\(\)\)", real
+        ).groups()
+        code = f"sys.path.insert(0, {TESTS!r}); import takeover; takeover.child({module!r}, {folder!r}, {store})"
+        return subprocess.Popen([*python, path + code, orders], **more)
 
     start.subprocess = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
     confine = service.Launcher._confine
@@ -111,7 +123,7 @@ def _start_of(start: types.ModuleType, role: str) -> Callable[[str, Callable[[],
 
         orders.read = read_ours
         _weaken(orders, mode)
-        if role in ("opener", "inbox", "holder"):
+        if role not in ("worker", "child"):
             orders.obey = obey_and_attack  # type: ignore[assignment]
         else:
             _be_worker(start, attack, forked=role == "child")
@@ -132,7 +144,7 @@ def _be_worker(start: types.ModuleType, attack: Callable[[], NoReturn], *, forke
 
     def asked(self: service.Worker) -> NoReturn:
         self._poll = select.epoll()
-        self._start(worker.Ask(1, 1, Namespace("net", "x")), None)
+        self._start(worker.Ask(1, 1, Namespace("net", "x"), 1), None)
         end_as(next(iter(self._children.values())).process)
 
     start._wait = end_as  # type: ignore[attr-defined]
@@ -174,7 +186,9 @@ def _marked(code: bytes) -> bytes:
 
 
 def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
-    """In the place of serving: wait for `after` messages of the opener, or for a client, then say `messages` to `to`.
+    """In the place of serving: wait for `after` messages, or for a client, then say `messages` to `to`.
+
+    The witness waits for messages of the launcher, all others for those of the opener.
 
     Each is bytes as hexadecimal digits, and how many descriptors go with it. Then read no more, but live
     until a link ends, or with `stay` for ever.
@@ -182,21 +196,19 @@ def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
     from fdbroker.kernel import sockets
     from fdbroker.wire import link
 
-    name, service = {
-        "opener": ("Opener", start),
-        "inbox": ("Inbox", start),
-        "namespaces": ("Worker", start),
-    }[told["process"]]
+    waits_for = {"opener": "listener", "witness": "launcher"}.get(told["process"], "opener")
 
     def serve(self: Any) -> NoReturn:
-        if hasattr(self, "_launcher"):
+        if told["process"] == "witness":
+            self._launcher = self._opener = self  # it has one link, and has said there that it is ready
+        elif hasattr(self, "_launcher"):
             self._launcher.send(link.READY)
         links = {"worker": self._asking._link if hasattr(self, "_asking") else None}
         links |= {one: getattr(self, f"_{one}", None) for one in ("opener", "inbox", "launcher")}
         to = links[told["to"]]
         descriptors = json.loads(sys.argv[1])["descriptors"]
         poll = select.poll()
-        poll.register(descriptors["listener" if told["process"] == "opener" else "opener"], select.POLLIN)
+        poll.register(descriptors[waits_for], select.POLLIN)
         for _ in range(told["after"]):
             poll.poll()
             if told["process"] != "opener":
@@ -212,7 +224,10 @@ def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
         ends.poll()  # until one of them hangs up
         os._exit(0)
 
-    getattr(service, name).serve = serve
+    if told["process"] == "witness":
+        start.Link.wait_with_descriptors = lambda self, _: serve(self)
+    else:
+        getattr(start, {"opener": "Opener", "inbox": "Inbox", "namespaces": "Worker"}[told["process"]]).serve = serve
 
 
 # ---- the range
@@ -307,11 +322,11 @@ def _try(plan: dict[str, Any], role: str, name: str, mode: str, become: Callable
 def _renew(plan: dict[str, Any], role: str) -> None:
     """What an attempt may have changed."""
     mine = Path(plan["folders"][role], "mine")
-    for name in ("new", "new-folder", "new-link", "node", "-2"):
-        for folder in (plan["folders"][role], plan["state"]):
-            path = Path(f"{mine}-2" if name == "-2" else f"{folder}/{name}")
-            with contextlib.suppress(FileNotFoundError):
-                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    made = [Path(plan["folders"][role], name) for name in ("new", "new-folder", "new-link", "node", "mine-2")]
+    made += [Path(plan["state"], f"{role}-{name}") for name in ("new", "new-link")]
+    for path in made:
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     mine.touch()
     uid = plan["uids"][role]
     if mine.stat().st_uid != uid:

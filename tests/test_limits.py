@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -25,18 +26,31 @@ MAXIMA = {
     "NAME_BYTES": "test_maxima.py::test_a_name",
     "LABEL_BYTES": "attacks/test_t46_labels.py::test_a_label_is_kept_up_to_its_limit",
     "MESSAGE_SECONDS": "test_maxima.py::test_a_message_must_be_complete_in_time",
+    "ANSWER_SECONDS": "test_maxima.py::test_an_answer_must_be_taken_in_time",
     "UNSENT_BYTES": "test_maxima.py::test_answers_that_wait_for_who_does_not_read",
+    "RECIPIENTS_OF_OWNER": "inbox/test_topics.py::test_of_one_owner_so_many_who_are_here_and_not_one_more",
     "OFFERS": "test_maxima.py::test_a_listing",
+    "WAITING_BYTES": "inbox/test_memory.py::test_above_the_sum_who_has_more_than_a_share_loses",
+    "WAITING_SHARE_BYTES": "inbox/test_memory.py::test_a_share_is_never_less_than_this",
     # --- the links between our processes
     "LINK_BYTES": "test_maxima.py::test_a_message_of_a_link",
+    "KEPT_VALUES": "wire/test_codec.py::test_so_many_values_are_kept_and_then_all_are_forgotten",
+    "KEPT_BYTES": "wire/test_codec.py::test_a_value_of_so_many_bytes_is_kept_and_none_that_is_longer",
     "LINK_WAITING": "test_maxima.py::test_messages_that_wait_for_a_link",
     "POLICY_LINK_BYTES": "test_maxima.py::test_a_compiled_policy",
     # --- the namespaces worker
     "NAMESPACE_SECONDS": "test_maxima.py::test_a_question_to_the_worker_has_its_time",
+    "MOUNTS": "test_maxima.py::test_a_copy_of_so_many_mounts_and_not_of_one_more",
+    "NAMESPACE_STOPPED_MS": "attacks/test_t30_busy_worker.py::test_a_child_that_its_caller_stops_holds_up_nobody",
     "NAMESPACE_REQUESTS": "opener/test_ask.py::test_many_users_at_once_are_at_most_so_many_and_all_get_their_turn",
     "NAMESPACE_HELD": "opener/test_ask.py::test_of_one_user_so_many_may_be_held_by_those_that_wait_and_not_one_more",
     "NAMESPACE_WAIT_SECONDS": "opener/test_ask.py::test_nobody_is_given_up_before_the_limit",
+    # --- what can sleep in the kernel
+    "OPENING_HELD": "opener/test_authorize.py::test_what_a_thread_opens_counts",
+    "CLOSING_HELD": "opener/test_authorize.py::test_what_is_not_closed_yet_counts",
+    "LOOKED_AT_ONCE": "opener/test_listing.py::test_so_many_nodes_are_looked_at_in_one_step",
     # --- the service as a whole
+    "FOR_ADMINISTRATORS": "test_maxima.py::test_the_last_connections_are_for_administrators",
     "DESCRIPTORS": "test_maxima.py::test_descriptors_of_the_opener",
     "DESCRIPTORS_RESERVED": "attacks/test_t17_out_of_descriptors.py::test_accepting_pauses_nothing_spins_and_service_comes_back",
     # --- the audit
@@ -88,6 +102,28 @@ MAXIMA = {
 
 # No maximum of what somebody may do or have: why, and the test that shows what it does.
 OTHERS = {
+    "OPENING_THREADS": ("threads of ours", "kernel/test_jobs.py::test_no_more_threads_than_allowed"),
+    "UNIT_US": ("a measure of ours", "test_maxima.py::test_a_message_that_takes_long_counts_by_its_time"),
+    "LONG_WORK_US": ("a measure of ours", "test_maxima.py::test_a_message_that_takes_long_counts_by_its_time"),
+    "RECORDS_PER_CONNECTION": (
+        "what a first record costs",
+        "attacks/test_t55_uncharged.py::test_records_have_a_rate",
+    ),
+    "STUCK_SECONDS": ("time of ours", "kernel/test_jobs.py::test_what_ends_a_job_may_be_the_owners_next_one"),
+    "STUCK_THREADS": (
+        "threads of ours",
+        "kernel/test_jobs.py::test_so_many_jobs_may_be_stuck_and_a_quarter_of_one_owner",
+    ),
+    "CLOSING_THREADS": ("threads of ours", "kernel/test_jobs.py::test_no_more_threads_than_allowed"),
+    "FLIGHT_LOOK_MS": ("an interval of ours", "opener/test_authorize.py::test_what_was_read_meanwhile_is_room_again"),
+    "BROKEN_SECONDS": (
+        "an interval of ours",
+        "attacks/test_t58_broken_policy.py::test_it_ends_a_while_after_the_last_client",
+    ),
+    "BROKEN_LOOK_SECONDS": (
+        "an interval of ours",
+        "attacks/test_t58_broken_policy.py::test_every_client_is_told_and_a_mended_policy_serves_the_next",
+    ),
     "ACCEPT_PAUSE_MS": ("an interval of ours", "test_maxima.py::test_accepting_goes_on_after_its_pause"),
     "STOP_SECONDS": (
         "the longest time that a stop takes; who ends in time ends it earlier",
@@ -139,6 +175,20 @@ OTHERS = {
         "a number that a client is told",
         "test_maxima.py::test_a_full_journal_says_when_to_come_again",
     ),
+    "RECORDS_PER_MESSAGE": (
+        "a price",
+        "attacks/test_t55_uncharged.py::test_messages_for_the_journal_have_the_same_rate",
+    ),
+    "BYTES_PER_RECORD": (
+        "a price",
+        "attacks/test_t55_uncharged.py::test_messages_for_the_journal_have_the_same_rate",
+    ),
+    "GROUPS_PER_CONNECT": ("a price", "opener/test_authorize.py::test_a_connection_costs_what_its_groups_cost"),
+    "VALUES_PER_UNIT": ("a price", "flow/test_inbox.py::test_a_message_costs_what_decoding_it_costs"),
+    "REFUSED_AT_ONCE": (
+        "what is done in one turn",
+        "attacks/test_t58_broken_policy.py::test_many_are_refused_and_some_at_a_time",
+    ),
     "BUSY_RETRY_MS": (
         "a number that a client is told",
         "test_maxima.py::test_too_many_descriptors_on_their_way_say_when_to_come_again",
@@ -150,6 +200,8 @@ OF_USERS = {
     "connections": "attacks/test_t22_off_by_one.py::test_connections",
     "requests_per_second": "attacks/test_t22_off_by_one.py::test_burst_and_rate",
     "burst": "attacks/test_t22_off_by_one.py::test_burst_and_rate",
+    "records_per_second": "attacks/test_t55_uncharged.py::test_records_have_a_rate",
+    "record_burst": "attacks/test_t55_uncharged.py::test_records_have_a_rate",
     "unread_grants": "attacks/test_t22_off_by_one.py::test_unread_grants",
     "namespaces": "attacks/test_t30_busy_worker.py::test_a_user_has_so_many_living_namespaces_and_not_one_more",
     "subscriptions": "inbox/test_topics.py::test_so_many_subscriptions_of_a_user_and_not_one_more",
@@ -207,3 +259,28 @@ def test_what_is_no_test_or_does_not_say_it_is_found():
     assert source("test_limits.py::test_of_nothing") == ""
     text = source("test_limits.py::test_every_limit_has_a_row_and_every_row_is_of_a_limit")
     assert [speaks_of(name, text) for name in ("OF_USERS", "USERS", "LIMITS", "USER")] == [True, False, True, False]
+
+
+def test_the_memory_of_the_unit_is_enough_for_dozens_of_users_who_all_use_what_they_may():
+    """docs/limits.md, "Memory": the sum is that of the limits as they are, and of the unit as it ships."""
+    rows, users = runpy.run_path(str(TESTS.parent / "scripts" / "docs"))["memory"]()
+    assert [size for _, size in rows][2] == LIMITS["WAITING_BYTES"].value
+    assert users >= 32
+
+
+def test_the_tasks_of_the_unit_are_enough_for_all_threads():
+    """Where there were fewer, threads that do not end would keep others from being started: by all users, or by a few."""
+    value = {name: one.value for name, one in LIMITS.items()}
+    closing = (
+        value["CLOSING_THREADS"] + value["STUCK_THREADS"] + 1
+    )  # one looks for stuck ones; in opener and inbox each
+    processes = 8  # launcher, opener, inbox, witness, worker, its holder, and some to spare
+    wanted = processes + value["OPENING_THREADS"] + 2 * closing
+    assert _tasks("fdbroker.service") >= wanted
+    # each request may have a child, and that a child in the caller's namespaces
+    assert _tasks("fdbroker.service.d/namespaces.conf") >= wanted + 2 * value["NAMESPACE_REQUESTS"]
+
+
+def _tasks(unit):
+    (found,) = re.findall(r"^TasksMax=(\d+)$", (TESTS.parent / "units" / unit).read_text(), re.MULTILINE)
+    return int(found)

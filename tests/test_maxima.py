@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import socket
+import threading
 import time
 import types
 from unittest import mock
@@ -28,36 +29,40 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
-from fdbroker.inbox import dispatch, service, topics
+from fdbroker.inbox import deadlines, dispatch, service, topics
 from fdbroker.inbox import store as store_module
 from fdbroker.inbox.attached import Ledger, Unread
-from fdbroker.inbox.client import Client, User
+from fdbroker.inbox.client import User
 from fdbroker.inbox.reserve import Reserve
 from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.inbox.topics import Member, Topics
 from fdbroker.kernel import memfd, orders
+from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded, Records
-from fdbroker.launcher import service as launcher
-from fdbroker.launcher import start
+from fdbroker.launcher import needs, start
+from fdbroker.namespaces import answer
 from fdbroker.namespaces import service as namespaces
 from fdbroker.opener import door as door_module
 from fdbroker.opener import listing, send
 from fdbroker.opener.audit import Audit, Record, fields
+from fdbroker.opener.authorize import Account, Connection, Flight
+from fdbroker.opener.close import Closing
 from fdbroker.opener.door import Door
 from fdbroker.pace import Pace
-from fdbroker.policy import load, paths
+from fdbroker.policy import files, load, paths
 from fdbroker.policy.compile import load_policy
-from fdbroker.policy.compiled import to_bytes
+from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.decide import View
-from fdbroker.terms import Device, DeviceRule, Grant, Namespace, SocketRule, Subject, Topic, TopicUse
+from fdbroker.policy.owners import Owners
+from fdbroker.terms import Device, DeviceRule, Grant, Namespace, Offer, SocketRule, Subject, Topic, TopicUse
 from fdbroker.terms import User as Known
-from fdbroker.wire import link, rights, worker
+from fdbroker.wire import link, resources, rights, worker
 from fdbroker.wire.rights import Rights, Sender
 
 UID = os.getuid()
 FAR_US = 1 << 60
-MAY = Rights(frozenset({0}), frozenset({0}), 100_000, 100_000, 2, 10_000, 1 << 30)
+MAY = Rights(frozenset({0}), frozenset({0}), 100_000, 100_000, 2, 10_000, 1 << 30, 100_000, 100_000)
 
 
 def at(monkeypatch, name, value):
@@ -110,15 +115,14 @@ def test_resources_of_one_open(pair):
 
     assert len(call(most).resources) == most
     assert b"InvalidParameter" in call(most + 1).data
-    asked = [Device("/dev/x", "ro")] * most
-    message = link.encode_open(1, asked)
-    assert link.decode(link.INBOX_TO_OPENER, message).resources == asked
-    with pytest.raises(ValueError, match=f"{most + 1} resources"):
-        link.encode_open(1, [*asked, asked[0]])
-    piece = (len(message) - len(link.encode_open(1, asked[:1]))) // (most - 1)
-    longer = message[: len(message) - most * piece - 1] + bytes([most + 1]) + message[-piece:] * (most + 1)
-    with pytest.raises(LinkViolation, match=f"{most + 1} resources"):
-        link.decode(link.INBOX_TO_OPENER, longer)
+    asked = (Device("/dev/x", "ro"),) * most
+    message = link.INBOX_TO_OPENER.encode(link.Open(1, asked))
+    assert link.INBOX_TO_OPENER.decode(message).resources == asked
+    with pytest.raises(ValueError, match=f"{most + 1} values"):
+        link.INBOX_TO_OPENER.encode(link.Open(1, (*asked, asked[0])))
+    longer = message[:9] + (most + 1).to_bytes(2, "big") + resources.RESOURCE.write(asked[0]) * (most + 1)
+    with pytest.raises(LinkViolation, match=f"{most + 1} values"):
+        link.INBOX_TO_OPENER.decode(longer)
 
 
 def test_a_reply_with_descriptors():
@@ -152,19 +156,32 @@ def test_a_name():
     assert [paths.is_device_path(f"/dev/{name}") for name in names] == [True, False]
     assert [paths.is_namespace_name(name) for name in names] == [True, False]
     assert [paths.name_glob_error(name) for name in names] == ["", f"a name is over {most} bytes"]
-    message = rights.encode_denied_use(1, TopicUse("send", names[1]))  # cut
-    assert rights.decode_denied_use(message).use.topic == names[0]
-    with pytest.raises(LinkViolation, match="too long"):
-        rights.decode_denied_use(message + b"x")
+    message = link.INBOX_TO_OPENER.encode(rights.DeniedUse(1, TopicUse("send", names[1])))  # cut
+    assert link.INBOX_TO_OPENER.decode(message).use.topic == names[0]
+    longer = message[:10] + (most + 1).to_bytes(2, "big") + message[12:] + b"x"
+    with pytest.raises(LinkViolation, match=f"a text of {most + 1} bytes"):
+        link.INBOX_TO_OPENER.decode(longer)
 
 
 def test_a_listing(monkeypatch, tmp_path):
     monkeypatch.setattr(listing, "NETNS", str(tmp_path))
     (tmp_path / "a").touch()
+    mounted = os.stat("/proc/self/ns/net").st_dev
+    monkeypatch.setattr(listing, "_file_system", lambda _: mounted)
 
     def listed(count):
         rule = SocketRule("a", ("inet",), ("stream",), tuple(range(1, count)), "everyone", "f:1")
-        return listing.offers(View((), (rule,), (), (), {}, administrator=False), 0, None, set())
+        maxima = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
+        seen = View((), (rule,), (), (), maxima, administrator=False)
+        subject = Subject(UID, frozenset(), UID, 1, "", "", foreign=True)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            asked = Connection(1, ours, subject, seen, Account(maxima, 0.0), Flight(9))
+            lister = listing.Lister(None, -1)
+            lister.add(asked)
+            while lister.busy:
+                for _, parts in lister.step(0.0):
+                    return [one for part in parts for one in link.OPENER_TO_INBOX.decode(part).offers]
 
     most = limits.OFFERS
     assert [len(listed(count)) for count in (most - 1, most, most + 1)] == [most - 1, most, most]
@@ -196,13 +213,13 @@ def test_a_compiled_policy(monkeypatch, tmp_path):
     """POLICY_LINK_BYTES: the launcher does not send more, the opener does not take more."""
     path = tmp_path / "policy.yaml"
     path.write_text(harness.EVERYONE_NULL)
-    monkeypatch.setattr(launcher, "load_policy", lambda file, *, trusted: load_policy(file, trusted=False))
+    monkeypatch.setattr(needs, "load_policy", lambda file, *, trusted: load_policy(file, trusted=False))
     size = len(to_bytes(load_policy(str(path), trusted=False).policy))
     at(monkeypatch, "POLICY_LINK_BYTES", size)
-    assert launcher.checked_policy(str(path))
+    assert needs.checked_policy(str(path))
     at(monkeypatch, "POLICY_LINK_BYTES", size - 1)
     with pytest.raises(PolicyError, match=f"at most {size - 1} bytes, found {size} bytes"):
-        launcher.checked_policy(str(path))
+        needs.checked_policy(str(path))
     number = memfd.sealed("x", b"x" * size)
     assert len(memfd.read(number, size)) == size
     with pytest.raises(LinkViolation):
@@ -235,8 +252,8 @@ def test_a_question_to_the_worker_has_its_time(monkeypatch, pair, stuck):
             os._exit(0)
     pair[0].close()
     pair[1].settimeout(60)
-    pair[1].send(worker.encode_ask(worker.Ask(1, UID, Namespace("net", "a"))))
-    refusal = link.decode_outcome(pair[1].recv(1000)).refusal
+    pair[1].send(worker.TO_WORKER.encode(worker.Ask(1, UID, Namespace("net", "a"), UID)))
+    refusal = worker.FROM_WORKER.decode(pair[1].recv(1000)).refusal
     pair[1].close()
     os.waitpid(process, 0)
     assert isinstance(refusal, OpenFailed if stuck else Denied)
@@ -257,7 +274,14 @@ def make_door(monkeypatch, pair):
         listener.bind("")
         listener.listen()
         listener.setblocking(False)
-        door = Door(listener, Link(pair[0]), None, Audit(None), {})
+        door = Door(
+            listener,
+            Link(pair[0]),
+            Policy(frozenset(), frozenset(), {}, {}, {}, (), (), {}, {}, {}),
+            Audit(None),
+            {},
+            Closing(),
+        )
         monkeypatch.setattr(door, "_welcome", lambda sock: made.append(sock) or sock.close())
         door.let_in, door.clock, door.address = made, clock, listener.getsockname()
         doors.append(door)
@@ -267,7 +291,7 @@ def make_door(monkeypatch, pair):
     yield make
     for door in doors:
         door._acceptor.close()
-        os.close(door._identifier._proc)
+        door.identifier.close()
 
 
 def test_descriptors_of_the_opener(monkeypatch, make_door):
@@ -315,6 +339,29 @@ def test_what_the_kernel_is_asked_for(monkeypatch, hard):
     assert (resource.RLIMIT_NOFILE, (most, most)) in said
 
 
+def test_the_last_connections_are_for_administrators(make_door):
+    """FOR_ADMINISTRATORS of them, whatever uid's; of the others a quarter for owners without any."""
+    door = make_door()
+    maxima = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
+    seen = View((), (), (), (), maxima, administrator=False)
+    root, user = (Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=uid) for uid in (0, 50001))
+
+    def let_in(subject, left, account):
+        door._connections = range(door._connections_max - left)
+        try:
+            door._authorize(account, subject, seen)
+        except QuotaExceeded:
+            return False
+        return True
+
+    new, has_one = Account(maxima, 0.0), Account(maxima, 0.0)
+    has_one.connections.add(None)
+    last, quarter = limits.FOR_ADMINISTRATORS, door._connections_max - limits.shared(door._connections_max)
+    assert [let_in(user, left, new) for left in (last, last + 1)] == [False, True]
+    assert [let_in(root, left, new) for left in (1, last)] == [True, True]
+    assert [let_in(user, left, has_one) for left in (quarter, quarter + 1)] == [False, True]
+
+
 def test_accepting_goes_on_after_its_pause(make_door):
     door = make_door()
     door._pause()
@@ -326,7 +373,8 @@ def test_accepting_goes_on_after_its_pause(make_door):
 
 def test_knocks_while_others_of_the_user_wait(make_door):
     door = make_door()
-    maxima = {"burst": 1, "connections": 1000, "requests_per_second": 1}
+    maxima = {"burst": 1, "connections": 1000, "requests_per_second": 1, "record_burst": 1}
+    door.policy = door.policy._replace(owners=Owners(frozenset([UID])))
     account = door._accounts.of(UID, maxima, door.clock.now_s)
     account.pace.spend(10_000, 1, 1000, door.clock.now_s)
     door._contested_s = door.clock.now_s
@@ -358,7 +406,7 @@ def test_users_whose_refusals_are_counted():
     audit._records = written = Written()
 
     def refuse(uid):
-        subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True)
+        subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=uid)
         audit.refuse(Record("refused", "authorize", 1, subject, Device("/dev/a", "ro"), "why"), 100.0)
 
     most = limits.AUDIT_USERS
@@ -404,7 +452,7 @@ def test_the_name_of_a_topic(tmp_path):
 
 
 def test_messages_that_wait_for_a_subscriber():
-    member = Member(Sender(5, 5, 5, ""))
+    member = Member(Sender(5, 5, 5, "", 5))
     for _ in range(limits.SUBSCRIBER_MESSAGES):
         member.put(b"x")
     assert (len(member.queue), member.lost) == (limits.SUBSCRIBER_MESSAGES, 0)
@@ -414,7 +462,7 @@ def test_messages_that_wait_for_a_subscriber():
 
 
 def test_bytes_that_wait_for_a_subscriber():
-    member = Member(Sender(5, 5, 5, ""))
+    member = Member(Sender(5, 5, 5, "", 5))
     member.put(b"x" * 10)
     member.put(b"x" * (limits.SUBSCRIBER_BYTES - 10))
     assert (member.queued_bytes, member.lost) == (limits.SUBSCRIBER_BYTES, 0)
@@ -423,7 +471,8 @@ def test_bytes_that_wait_for_a_subscriber():
 
 
 def test_descriptors_of_a_user_that_nobody_has_read():
-    unread = Unread()
+    before = threading.active_count()
+    unread = Unread(Jobs(1))
     pairs = [socket.socketpair() for _ in range(3)]
     (first, _), (second, _), (third, _) = pairs
     for ours in (first, second):
@@ -435,15 +484,17 @@ def test_descriptors_of_a_user_that_nobody_has_read():
     for ends in pairs:
         for end in ends:
             end.close()
+    while threading.active_count() > before:  # one has the kernel collect what nobody holds
+        time.sleep(0.01)
 
 
 def test_a_payload_in_a_memfd(tmp_path):
     """ATTACHED_BYTES, where the topic says nothing."""
     path = tmp_path / "policy.yaml"
     path.write_text("version: 1\ntopics: {x: {}}\n")
-    made, ledger = Topics(Records(None)), Ledger()
+    made, ledger = Topics(Records(None)), Ledger(Jobs(8))
     made.use(load_policy(str(path), trusted=False).policy.topics)
-    sender = Member(Sender(5, 5, 5, ""))
+    sender = Member(Sender(5, 5, 5, "", 5))
     made.allow(sender, MAY)
 
     def publish(size):
@@ -502,13 +553,13 @@ def queue(store, users=(7,), keep_s=60, **others):
     made = Topics(Records(None), store)
     made.add_users([Known(uid, f"u{uid}", frozenset({0})) for uid in users])
     made.use((Topic("mail", ("queue",), 65536, keep_s),))
-    sender = Member(Sender(5, 5, 5, ""))
+    sender = Member(Sender(5, 5, 5, "", 5))
     made.allow(sender, MAY._replace(subscribe=frozenset(), **others))
     return made, sender
 
 
 def reader(made, uid=7):
-    member = Member(Sender(uid, uid, uid, ""))
+    member = Member(Sender(uid, uid, uid, "", uid))
     made.allow(member, MAY)
     return member
 
@@ -627,9 +678,10 @@ class Desk:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.inbox = service.Inbox(Link(to_launcher), Link(to_opener), Topics(Records(None)))
         stack.callback(self.inbox._epoll.close)
-        sender = Sender(UID, 0, 1, "")
-        self.one = Client(1, sender, sock, self.inbox._turns.join(UID, MAY))
-        self.inbox._welcome(self.one)
+        sender = Sender(UID, 0, 1, "", UID)
+        self.inbox._connected(rights.Connected(1, sender, MAY), [os.dup(sock.fileno())])
+        self.one = self.inbox._by_number[1]
+        stack.callback(self.one.sock.close)
 
     def send(self, data):
         """The client sends this, and the inbox reads it: how many units of work that was."""
@@ -639,7 +691,7 @@ class Desk:
         return self.one.user.used - before
 
     def said(self):
-        return link.decode(link.INBOX_TO_OPENER, self.opener.recv(200_000, socket.MSG_DONTWAIT))
+        return link.INBOX_TO_OPENER.decode(self.opener.recv(200_000, socket.MSG_DONTWAIT))
 
 
 @pytest.fixture
@@ -650,7 +702,7 @@ def desk():
 
 def test_a_message_must_be_complete_in_time(desk, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(service, "time", clock)
+    monkeypatch.setattr(deadlines, "time", clock)
     desk.send(b"{")
     clock.now_s += limits.MESSAGE_SECONDS - 0.5
     desk.inbox._end_slow()
@@ -659,6 +711,23 @@ def test_a_message_must_be_complete_in_time(desk, monkeypatch):
     desk.inbox._end_slow()
     assert desk.inbox._by_number == {}
     assert desk.said() == link.Closed(1, service.SLOW)
+
+
+def test_an_answer_must_be_taken_in_time(desk, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(deadlines, "time", clock)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            desk.one.sock.send(b"x" * 1000, socket.MSG_DONTWAIT)
+    desk.one.out += b"x"
+    desk.inbox._settle(desk.one)
+    clock.now_s += limits.ANSWER_SECONDS - 0.5
+    desk.inbox._end_slow()
+    assert desk.inbox._by_number == {1: desk.one}
+    clock.now_s += 1
+    desk.inbox._end_slow()
+    assert desk.inbox._by_number == {}
+    assert desk.said() == link.Closed(1, service.DEAF)
 
 
 def test_answers_that_wait_for_who_does_not_read(desk):
@@ -690,6 +759,46 @@ def test_resources_that_are_asked_for_count(desk):
     resources = ",".join(['{"device":"/dev/x"}'] * 2)
     call = f'{{"method":"io.fdbroker.Broker.Open","parameters":{{"resources":[{resources}]}}}}\0'
     assert desk.send(call.encode()) == 2 + 2 * limits.UNITS_PER_RESOURCE
+
+
+def _of_numbers():
+    numbers = ",".join(["1" * 4290] * 14)
+    return f'{{"method":"io.fdbroker.Broker.List","parameters":{{"x":[{numbers}]}}}}\0'
+
+
+def _of_keys():
+    keys = ",".join(f'"{number}":0' for number in range(5000))
+    return f'{{"method":"io.fdbroker.Broker.List","parameters":{{{keys}}}}}\0'
+
+
+@pytest.mark.parametrize("make", [_of_numbers, _of_keys], ids=lambda make: make.__name__)
+def test_a_message_that_takes_long_counts_by_its_time(desk, make):
+    """LONG_WORK_US and above: in units of UNIT_US, however few of what is counted otherwise it has."""
+    began_s = time.thread_time()
+    units = desk.send(make().encode())
+    spent_us = (time.thread_time() - began_s) * 1e6
+    assert spent_us > limits.LONG_WORK_US
+    assert units > (spent_us - limits.LONG_WORK_US) / limits.UNIT_US / 2
+
+
+def test_a_list_of_more_descriptors_than_a_message_may_have_is_not_looked_through(desk):
+    """DESCRIPTORS_PER_MESSAGE: the same refusal, and no more work."""
+    indexes = ",".join(["0"] * 30_000)
+    call = f'{{"method":"io.fdbroker.Inbox.Send","parameters":{{"topic":"x","payload":"","fileDescriptors":[{indexes}]}}}}\0'
+    began_s = time.thread_time()
+    desk.send(call.encode())
+    assert b"fileDescriptors" in desk.client.recv(1000)
+    assert time.thread_time() - began_s < 0.02
+
+
+def test_what_others_change_costs_a_watching_client_nothing(desk):
+    """Its listing comes again for each change; the first one was asked for."""
+    offers = [Offer(Device(f"/dev/{number}", "ro"), "p:1") for number in range(500)]
+    for state, wanted in (("listing", 500 * limits.UNITS_PER_RESOURCE), ("watching", 0)):
+        desk.one.state, before = state, desk.one.user.used
+        desk.inbox._offered(desk.one, list(offers), last=False)
+        assert desk.one.user.used - before >= wanted
+        assert bool(desk.one.user.used - before) == bool(wanted)
 
 
 def test_deliveries_count():
@@ -731,10 +840,10 @@ def test_bytes_of_a_policy_file(tmp_path):
     path = tmp_path / "policy.yaml"
     found: list[Finding] = []
     path.write_bytes(b"#" * limits.POLICY_FILE_BYTES)
-    assert len(load._read(str(path), found, trusted=False)) == limits.POLICY_FILE_BYTES
+    assert len(files.read(str(path), found, trusted=False)) == limits.POLICY_FILE_BYTES
     assert not found
     path.write_bytes(b"#" * (limits.POLICY_FILE_BYTES + 1))
-    assert load._read(str(path), found, trusted=False) is None
+    assert files.read(str(path), found, trusted=False) is None
     assert str(found[0]) == f"{path}: is too large, expected at most {limits.POLICY_FILE_BYTES} bytes"
 
 
@@ -744,10 +853,10 @@ def test_files_of_a_policy(tmp_path):
     folder.mkdir()
     for number in range(limits.POLICY_FILES - 1):
         (folder / f"{number}.yaml").touch()
-    assert len(load.policy_files(policy)) == limits.POLICY_FILES
+    assert len(files.policy_files(policy, [])) == limits.POLICY_FILES
     (folder / "more.yaml").touch()
     with pytest.raises(PolicyError, match=f"over {limits.POLICY_FILES} files"):
-        load.policy_files(policy)
+        files.policy_files(policy, [])
 
 
 def test_levels_of_a_policy():
@@ -810,3 +919,25 @@ def test_limits_of_users_have_limits(tmp_path, name):
     for value in (one.least - 1, one.most + 1):
         said = policy_errors(tmp_path, f"limits: {{{name}: {value}}}")
         assert f"a number from {one.least} to {one.most}" in said
+
+
+def test_a_copy_of_so_many_mounts_and_not_of_one_more():
+    """MOUNTS: what a caller sees is counted before a copy of it is made."""
+
+    class Work(answer._Work):
+        def __init__(self):
+            pass
+
+        def raised(self, *_):
+            return contextlib.nullcontext()
+
+    def make(count):
+        process = mock.Mock(**{"count_mounts.return_value": count, "namespace.side_effect": KeyError})
+        with mock.patch.object(answer.os, "open", return_value=-1), mock.patch.object(answer.os, "stat"):
+            return Work().make_there("mnt", process, None, os.getpid())
+
+    with pytest.raises(KeyError):  # it goes on
+        make(limits.MOUNTS)
+    with pytest.raises(OSError, match="too many mounts") as refused:
+        make(limits.MOUNTS + 1)
+    assert refused.value.errno == errno.ENOSPC

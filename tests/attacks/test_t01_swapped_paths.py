@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from harness import ALICE, MEM, Raw, as_user, node, outcome, running
+from harness import ALICE, MEM, NO_RATES, Raw, as_user, node, outcome, running
 
 POLICY = 'version: 1\neveryone: {devices: [{path: "/dev/pool/*", access: rw, class: mem, device: "1:5"}]}\n'
 
@@ -54,9 +54,7 @@ def test_only_the_allowed_device_ever_comes(dev, evil):
     stop = threading.Event()
     flips = [("/dev/pool/good", "/dev/pool/.kept"), ("/dev/pool/.evil", "/dev/pool/good")]
     flips += [("/dev/pool/good", "/dev/pool/.evil"), ("/dev/pool/.kept", "/dev/pool/good")]
-    with running(
-        POLICY.replace('"/dev/pool/*"', "/dev/pool/good") + "limits: {requests_per_second: 100000, burst: 100000}\n"
-    ) as broker:
+    with running(POLICY.replace('"/dev/pool/*"', "/dev/pool/good") + NO_RATES) as broker:
         flipper = threading.Thread(target=_flip, args=(stop, *flips))
         flipper.start()
         try:
@@ -82,7 +80,7 @@ def test_a_swapped_parent_folder_leads_nowhere_else(dev):
         ("/dev/pool", "/dev/evil"),
         ("/dev/kept", "/dev/pool"),
     ]
-    with running(POLICY + "limits: {requests_per_second: 100000, burst: 100000}\n") as broker:
+    with running(POLICY + NO_RATES) as broker:
         flipper = threading.Thread(target=_flip, args=(stop, *flips))
         flipper.start()
         try:

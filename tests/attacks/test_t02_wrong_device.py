@@ -25,6 +25,8 @@ everyone:
         ("/dev/input/event98", os.makedev(1, 1), stat.S_IFCHR, "not input"),
         ("/dev/input/event97", os.makedev(240, 77), stat.S_IFCHR, "class is unknown, not input"),
         ("/dev/number/x", MEM["null"], stat.S_IFCHR, "device number is 1:3, not 1:5"),
+        ("/dev/plain/regular", 0, stat.S_IFREG, "it is a regular file, not a device node"),
+        ("/dev/plain/fifo", 0, stat.S_IFIFO, "it is a FIFO, not a device node"),
         ("/dev/plain/block", os.makedev(7, 0), stat.S_IFBLK, "block device"),
     ],
 )

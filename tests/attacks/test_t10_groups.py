@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness import ALICE, GROUP, MEM, OTHER_GROUP, as_user, ask, node, running
+import floods
+from harness import ALICE, EVERYONE_NULL, GROUP, MEM, OTHER_GROUP, as_user, ask, node, resident_bytes, running
+
+from fdbroker import limits
 
 POLICY = f"version: 1\ngroups: {{{GROUP}: {{devices: [{{path: /dev/x}}]}}}}\n"
+CONNECTIONS = limits.USER_LIMITS["connections"].default
 MANY = list(range(52000, 52400))
 
 
@@ -32,6 +36,25 @@ def test_the_kernels_groups_decide(dev):
         for name, (gid, groups, expected) in SUBJECTS.items():
             assert as_user(ALICE, groups, ask, broker.socket, "/dev/x", gid=gid) == expected, name
         assert as_user(GROUP, [], ask, broker.socket, "/dev/x", gid=ALICE) == "Denied"  # its uid is the group's number
+
+
+def _grown(address, opener):
+    """What the opener needs while all connections of a user are open."""
+    held = [floods.connected(address) for _ in range(CONNECTIONS)]
+    for sock in held:
+        sock.sendall(floods.PING)
+        assert sock.recv(8) == floods.frame(b"PONG")
+    with open("/proc/self/status") as status:
+        assert len(status.read().partition("Groups:")[2].splitlines()[0].split()) > 65_000
+    return resident_bytes(opener)
+
+
+def test_a_process_in_as_many_groups_as_can_be_takes_little_memory_for_each_connection(dev):
+    """As sets they took 6 MB for a connection: three users who have subordinate gids could end the service."""
+    with running(EVERYONE_NULL) as broker:
+        before = resident_bytes(broker.pids["opener"])
+        grown = as_user(ALICE, list(range(100_000, 165_536)), _grown, broker.socket, broker.pids["opener"])
+        assert grown - before < CONNECTIONS * 500_000
 
 
 def test_a_group_that_was_renamed_after_the_load_keeps_its_number(dev, tmp_path):

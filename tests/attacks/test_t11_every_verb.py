@@ -14,6 +14,8 @@ STRANGERS = {
     "org.varlink.service.GetInterfaceDescription": "granted",
     "io.fdbroker.Broker.Open": "Denied",
     "io.fdbroker.Broker.List": "granted",
+    "io.fdbroker.Broker.About": "granted",
+    "io.fdbroker.Admin.Reload": "Denied",
     "io.fdbroker.Inbox.Send": "Denied",
     "io.fdbroker.Inbox.Subscribe": "Denied",
     "io.fdbroker.Inbox.Receive": "granted",
@@ -45,11 +47,14 @@ def test_with_an_empty_policy_nobody_gets_anything_by_any_method(dev):
                     assert reply["parameters"]["resources"] == []
                 if method.endswith("Receive"):
                     assert reply["parameters"]["messages"] == []
+                if method.endswith("About"):
+                    assert set(reply["parameters"]) == {"version", "generation", "digest", "loadedAt"}
             return got
 
     with running("version: 1\n") as broker:
-        for uid in (ALICE, 65534, 0):
+        for uid in (ALICE, 65534):
             assert as_user(uid, [], try_all, broker.socket) == STRANGERS
+        assert as_user(0, [], try_all, broker.socket) == STRANGERS | {"io.fdbroker.Admin.Reload": "granted"}
 
 
 def test_every_frame_but_ping_is_refused(dev):
@@ -80,6 +85,29 @@ def test_shutdown_is_for_administrators(dev):
             assert as_user(ALICE, [], shutdown, broker.socket) == eperm
             assert as_user(65534, [GROUP], shutdown, broker.socket) == eperm
             assert as_user(uid, groups, shutdown, broker.socket) == ""
-            assert broker.process.wait(10) == 0
+            assert broker.process.wait(60) == 0
             assert broker.records("stopping")[0]["FDBROKER_UID"] == str(uid)
             assert len(broker.records("refused")) == 2
+
+
+def test_reload_is_for_administrators(dev):
+    """As many times as the policy is in force anew, and each other caller is told the same, whatever the files say."""
+
+    def ask_reload(address):
+        with Raw(address) as client:
+            generation = client.call("io.fdbroker.Broker.About")["parameters"]["generation"]
+            reply = client.call("io.fdbroker.Admin.Reload")
+            return [reply, client.call("io.fdbroker.Broker.About")["parameters"]["generation"] - generation]
+
+    policy = f"version: 1\nadministrators: {{users: [{BOB}], groups: [{GROUP}]}}\n"
+    with running(policy) as broker:
+        for uid, groups in ((0, []), (BOB, []), (ALICE, [GROUP])):
+            reply, reloads = as_user(uid, groups, ask_reload, broker.socket)
+            assert (outcome(reply), reply["parameters"]["applied"], reloads) == ("granted", True, 1)
+        broker.policy.write_text("secret: here\n")
+        for uid, groups in ((ALICE, []), (65534, [GROUP])):
+            reply, reloads = as_user(uid, groups, ask_reload, broker.socket)
+            assert (outcome(reply), reloads) == ("Denied", 0)
+            assert "secret" not in str(reply)
+        assert "secret" not in broker.text()
+        assert len(broker.records("refused")) == 2

@@ -21,19 +21,28 @@ def test_the_children_have_exactly_what_they_need(dev):
             opener, inbox = (descriptors_of(broker.pids[name]) for name in ("opener", "inbox"))
             for what in (opener, inbox):
                 assert not [one for one in what.values() if "passwd" in one]
-            # stdin, stdout, log; two links, listener, its reserve, epoll, inotify and one for a
-            # policy's place, /dev, /proc twice, /sys/dev
-            assert len(opener) == 14, opener
+            # stdin, stdout, log; two links, listener, its reserve, epoll, inotify, one for a policy's place and one for
+            # what threads have opened, /dev, /proc twice, /sys/dev
+            assert len(opener) == 15, opener
             assert _kinds(broker.pids["opener"]).count("socket") == 4
             # stdin, stdout, log; two links, epoll
             assert len(inbox) == 6, inbox
+            # stdin, stdout, log; one link
+            assert _kinds(_witness(broker)) == ["/dev/null", "/dev/null", str(broker.log), "socket"]
             with Raw(broker.socket) as client:
                 assert outcome(client.open("/dev/null")) == "granted"
     finally:
         os.close(leak)
 
 
+def _witness(broker):
+    """The pid of the child that judges user namespaces."""
+    command = ["pgrep", "-P", str(broker.process.pid), "-f", r"fdbroker\.witness"]
+    return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
 def test_a_command_gets_the_granted_descriptors_and_no_others(dev):
+    """With --close: beside them the connection alone, which is for the leases."""
     leak = os.open("/etc/passwd", os.O_RDONLY)
     os.set_inheritable(leak, True)
     try:
@@ -48,6 +57,7 @@ def test_a_command_gets_the_granted_descriptors_and_no_others(dev):
                         "open",
                         "--socket",
                         broker.socket,
+                        "--close",
                         "/dev/null",
                         "/dev/null",
                     ),

@@ -7,8 +7,11 @@ import os
 import socket
 import time
 
-from harness import ALICE, BOB, EVERYONE_NULL, Raw, as_user, ask, outcome, running
+from harness import ALICE, BOB, EVERYONE_NULL, NO_RATES, Raw, as_user, ask, outcome, running
 
+from fdbroker import limits
+
+UNREAD = limits.USER_LIMITS["unread_grants"].default
 CALL = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/null"}]}}\0'
 
 
@@ -33,13 +36,13 @@ def _ask_20(address):
 
 def test_it_gets_so_many_and_is_closed_and_others_get_theirs(dev):
     with running(EVERYONE_NULL) as broker:
-        assert as_user(ALICE, [], _flood, broker.socket, 32) == ["granted"] * 32
-        got = as_user(ALICE, [], _flood, broker.socket, 100)
-        assert got[:32] == ["granted"] * 32
-        assert got[32:] in ([], ["ClientNotReading"])
+        assert as_user(ALICE, [], _flood, broker.socket, UNREAD) == ["granted"] * UNREAD
+        got = as_user(ALICE, [], _flood, broker.socket, UNREAD * 2)
+        assert got[:UNREAD] == ["granted"] * UNREAD
+        assert got[UNREAD:] in ([], ["ClientNotReading"])
         broker.wait_for("too many grants wait unread")
         with Raw(broker.socket) as silent:
-            for _ in range(100):
+            for _ in range(UNREAD * 2):
                 with contextlib.suppress(OSError):
                     silent.sock.sendall(CALL)
             assert as_user(BOB, [], _ask_20, broker.socket) == ["granted"] * 20
@@ -77,7 +80,7 @@ def test_a_client_that_reads_may_pipeline_without_end(dev):
 def test_ended_connections_whose_grants_wait_unread_still_count(dev):
     """Else one user takes, connection by connection, every descriptor that may be in flight, from everybody."""
     batch = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[%s]}}\0' % b",".join(
-        [b'{"device":"/dev/null"}'] * 64
+        [b'{"device":"/dev/null"}'] * UNREAD
     )
 
     def hoard(address):
@@ -101,8 +104,8 @@ def test_ended_connections_whose_grants_wait_unread_still_count(dev):
             sock.close()
         return [granted, sorted({one.partition("Broker.")[2][:8] for one in said if "error" in one})]
 
-    with running(EVERYONE_NULL) as broker:
-        assert as_user(ALICE, [], hoard, broker.socket) == [64, ["QuotaExc"]]
+    with running(EVERYONE_NULL + NO_RATES) as broker:
+        assert as_user(ALICE, [], hoard, broker.socket) == [UNREAD, ["QuotaExc"]]
         assert as_user(BOB, [], ask, broker.socket, "/dev/null") == "granted"
         assert as_user(ALICE, [], ask, broker.socket, "/dev/null") == "granted"
         broker.wait_idle()

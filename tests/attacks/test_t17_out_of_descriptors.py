@@ -12,10 +12,11 @@ import time
 
 import harness
 import pytest
-from harness import EVERYONE_NULL, Raw, ask, outcome, running
+from harness import EVERYONE_NULL, RATES, Raw, ask, outcome, running
 
 from fdbroker import limits
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
+from fdbroker.opener.close import Closing
 
 
 def _cpu_s(pid):
@@ -53,7 +54,7 @@ def test_at_emfile_the_reserve_says_the_refusal():
             listener.bind(path)
             listener.listen()
             listener.setblocking(False)
-            acceptor = Acceptor(listener)
+            acceptor = Acceptor(listener, Closing())
             client.settimeout(3)
             client.connect(path)
             soft = max(map(int, os.listdir("/proc/self/fd"))) + 1
@@ -99,7 +100,7 @@ def test_whatever_accept_lacks_one_client_is_told_and_the_next_is_served(number)
         listener.bind("")
         listener.listen()
         listener.setblocking(False)
-        acceptor = Acceptor(listener)
+        acceptor = Acceptor(listener, Closing())
         try:
             first.settimeout(10)
             first.connect(listener.getsockname())
@@ -138,13 +139,13 @@ def test_the_refusal_is_said(dev):
 def test_a_limit_that_leaves_none_for_clients_is_said_at_the_start(root):
     with harness.folder() as where:
         broker = harness.Broker(where, EVERYONE_NULL, descriptors=limits.DESCRIPTORS_RESERVED)
-        assert broker.process.wait(10) == 70
+        assert broker.process.wait(60) == 70
         assert "leave none for clients" in broker.text()
 
 
 def test_a_connect_storm_is_served_whole(dev):
     with (
-        running(EVERYONE_NULL + "limits: {connections: 5000, burst: 5000}\n") as broker,
+        running(EVERYONE_NULL + f"limits: {{connections: 5000, {RATES}}}\n") as broker,
         contextlib.ExitStack() as stack,
     ):
         clients = [stack.enter_context(Raw(broker.socket)) for _ in range(1500)]

@@ -166,5 +166,5 @@ def test_a_second_broker_at_the_same_address_is_refused_and_a_stale_socket_is_no
         else:
             raise AssertionError("it did not come up")
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         assert not path.exists()

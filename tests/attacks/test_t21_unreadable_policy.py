@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import EVERYONE_NULL, Raw, folder, outcome, running
+from harness import EVERYONE_NULL, Broker, Raw, folder, outcome, running
 
 GOOD = "version: 1\n"
 
@@ -23,8 +23,13 @@ def _broken(where, kind):
         path.write_text("version: 1\nusrs: {}\n")
     elif kind == "dangling link":
         path.symlink_to(where / "nowhere")
-    elif kind == "link":
+    elif kind == "somebody's link":
         (where / "real").write_text(GOOD)
+        path.symlink_to(where / "real")
+        os.chown(path, 50001, 50001, follow_symlinks=False)
+    elif kind == "link to somebody's":
+        (where / "real").write_text(GOOD)
+        os.chown(where / "real", 50001, 50001)
         path.symlink_to(where / "real")
     elif kind == "folder":
         path.mkdir()
@@ -52,7 +57,8 @@ KINDS = [
     "syntax",
     "unknown key",
     "dangling link",
-    "link",
+    "somebody's link",
+    "link to somebody's",
     "folder",
     "fifo",
     "writable",
@@ -95,13 +101,34 @@ def test_a_reload_with_it_fails_whole_and_the_old_policy_stays(dev, kind):
         assert outcome(client.open("/dev/null")) == "granted"
 
 
+def test_a_symlink_of_roots_is_followed_at_the_start_and_in_a_reload(dev):
+    """Also to a folder that the launcher, once confined, reads for that reason alone."""
+    with folder() as elsewhere, folder() as where:
+        (elsewhere / "null").touch(0o644)
+        (where / "policy.yaml").symlink_to(elsewhere / "null")
+        broker = Broker(where, EVERYONE_NULL)  # which writes the policy through the link
+        try:
+            broker.wait_ready()
+            with Raw(broker.socket) as client:
+                assert outcome(client.open("/dev/null")) == "granted"
+                broker.reload(GOOD)
+                assert (elsewhere / "null").read_text() == GOOD
+                assert "NOT reloaded" not in broker.text()
+                assert outcome(client.open("/dev/null")) == "Denied"
+            assert broker.stop() == 0
+        finally:
+            broker.process.kill()
+            broker.process.wait()
+
+
 def test_drop_ins_add_up_in_order_of_name(dev):
     with running(GOOD) as broker, Raw(broker.socket) as client:
         drop_ins = broker.folder / "policy.d"
         drop_ins.mkdir()
         (drop_ins / "10-null.yaml").write_text(EVERYONE_NULL)
         (drop_ins / "20-zero.yaml").write_text("version: 1\neveryone: {devices: [{path: /dev/zero}]}\n")
-        (drop_ins / "ignored.txt").write_text("version: [")
+        (drop_ins / ".ignored.yaml").write_text("version: [")
+        (drop_ins / "ignored.yaml.dpkg-new").write_text("version: [")
         assert outcome(client.open("/dev/null", "/dev/zero")) == "Denied"
     with folder() as where:
         (where / "policy.d").mkdir()

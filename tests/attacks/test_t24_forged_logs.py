@@ -111,7 +111,18 @@ def test_the_counts_are_written_when_their_time_is_over():
         assert dict(_parse(theirs.recv(65536)))["FDBROKER_REPEATED"] == b"3"
         others = dict(_parse(theirs.recv(65536)))
         assert others["FDBROKER_REPEATED"] == b"5"
-        assert "FDBROKER_RESOURCE" not in others
+        # nothing that is of one of them alone, for it would be said of all
+        assert others["FDBROKER_OWNER"] == b"others"
+        named = {
+            "FDBROKER_RESOURCE",
+            "FDBROKER_UID",
+            "FDBROKER_PID",
+            "FDBROKER_COMM",
+            "FDBROKER_STAGE",
+            "FDBROKER_RULE",
+        }
+        assert not named & others.keys()
+        assert others["FDBROKER_CAUSE"] == b"others"
 
 
 def test_what_was_recorded_and_did_not_happen_is_said_later_if_not_now():

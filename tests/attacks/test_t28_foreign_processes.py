@@ -8,12 +8,16 @@ import subprocess
 import time
 
 import pytest
-from harness import ALICE, GROUP, Raw, as_user, outcome, own_network, running
+from harness import ALICE, GROUP, NO_RATES, Raw, as_user, outcome, own_network, running
 
+from fdbroker import limits
 from fdbroker.errors import Denied
+from fdbroker.kernel.capabilities import Bracket
 from fdbroker.namespaces.answer import _Work
-from fdbroker.opener.authorize import Account, Connection
-from fdbroker.opener.request import Opening, finish_open
+from fdbroker.opener.authorize import Account, Connection, Flight
+from fdbroker.opener.close import Closing
+from fdbroker.opener.open import Nodes
+from fdbroker.opener.request import WORKER, Opening, answer
 from fdbroker.policy.decide import View
 from fdbroker.terms import Grant, Namespace, NamespaceRule, Subject
 from fdbroker.wire.worker import Ask
@@ -43,7 +47,7 @@ def _ask_while_it_changes(address, seconds):
 
 
 def test_a_process_that_becomes_a_setuid_program_is_never_followed_there(root):
-    with own_network(), running(POLICY + "limits: {requests_per_second: 100000, burst: 100000}\n") as broker:
+    with own_network(), running(POLICY + NO_RATES) as broker:
         program = broker.folder / "unshare"
         shutil.copy("/usr/bin/unshare", program)
         program.chmod(0o4755)
@@ -53,42 +57,51 @@ def test_a_process_that_becomes_a_setuid_program_is_never_followed_there(root):
         assert counts["Denied"] > 0
 
 
+MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_process_that_ended_meanwhile_is_no_reason_for_a_grant(alive):
     """The worker has answered; then, before anything leaves, the process ends."""
     process = subprocess.Popen(["sleep", "60"])
     pidfd, namespace = os.pidfd_open(process.pid), os.open("/proc/self/ns/net", os.O_RDONLY)
-    if not alive:
-        process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     sent = []
     resource = Namespace("net", pid=process.pid)
     rule = NamespaceRule(("net",), "", True, False, None, "everyone", "f:1")
-    opening = Opening(_connection(sent), [resource])
-    opening.allowed = [(rule,)]
-    opening.descriptors[0], opening.owners[0] = namespace, pidfd
-    opening.grants[0] = Grant(resource, rule)
+    opening = Opening(_connection(sent, rule), [resource], Closing())
+    nodes = Nodes(Bracket(frozenset()))
+    steps = answer(opening, nodes, _Nothing())
     try:
-        refusal = finish_open(opening, _Nothing(), _Nothing())
+        assert next(steps) == WORKER
+        opening.descriptors[0], opening.owners[0] = namespace, pidfd
+        opening.grants[0] = Grant(resource, rule)
+        if not alive:
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(StopIteration) as end:
+            next(steps)
+        refusal = end.value.value
         assert (type(refusal) if refusal else None) == (None if alive else Denied)
         assert sent == ([1] if alive else [])
+        end_s = time.monotonic() + 30
         for descriptor in (pidfd, namespace):
-            with pytest.raises(OSError):
-                os.fstat(descriptor)
+            while os.path.exists(f"/proc/self/fd/{descriptor}"):  # a thread may close it
+                assert time.monotonic() < end_s
     finally:
+        nodes.close()
         process.kill()
         process.wait()
 
 
 def test_process_1_is_nobodys_to_ask_for_whatever_the_kernel_would_show_of_it():
-    work = _Work(Ask(1, 0, Namespace("net", pid=1)), None, frozenset())
+    work = _Work(Ask(1, 0, Namespace("net", pid=1), 0), None, frozenset())
     with pytest.raises(Denied, match="process 1"):
         work.pid_here(1, None)
     assert work.pid_here(2, None) == 2
 
 
 class _Nothing:
-    """An audit and nodes that have nothing to do here."""
+    """An audit that has nothing to do here."""
 
     def __getattr__(self, name):
         return lambda *arguments, **named: None
@@ -111,13 +124,14 @@ class _Connection(Connection):
         return 0
 
 
-def _connection(sent):
+def _connection(sent, rule):
     subject = Subject(ALICE, frozenset(), ALICE, 1, "", "", foreign=True)
     connection = _Connection(
         1,
         _Socket(sent),
         subject,
-        View((), (), (), (), {"unread_grants": 1}, administrator=False),
-        Account({"burst": 1, "connections": 1}, 0.0),
+        View((), (rule,), (), (), MAXIMA, administrator=False),
+        Account(MAXIMA, 0.0),
+        Flight(100),
     )
     return connection

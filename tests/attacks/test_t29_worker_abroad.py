@@ -9,14 +9,28 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
-from harness import ALICE, BOB, LIBC, Raw, as_user, become_root_of_user_namespace, outcome, running, status_of
+from harness import (
+    ALICE,
+    BOB,
+    LIBC,
+    RATES,
+    Broker,
+    Raw,
+    as_user,
+    become_root_of_user_namespace,
+    folder,
+    outcome,
+    running,
+    status_of,
+)
 
-POLICY = """
+POLICY = f"""
 version: 1
-limits: {requests_per_second: 100000, burst: 100000}
-everyone: {namespaces: [{type: [uts, mnt], create: true}], devices: [{path: /dev/null}]}
+limits: {{{RATES}}}
+everyone: {{namespaces: [{{type: [uts, mnt], create: true}}], devices: [{{path: /dev/null}}]}}
 """
 PTRACE_ATTACH, PTRACE_SEIZE = 16, 0x4206
 
@@ -116,7 +130,7 @@ def test_who_owns_the_user_namespace_learns_nothing_of_the_child_and_stops_only_
         assert refused == (["it could not be opened: ETIMEDOUT"] if stop_it else [])
         # stopped for good where its parent's death is no signal any more, it must not stay
         uid = status_of(broker.pids["worker"])["Uid"].split()[0]
-        end = time.monotonic() + 5
+        end = time.monotonic() + 60
         while len(left := subprocess.run(["pgrep", "-u", uid], capture_output=True, text=True).stdout.split()) != 2:
             assert time.monotonic() < end, left
 
@@ -127,3 +141,29 @@ def _ask_all(address):
             outcome(client.open("/dev/null")),
             outcome(client.ask({"namespace": {"type": "uts", "create": True}})),
         ]
+
+
+@pytest.fixture
+def exposing():
+    """fs.suid_dumpable=1, as on machines where a setuid program was debugged."""
+    setting = Path("/proc/sys/fs/suid_dumpable")
+    before = setting.read_text()
+    setting.write_text("1")
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
+def test_where_its_children_could_be_traced_the_worker_does_not_start_and_says_so(dev, exposing):
+    with folder() as where:
+        broker = Broker(where, POLICY)
+        try:
+            assert broker.process.wait(60) == 78
+        finally:
+            broker.process.kill()
+            broker.process.wait()
+        assert "the namespaces worker does not start: fs.suid_dumpable is 1" in broker.text()
+        assert "serving with" not in broker.text()
+    with running("version: 1\neveryone: {devices: [{path: /dev/null}]}\n"):  # who needs no worker is not concerned
+        pass

@@ -9,10 +9,12 @@ import signal
 import threading
 import time
 
+import pytest
 from harness import (
     ALICE,
     BOB,
     LIBC,
+    RATES,
     Raw,
     as_user,
     become_root_of_user_namespace,
@@ -22,12 +24,14 @@ from harness import (
 )
 
 from fdbroker import limits
+from fdbroker.errors import OpenFailed
 from fdbroker.kernel import namespaces
+from fdbroker.namespaces import answer
 
-POLICY = """
+POLICY = f"""
 version: 1
-limits: {requests_per_second: 100000, burst: 100000}
-everyone: {namespaces: [{type: uts, create: true}, {type: [net, uts], of: caller}], devices: [{path: /dev/null}]}
+limits: {{{RATES}, unread_grants: 1024}}
+everyone: {{namespaces: [{{type: uts, create: true}}, {{type: [net, uts], of: caller}}], devices: [{{path: /dev/null}}]}}
 """
 NEW = {"namespace": {"type": "uts", "create": True}}
 
@@ -83,7 +87,7 @@ def _ask_and_wait(address, connections, ready):
 
 def test_of_one_user_one_question_at_a_time_is_asked_and_others_come_between(dev):
     """The worker stands still until forty of ALICE's and one of BOB's wait, in this order."""
-    with running(POLICY.replace("burst: 100000", "burst: 100000, namespaces: 64")) as broker:
+    with running(POLICY.replace("unread_grants", "namespaces: 64, unread_grants")) as broker:
         os.kill(broker.pids["worker"], signal.SIGSTOP)
         reading, writing = os.pipe()
         found, threads = {}, []
@@ -119,7 +123,7 @@ def test_what_requests_hold_that_wait_for_more_is_bounded_and_others_are_served(
             with contextlib.suppress(BaseException):
                 as_user(ALICE, [], signal.pause)
             os._exit(0)
-        end = time.monotonic() + 5
+        end = time.monotonic() + 60
         while not (pid := _child_of(sleeper)):
             assert time.monotonic() < end
         most = 0
@@ -181,3 +185,28 @@ def test_a_user_has_so_many_living_namespaces_and_not_one_more(dev):
         assert results == ["granted"] * 3 + ["QuotaExceeded", "granted", "QuotaExceeded", "granted"]
         assert parameters == {"limit": "namespaces", "maximum": 3}
         assert as_user(BOB, [], _ask_all, broker.socket)[1] == "granted"
+
+
+class _StoppedThere(answer._Work):
+    """A child that its caller stops, as it may once the child is in its user namespace; or that only takes its time."""
+
+    def __init__(self, signal_number):
+        self._signal = signal_number
+
+    def make_there(self, *_):
+        if self._signal:
+            os.kill(os.getpid(), self._signal)
+        time.sleep(limits.NAMESPACE_STOPPED_MS * 2 / 1000)
+        return os.open("/dev/null", os.O_RDONLY)
+
+
+def test_a_child_that_its_caller_stops_holds_up_nobody():
+    """NAMESPACE_STOPPED_MS, and not NAMESPACE_SECONDS as for one that works."""
+    began_s = time.monotonic()
+    with pytest.raises(OpenFailed, match="ETIMEDOUT"):
+        _StoppedThere(signal.SIGSTOP).make("uts", None, None)
+    took_ms = (time.monotonic() - began_s) * 1000
+    assert limits.NAMESPACE_STOPPED_MS <= took_ms < limits.NAMESPACE_SECONDS * 1000 / 2
+    with contextlib.suppress(ChildProcessError):
+        assert os.waitpid(-1, os.WNOHANG) == (0, 0)
+    os.close(_StoppedThere(0).make("uts", None, None))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import threading
 import time
 
-from harness import ALICE, BOB, Raw, as_user, outcome, running
+from harness import ALICE, BOB, NO_RATES, Raw, as_user, outcome, resident_bytes, running
 from messaging import SEND, SUBSCRIBE, Subscriber
 
 from fdbroker import limits
@@ -21,13 +20,8 @@ everyone: {send: [news], subscribe: [news]}
 """
 
 
-def _memory(pid):
-    with open(f"/proc/{pid}/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
-
-
 def test_a_stalled_subscriber_delays_nobody_and_is_told_what_it_lost(dev):
-    text = POLICY + "limits: {burst: 100000, requests_per_second: 100000}\n"
+    text = POLICY + NO_RATES
     with running(text) as broker:
         stalled, reading = (Subscriber(broker.socket, "news") for _ in range(2))
         with stalled, reading, Raw(broker.socket) as client:
@@ -67,10 +61,10 @@ def test_many_that_never_read_do_not_grow_the_inbox_beyond_their_bounds(dev):
                 for _ in range(100):  # six megabytes for each of them, if they waited
                     sender.sock.sendall(call + b"\0")
                     assert outcome(sender.reply()) == "granted"
-            return [refused, _memory(broker.pids["inbox"])]
+            return [refused, resident_bytes(broker.pids["inbox"])]
 
     with running(POLICY) as broker:
-        before = _memory(broker.pids["inbox"])
+        before = resident_bytes(broker.pids["inbox"])
         refused, after = as_user(ALICE, [], deaf, broker.socket)
         assert refused == "QuotaExceeded"
         # what waits is the same bytes for all: of one user it is no more than one queue, and what is half sent

@@ -84,7 +84,7 @@ def test_whoever_has_seen_status_0_finds_it_stored_although_the_inbox_was_killed
             last = [number for number, _ in messages]
             got += [" ".join(text.split()[:2]) for _, text in messages]
             seen += _send_until_killed(broker.socket, turn, broker.pids["inbox"])
-            assert broker.process.wait(10) == 70
+            assert broker.process.wait(60) == 70
     with serving(state) as broker:
         got += [" ".join(text.split()[:2]) for _, text in as_user(BOB, [], receive, broker.socket, last)]
     assert len(seen) >= 6

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import pwd
 
 import pytest
-from buses import POLICY, bob_session, named_users, send
+from buses import POLICY, bob_session, open_folder, send
 from harness import ALICE, as_user, need_root, private_dev, running
 
 from fdbroker import limits
@@ -17,7 +18,7 @@ MORE_USERS = "".join(f"  {uid}: {{send: [notifications]}}\n" for uid in OTHERS)
 @pytest.fixture(scope="module")
 def made():
     need_root()
-    with private_dev(), named_users() as where, running(POLICY + MORE_USERS) as broker:
+    with private_dev(), open_folder() as where, running(POLICY + MORE_USERS) as broker:
         with bob_session(broker, where) as session:
             yield broker, session
 
@@ -49,11 +50,15 @@ MORE = [
 ]
 
 
+def _name(uid):
+    return pwd.getpwuid(uid).pw_name
+
+
 def test_the_senders_name_stands_first_whatever_it_writes(broker, session):
     as_user(ALICE, [], send, broker.socket, *POSING)
     for found in session.after(len(POSING)):
         assert found[1:4] == ["fdbroker", 0, ""]
-        assert found[4].startswith(f"lab-{ALICE}: ")
+        assert found[4].startswith(f"{_name(ALICE)}: ")
         assert found[4].isprintable()
         assert "<" not in found[5]
         assert "\u2028" not in found[5]
@@ -62,13 +67,22 @@ def test_the_senders_name_stands_first_whatever_it_writes(broker, session):
 def test_nothing_of_the_desktop_is_reached_by_more_fields(broker, session):
     as_user(OTHERS[0], [], send, broker.socket, *map(json.dumps, MORE))
     for asked, found in zip(MORE, session.after(len(MORE)), strict=True):
-        assert found[1:] == ["fdbroker", 0, "", f"{OTHERS[0]}: {json.dumps(asked)}", "", [], {"urgency": ["y", 1]}, -1]
+        assert found[1:] == [
+            "fdbroker",
+            0,
+            "",
+            f"{_name(OTHERS[0])}: {json.dumps(asked)}",
+            "",
+            [],
+            {"urgency": ["y", 1]},
+            -1,
+        ]
 
 
 def test_lengths_are_cut(broker, session):
     as_user(OTHERS[1], [], send, broker.socket, "x" * 30000 + "\n" + "y" * 30000)
     (found,) = session.after(1)
-    assert len(found[4]) == len(f"{OTHERS[1]}: ") + limits.NOTIFICATION_SUMMARY
+    assert len(found[4]) == len(f"{_name(OTHERS[1])}: ") + limits.NOTIFICATION_SUMMARY
     assert len(found[5]) == limits.NOTIFICATION_BODY
 
 
@@ -77,7 +91,7 @@ def test_an_object_says_more_and_a_foreign_one_is_neither_critical_nor_there_for
     as_user(OTHERS[2], [], send, broker.socket, json.dumps(asked))
     as_user(0, [], send, broker.socket, json.dumps({**asked, "expire_ms": 5000}))
     first, second = session.after(2)
-    assert first[4:] == [f"{OTHERS[2]}: x <i>", "&lt;img src='/x'&gt;", [], {"urgency": ["y", 1]}, 1000]
+    assert first[4:] == [f"{_name(OTHERS[2])}: x <i>", "&lt;img src='/x'&gt;", [], {"urgency": ["y", 1]}, 1000]
     assert second[4:] == ["root: x <i>", "&lt;img src='/x'&gt;", [], {"urgency": ["y", 2]}, 5000]
 
 

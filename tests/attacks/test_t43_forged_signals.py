@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from buses import POLICY, SYSTEM, Listener, Program, bus, carols_bridge, emit, last_member, named_users
+from buses import POLICY, SYSTEM, Listener, Program, bus, carols_bridge, emit, last_member, open_folder
 from harness import ALICE, CAROL, as_user, running
 
 
 @pytest.fixture
 def broker(dev):
-    with named_users() as where, running(POLICY) as made:
+    with open_folder() as where, running(POLICY) as made:
         made.where = where
         yield made
 

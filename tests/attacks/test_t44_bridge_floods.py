@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import resource
-
 import pytest
-from buses import POLICY, RULE, SYSTEM, Listener, Program, bus, carols_bridge, emit, last_member, named_users
-from harness import ALICE, CAROL, as_user, running
+from buses import POLICY, RULE, SYSTEM, Listener, Program, bus, carols_bridge, emit, last_member, open_folder
+from harness import ALICE, CAROL, as_user, resident_bytes, running
 
 from fdbroker import limits
 
 
 @pytest.fixture
 def broker(dev):
-    with named_users() as where, running(POLICY) as made:
+    with open_folder() as where, running(POLICY) as made:
         made.where = where
         yield made
 
@@ -28,27 +26,22 @@ def test_what_is_too_long_or_refused_is_dropped_and_the_bridge_goes_on(broker):
         assert "Traceback" not in machine.text()
 
 
-def _memory(pid):
-    with open(f"/proc/{pid}/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
-
-
 def test_what_comes_faster_than_it_goes_is_dropped_the_oldest_first_and_counted(dev):
     """The broker lets the bridge send twenty a second; ALICE sends twelve megabytes at once."""
     limited = f"{CAROL}: {{limits: {{burst: 2, requests_per_second: 20}}, send"
     with (
-        named_users() as where,
+        open_folder() as where,
         running(POLICY.replace(f"{CAROL}: {{send", limited)) as broker,
         bus(CAROL, "system", SYSTEM) as (address, _),
     ):
         words = ("bridge", "dbus", "--bus", address, "--socket", broker.socket, "--match", RULE, "--topic", "power")
         with Program(CAROL, where / "bridge", *words) as bridge, Listener(broker, "power") as listener:
             bridge.wait_for("go to the topic power")
-            before = _memory(bridge.pid)
+            before = resident_bytes(bridge.pid)
             signals = [("org.example.Power", f"M{number}", "s", ["x" * 60000]) for number in range(200)]
             as_user(ALICE, [], emit, address, *signals, ("org.example.Power", "Last", "", []))
             members = last_member(listener)
             assert len(members) < 100
             assert members[-2:] == ["M199", "Last"]
             assert "dropped: the broker takes them slower than they come" in bridge.text()
-            assert _memory(bridge.pid) - before < 8 * limits.BRIDGE_BYTES
+            assert resident_bytes(bridge.pid) - before < 8 * limits.BRIDGE_BYTES

@@ -9,13 +9,15 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from harness import ALICE, BOB, as_user, folder, running
-from messaging import NOT_SEALED, half_sealed, raw_send, sealed, send_frame, subscribed, unsealed
+from harness import ALICE, BOB, MS_BIND, as_user, folder, mount, running, unmount
+from messaging import NOT_SEALED, Subscriber, half_sealed, raw_send, sealed, send_frame, subscribed, unsealed
 
 import fdbroker
 import fdbroker.aio
+from fdbroker.client import calls, sync
 from fdbroker.errors import DescriptorsRefused, MessageTooLong, QuotaExceeded, TopicDenied
 
 POLICY = f"""
@@ -185,7 +187,10 @@ def test_the_commands_take_and_show_large_payloads(broker):
         assert said["payload"] == data
         assert said["descriptors"] == 0
         assert sorted(said) == sorted(
-            ["number", "topic", "uid", "gid", "pid", "session", "time", "payload", "encoding", "lost", "descriptors"]
+            (
+                *("number", "topic", "uid", "owner", "gid", "pid", "session"),
+                *("time", "payload", "encoding", "lost", "descriptors"),
+            )
         )
     finally:
         listening.kill()
@@ -218,3 +223,122 @@ def test_what_the_kernel_does_not_send_is_an_error_at_once(broker):
             await client.send("inbox", "x")
 
     asyncio.run(asynchronous())
+
+
+# ---- without the right to send
+
+RIGHTS = f"""
+version: 1
+topics: {{inbox: {{}}, other: {{}}}}
+users:
+  {ALICE}: {{send: [other], subscribe: ["*"]}}
+  {BOB}: {{subscribe: ["*"]}}
+  0: {{send: ["*"], subscribe: ["*"]}}
+"""
+SENT = {
+    "text": ("x", 0),
+    "bytes": (b"\xff", 0),
+    "a large payload": ("x" * 100_000, 0),
+    "a descriptor": ("x", 1),
+    "16 descriptors": ("x", 16),
+    "a large payload and a descriptor": (b"\xff" * 100_000, 1),
+}
+
+
+@pytest.fixture(params=["this kernel", "one without SO_PASSRIGHTS"])
+def without_rights(request, dev):
+    """A broker, which on an older kernel cannot keep descriptors off."""
+    place = Path(fdbroker.__file__).parent / "opener" / "door.py"
+    text = place.read_text()
+    call = "sockets.let_descriptors(sock, allowed=bool(allowed.send))"
+    assert call in text
+    with folder() as where:
+        (where / "door.py").write_text(text if request.param == "this kernel" else text.replace(call, "pass"))
+        mount(str(where / "door.py"), str(place), "none", MS_BIND)
+        try:
+            with running(RIGHTS) as made:
+                yield made
+                made.wait_idle()
+        finally:
+            unmount(str(place))
+
+
+@pytest.mark.parametrize("uid", [ALICE, BOB], ids=["to another topic alone", "to no topic"])
+def test_whoever_may_not_send_hears_that_whatever_goes_along(without_rights, uid):
+    """By both clients, which go on; and nothing of it is delivered."""
+
+    def send_all(address):
+        found = []
+
+        def note(error):
+            found.append([type(error).__name__, str(error)])
+
+        with fdbroker.connect(address) as client:
+            for payload, count in SENT.values():
+                try:
+                    client.send("inbox", payload, descriptors=[0] * count)
+                except Exception as error:
+                    note(error)
+            client.offers()
+
+        async def talk():
+            async with await fdbroker.aio.connect(address) as client:
+                calls = [client.send("inbox", payload, descriptors=[0] * count) for payload, count in SENT.values()]
+                for error in await asyncio.gather(*calls, return_exceptions=True):
+                    note(error)
+                await client.offers()
+
+        asyncio.run(talk())
+        return found
+
+    denied = ["TopicDenied", "topic inbox: denied: no rule of the policy allows it"]
+    with Subscriber(without_rights.socket, "inbox") as subscriber, fdbroker.connect(without_rights.socket) as sender:
+        assert as_user(uid, [], send_all, without_rights.socket) == [denied] * len(SENT) * 2
+        sender.send("inbox", "the last")
+        assert subscriber.message()["payload"] == "the last"
+
+
+def test_an_eperm_that_has_another_reason_stays_one_and_nothing_is_delivered(broker, monkeypatch):
+    """A security module may refuse as well, whatever the policy says."""
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    with Subscriber(broker.socket, "inbox") as subscriber:
+        with fdbroker.connect(broker.socket) as client:
+            with monkeypatch.context() as changed:
+                changed.setattr(sync.socket, "send_fds", refuse)
+                with pytest.raises(PermissionError):
+                    client.send("inbox", "x", descriptors=[0])
+                with pytest.raises(TopicDenied):
+                    client.send("none", "x", descriptors=[0])
+            client.send("inbox", "the last")
+        assert subscriber.message()["payload"] == "the last"
+
+
+# ---- text
+
+
+def test_text_arrives_as_text_on_every_way(broker):
+    def sent(subscriber, send, *arguments, **more):
+        send(*arguments, **more)
+        message = subscriber.message()
+        return message["encoding"], message["payload"]
+
+    text, base64 = ("text", "gr\u00fc\u00df\0"), ("base64", "/w==")
+    data = text[1].encode()
+    by_base64 = {"topic": "inbox", "payload": "Z3LDvMOfAA==", "encoding": "base64"}
+    with Subscriber(broker.socket, "inbox") as subscriber, fdbroker.connect(broker.socket) as client:
+        for payload in (text[1], data):
+            assert sent(subscriber, client.send, "inbox", payload) == text
+            assert sent(subscriber, client.send, "inbox", payload, descriptors=[0]) == text
+        assert sent(subscriber, send_frame, broker.socket, data, 0) == text
+        assert sent(subscriber, raw_send, broker.socket, by_base64, list) == text
+        assert sent(subscriber, client.send, "inbox", b"\xff") == base64
+        assert sent(subscriber, send_frame, broker.socket, b"\xff", 0) == base64
+        for payload in ("x" * 65_000, b"\xff" * 65_000):  # in a memfd, and stored as what it is
+            client.send("kept", payload, to=0)
+        stored = client.receive()
+        assert [message.read() for message in stored] == [b"x" * 65_000, b"\xff" * 65_000]
+        reply = client._call(calls.receive_call(10, []))[0].parameters["messages"]
+        assert [message["encoding"] for message in reply] == ["text", "base64"]

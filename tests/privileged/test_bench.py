@@ -45,6 +45,8 @@ def test_the_quick_run_prints_every_ratio(root, measured):
     assert found["idle_connections"]["ratio"] > 0
     assert found["fan_out"]["per_second"]["fdbroker"] > 0
     assert found["namespaces"]["ratio"] > 0
+    assert found["memory"]["processes"] == 4  # launcher, opener, inbox, witness
+    assert found["memory"]["pss_mb"] > 20
 
 
 def test_who_is_there_is_compared_and_who_is_not_is_named(root, measured):

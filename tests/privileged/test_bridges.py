@@ -23,7 +23,7 @@ from buses import (
     desktop,
     emit,
     last_member,
-    named_users,
+    open_folder,
     send,
 )
 from dbus_fast import Variant
@@ -34,7 +34,7 @@ from fdbroker import errors, limits
 
 @pytest.fixture
 def where(root):
-    with named_users() as made:
+    with open_folder() as made:
         yield made
 
 
@@ -56,7 +56,7 @@ def test_a_message_of_one_user_appears_on_the_desktop_of_another(broker, session
     # Source: Desktop Notifications Specification 1.2, "org.freedesktop.Notifications.Notify"
     assert found == [
         *("susssasa{sv}i", "fdbroker", 0, ""),
-        f"lab-{ALICE}: the build is done ✓",
+        f"fdbroker-test-{ALICE}: the build is done ✓",
         "all &lt;b&gt;green&lt;/b&gt; &amp; fast ✓",
         [],
         {"urgency": ["y", 1]},
@@ -73,7 +73,7 @@ def test_without_a_desktop_the_bridge_says_so_and_goes_on(broker, session, where
     with Program(BOB, where / "desktop", action=desktop(address, session.path)) as shown:
         shown.wait_for("ready")
         as_user(ALICE, [], send, broker.socket, "to somebody")
-        assert session.after(1)[0][4] == f"lab-{ALICE}: to somebody"
+        assert session.after(1)[0][4] == f"fdbroker-test-{ALICE}: to somebody"
 
 
 @pytest.fixture
@@ -89,7 +89,9 @@ def test_a_desktop_that_hangs_is_waited_for_a_while(impatient, broker, session):
     session.bridge.wait_for("1 message was dropped: org.freedesktop.Notifications does not answer")
     os.kill(session.desktop.pid, signal.SIGCONT)
     as_user(ALICE, [], send, broker.socket, "three")
-    assert [one[4] for one in session.after(3)] == [f"lab-{ALICE}: {word}" for word in ("one", "two", "three")]
+    assert [one[4] for one in session.after(3)] == [
+        f"fdbroker-test-{ALICE}: {word}" for word in ("one", "two", "three")
+    ]
 
 
 @pytest.mark.parametrize("busy", [False, True])

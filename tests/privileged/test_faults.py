@@ -118,7 +118,7 @@ def test_killed_on_a_full_disk_it_starts_again_and_lets_acknowledge(dev):
             fill(disk)
             broker.expected_code = None
             os.kill(broker.pids["inbox"], 9)
-            broker.process.wait(10)
+            broker.process.wait(60)
         fill(disk)
         with running(MAIL, *state) as broker:
             assert as_user(BOB, [], receive_all, broker.socket) == [*range(stored)]

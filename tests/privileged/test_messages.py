@@ -264,7 +264,7 @@ def test_both_clients_ping_and_say_when_nobody_answers(broker, tmp_path):
         assert 0 < client.ping() < 10
     assert 0 < asyncio.run(over_asyncio(broker.socket)) < 10
     path = str(tmp_path / "other")
-    with pytest.raises(BrokerUnavailable, match="nobody answers"):
+    with pytest.raises(BrokerUnavailable, match="there is no socket"):
         asyncio.run(over_asyncio(path))
     for answer in (b"", b"\0\0\0\4NONE"):
         with socket.socket(socket.AF_UNIX) as server:

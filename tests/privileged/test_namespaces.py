@@ -101,7 +101,7 @@ def broker(shared):
     """The broker, which has afterwards the descriptors that it had before, and no child of the worker is left."""
     yield shared
     shared.wait_idle()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while subprocess.run(["pgrep", "-P", str(shared.pids["worker"])], capture_output=True).stdout:
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -172,6 +172,12 @@ def test_a_deny_rule_wins_for_namespace_and_socket(broker):
         assert as_user(ALICE, [], asked, broker.socket, resource)[0] == "granted"
 
 
+def listed_names(client):
+    """The named namespaces that the next List offers."""
+    listed = client.call("io.fdbroker.Broker.List")["parameters"]["resources"]
+    return [one["resource"]["namespace"]["name"] for one in listed if "name" in one["resource"].get("namespace", ())]
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "uts", "fifo", "folder"])
 def test_what_is_no_net_namespace_is_not_opened(broker, kind):
     path = "/run/netns/vpn-odd"
@@ -183,14 +189,18 @@ def test_what_is_no_net_namespace_is_not_opened(broker, kind):
         case "folder":
             os.mkdir(path)
         case _:
-            os.close(os.open(path, os.O_CREAT))
+            os.close(os.open(path, os.O_CREAT, 0))  # as ip-netns(8) makes it, and leaves it when it is interrupted
     if kind == "uts":
         mount("/proc/self/ns/uts", path, "", MS_BIND)
+    reason = "it is a uts namespace, not a net namespace" if kind == "uts" else "no namespace is mounted there"
     try:
         with Raw(broker.socket) as client:
-            reply = client.ask(named("vpn-odd"))
-            assert outcome(reply) == "NotWhatItWas", reply
-            assert outcome(client.ask(in_namespace("vpn-odd"))) == "NotWhatItWas"
+            for asked_for in (named("vpn-odd"), in_namespace("vpn-odd")):
+                reply = client.ask(asked_for)
+                assert outcome(reply) == "NotWhatItWas", reply
+                assert reply["parameters"]["reason"] == reason
+            if kind != "uts":
+                assert listed_names(client) == ["vpn-a", "vpn-b"]
     finally:
         if kind == "uts":
             unmount(path)
@@ -271,7 +281,7 @@ def test_a_process_in_many_groups_is_read_to_its_end(broker):
 
 
 def _await_program(pid, name):
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while status_of(pid)["Name"] != name:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -448,12 +458,13 @@ def _server_inside(address, port):
     return own
 
 
-def test_a_connected_namespace_is_reached_from_the_host_and_leaves_nothing(broker):
+@pytest.mark.parametrize(("uid", "owner"), [(ALICE, str(ALICE)), (60001, "others")])
+def test_a_connected_namespace_is_reached_from_the_host_and_leaves_nothing(broker, uid, owner):
     with socket.create_server(("10.88.0.1", 0)) as home:
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
-                as_user(ALICE, [GROUP], _server_inside, broker.socket, home.getsockname()[1])
+                as_user(uid, [GROUP], _server_inside, broker.socket, home.getsockname()[1])
                 os._exit(0)
             os._exit(1)
         home.settimeout(10)
@@ -461,7 +472,7 @@ def test_a_connected_namespace_is_reached_from_the_host_and_leaves_nothing(broke
         with connection, connection.makefile() as file:
             own = file.readline().strip()
             port = json.loads(ip("-j", "-d", "link", "show", "master", "br0"))[0]
-            assert port["ifalias"] == f"fdbroker uid {ALICE} {own}"
+            assert port["ifalias"] == f"fdbroker uid {owner} {own}"
             assert port["linkinfo"]["info_slave_data"]["isolated"] is True
             assert port["linkinfo"]["info_slave_data"]["guard"] is True
             assert port["linkinfo"]["info_slave_data"]["learning"] is False
@@ -626,7 +637,7 @@ def test_a_killed_worker_fails_its_question_and_is_there_again(machine):
                 assert (outcome(reply), reply["parameters"]["errno"]) == ("OpenFailed", 104)
                 assert outcome(client.ask(new())) == "granted"
             broker.pids["worker"] = broker.worker()
-        assert broker.text().count("ended with signal 9 and is started again") == 3
+        assert broker.text().count("ended with signal 9 (SIGKILL); it is started again") == 3
 
 
 def _until_it_is_asked(broker):
@@ -639,7 +650,7 @@ def test_the_holder_is_a_process_of_the_service_and_its_end_is_the_services(mach
     with running(POLICY) as broker:
         broker.expected_code = None
         os.kill(broker.pids["namespaces"], signal.SIGKILL)
-        assert broker.process.wait(10) == 70
+        assert broker.process.wait(60) == 70
         assert "the namespaces worker's holder ended with signal 9" in broker.text()
 
 
@@ -682,6 +693,42 @@ def test_the_list_has_what_may_be_had_and_changes_with_it(broker):
                 pass
         finally:
             ip("netns", "del", "vpn-c")
+
+
+def test_a_name_that_the_command_line_reads_as_something_else_is_not_offered(machine):
+    names = ["new", "pid:7", "one,two", "newer"]
+    policy = f'version: 1\nusers: {{{os.getuid()}: {{namespaces: [{{type: net, name: "*"}}]}}}}\n'
+    for name in names:
+        ip("netns", "add", name)
+    try:
+        with running(policy) as made, Raw(made.socket) as client:
+            assert listed_names(client) == ["four", "newer", "vpn-a", "vpn-b"]
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_a_namespace_that_is_mounted_a_while_after_its_file_came_is_offered_then(broker):
+    """And one that is left without its mount is not, nor are names that mean something else on the command line."""
+    paths = [f"/run/netns/{name}" for name in ("vpn-late", "vpn-one,two")]
+    with Raw(broker.socket) as client, Raw(broker.socket) as watching:
+        watching.send_call("io.fdbroker.Broker.List", more=True)
+        watching.reply()
+        for path in paths:
+            os.close(os.open(path, os.O_CREAT, 0))
+        try:
+            time.sleep(0.5)  # the first listing after the change is over
+            assert listed_names(client) == ["vpn-a", "vpn-b"]
+            for path in paths:
+                mount("/run/netns/vpn-a", path, "", MS_BIND)
+            assert "vpn-late" in str(watching.reply())
+            assert listed_names(client) == ["vpn-a", "vpn-b", "vpn-late"]
+            for path in paths:
+                unmount(path)
+            assert listed_names(client) == ["vpn-a", "vpn-b"]
+        finally:
+            for path in paths:
+                os.unlink(path)
 
 
 # ---- by the command line

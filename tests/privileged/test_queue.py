@@ -119,7 +119,7 @@ def test_a_folder_that_is_not_the_inboxs_alone_is_refused(dev, trouble):
             os.chown(state, 61999 if trouble == "mode" else ALICE, -1)
         with harness.folder() as other:
             broker = harness.Broker(other, POLICY, ("--state", str(state)))
-            assert broker.process.wait(10) == 78
+            assert broker.process.wait(60) == 78
             assert f"{state} cannot hold messages: " in broker.text()
             assert "Traceback" not in broker.text()
 
@@ -163,7 +163,7 @@ def test_the_commands(dev, state):
 def kill_inbox(broker):
     broker.expected_code = None
     os.kill(broker.pids["inbox"], signal.SIGKILL)
-    broker.process.wait(10)
+    broker.process.wait(60)
 
 
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])

@@ -13,7 +13,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ COLUMNS = {
     "inbox": "inbox",
     "inbox-store": "inbox that stores",
     "worker": "namespaces",
+    "witness": "witness",
+    "refuser": "refuser",
     "launcher": "launcher",
 }
 POLICY = """
@@ -68,39 +70,61 @@ def _run(policy: str, wanted: dict[str, list[str]], owned: contextlib.ExitStack)
     place.chmod(0o755)
     store = "inbox-store" in wanted
     with running(policy, "--state", str(place / "state"), program=takeover.program(str(place), store)) as broker:
-        victim = _victim()
-        try:
-            pids = {"launcher": broker.pids["launcher"], "opener": broker.pids["opener"], "victim": victim}
-            pids["inbox-store" if store else "inbox"] = broker.pids["inbox"]
-            pids |= {"holder": broker.pids["namespaces"], "worker": broker.pids["worker"]}
-            same = {"child": pids["worker"], **pids}
-            bits = {role: int(status_of(pid)["CapPrm"], 16) for role, pid in same.items()}
-            uids = {role: int(status_of(pid)["Uid"].split()[0]) for role, pid in same.items()}
-            plan = {
-                "pids": pids,
-                "same": same,
-                "uids": uids,
-                "capabilities": {role: [n for n in range(64) if bits[role] >> n & 1] for role in same},
-                "modes": {role: wanted.get(role, []) for role in same},
-                "folders": {role: str(place / f"of-{role}") for role in same},
-                "state": str(place / "state"),
-            }
-            (place / "state").mkdir(exist_ok=True)  # where nothing is stored there is none
-            os.chown(place / "state", uids["inbox-store" if store else "inbox"], -1)
-            for role in same:
-                takeover.furnish(place / f"of-{role}", uids[role], owned)
-            (place / "plan.new").write_text(json.dumps(plan))
-            (place / "plan.new").rename(place / "plan")
-            end = time.monotonic() + 300
-            while missing := [role for role in wanted if not (place / f"{role}.json").exists()]:
-                assert not (place / "failed").exists(), (place / "failed").read_text()
-                assert time.monotonic() < end, f"{missing}: {broker.text()}"
-                time.sleep(0.05)
-        finally:
-            (place / "end").touch()
-            os.kill(victim, signal.SIGKILL)
-            os.waitpid(victim, 0)
-        return {role: json.loads((place / f"{role}.json").read_text()) for role in wanted}
+        pids = {name: broker.pids[name] for name in ("launcher", "opener", "worker", "witness")}
+        pids["inbox-store" if store else "inbox"] = broker.pids["inbox"]
+        pids["holder"] = broker.pids["namespaces"]
+        return _try_in(place, broker, pids, wanted, owned)
+
+
+def _run_broken(wanted: dict[str, list[str]], owned: contextlib.ExitStack) -> dict[str, Any]:
+    """The same while the policy is broken; clients come, so that the refuser lives as long as it takes."""
+    place = Path(owned.enter_context(harness.folder()))
+    then = takeover.code(str(place), store=False)
+    with harness.refusing(place, then) as (broker, refuser):
+        pids = {"launcher": broker.process.pid, "refuser": refuser}
+        return _try_in(place, broker, pids, wanted, owned, lambda: harness.ask(broker.socket, "/dev/null"))
+
+
+def _try_in(
+    place: Path,
+    broker: harness.Broker,
+    pids: dict[str, int],
+    wanted: dict[str, list[str]],
+    owned: contextlib.ExitStack,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    victim = _victim()
+    try:
+        pids["victim"] = victim
+        same = {**pids, **({"child": pids["worker"]} if "worker" in pids else {})}
+        bits = {role: int(status_of(pid)["CapPrm"], 16) for role, pid in same.items()}
+        uids = {role: int(status_of(pid)["Uid"].split()[0]) for role, pid in same.items()}
+        plan = {
+            "pids": pids,
+            "same": same,
+            "uids": uids,
+            "capabilities": {role: [n for n in range(64) if bits[role] >> n & 1] for role in same},
+            "modes": {role: wanted.get(role, []) for role in same},
+            "folders": {role: str(place / f"of-{role}") for role in same},
+            "state": str(place / "state"),
+        }
+        (place / "state").mkdir(exist_ok=True)  # where nothing is stored there is none
+        os.chown(place / "state", next((uids[role] for role in ("inbox", "inbox-store") if role in uids), 0), -1)
+        for role in same:
+            takeover.furnish(place / f"of-{role}", uids[role], owned)
+        (place / "plan.new").write_text(json.dumps(plan))
+        (place / "plan.new").rename(place / "plan")
+        end = time.monotonic() + 300
+        while missing := [role for role in wanted if not (place / f"{role}.json").exists()]:
+            assert not (place / "failed").exists(), (place / "failed").read_text()
+            assert time.monotonic() < end, f"{missing}: {broker.text()}"
+            meanwhile()
+            time.sleep(0.05)
+    finally:
+        (place / "end").touch()
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+    return {role: json.loads((place / f"{role}.json").read_text()) for role in wanted}
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +147,11 @@ def tried() -> Iterator[dict[str, Any]]:
         abstract.listen(4096)
         landlocked = ["whole", "no filter", "no landlock"]
         wanted = {"opener": [*landlocked, "free"], "inbox-store": landlocked}
-        wanted |= {role: ["whole", "no filter"] for role in ("holder", "worker", "child")}
+        wanted |= {role: ["whole", "no filter"] for role in ("holder", "worker", "child", "witness")}
         wanted["launcher"] = landlocked
         found = _run(POLICY, wanted, owned)
         found |= _run(WITHOUT_STORE, {"inbox": landlocked}, owned)
+        found |= _run_broken({"refuser": landlocked}, owned)
         yield found
 
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,16 @@ def vm(boot: Callable[..., Facts]) -> Callable[..., Facts]:
     """Boot a virtual machine with sound and input devices; `vm(script)` runs a script of inside/ there.
 
     With `modules` the kernel has these security modules, and the script what scripts/install installs, under a real
-    systemd unless `mode` is "init". With `suite` it is the kernel of that suite of Debian's.
+    systemd unless `mode` is "init". With `suite` it is the kernel of that suite of Debian's. `devices` are what QEMU adds
+    to the machine, each as its option -device takes it.
     """
     if shutil.which("qemu-system-x86_64") is None:
         unavailable("no qemu-system-x86_64: install the package qemu-system-x86")
     made("mkkernel", CACHE / "kernel")
 
-    def run(script: str, modules: str = "", mode: str = "systemd", suite: str = "") -> Facts:
+    def run(
+        script: str, modules: str = "", mode: str = "systemd", suite: str = "", devices: Sequence[str] = ()
+    ) -> Facts:
         kernel = str(CACHE / f"kernel-{suite}" if suite else CACHE / "kernel")
         if suite:
             made("mkkernel", Path(kernel), suite)
@@ -115,7 +118,8 @@ def vm(boot: Callable[..., Facts]) -> Callable[..., Facts]:
         # where every user can read it, wherever the checkout lies
         program = "mkdir /run/program\nmount --bind . /run/program\nexport PYTHONPATH=/run/program"
         inside = f"exec /run/program/.venv/bin/python /run/program/tests/system/inside/{script}"
-        return boot("vm", f"{program}\n{inside}", 600, kept=f"vm-{script}", KDIR=kernel)
+        added = {"DEVICES": " ".join(devices)}
+        return boot("vm", f"{program}\n{inside}", 600, kept=f"vm-{script}", KDIR=kernel, **added)
 
     return run
 

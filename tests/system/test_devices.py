@@ -47,6 +47,16 @@ def test_sound_refused(facts):
     assert facts["sound_refused"]["control"]["code"] == 77
 
 
+def test_static_node(facts):
+    """A node whose driver is not loaded: refused while there is none to load, then opened and judged by its class."""
+    found = facts["static_node"]
+    assert found["without"]["code"] == 74
+    assert "no driver is loaded for its number" in found["without"]["stderr"]
+    assert "no driver is loaded for 10:223" in facts["stopped"]["records"]
+    assert found["with"]["code"] == 0, found["with"]["stderr"]
+    assert found["class"] == "misc"
+
+
 def test_keyboard(facts):
     """A user reads which keys are pressed through a granted descriptor."""
     found = facts["keyboard"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import sys
+import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 import fdbroker
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+LIBRARIES = sysconfig.get_path("purelib")  # of the environment that scripts/install copies
 
 # below policy/ in the checkout
 MAC = ("apparmor/fdbroker", "selinux/fdbroker.te", "selinux/fdbroker.if", "selinux/fdbroker.fc")
@@ -51,19 +56,90 @@ def test_places(installed):
 
 
 def test_program(installed):
-    """The program starts isolated from the environment, and what it imports is complete and its own."""
+    """The program starts with its own folder and the standard library alone; what it imports is complete and its own."""
     folder, _ = installed
-    assert (folder / "usr/bin/fdbroker").read_text().startswith("#!/opt/fdbroker/bin/python3 -I\n")
-    python = folder / "opt/fdbroker/bin/python3"
+    program = (folder / "usr/bin/fdbroker").read_text()
+    assert program.startswith("#!/opt/fdbroker/bin/python3 -IS\n")
+    # it runs where it was installed, below `folder`
+    here = program.replace('"/opt/fdbroker', f'"{folder}/opt/fdbroker').replace("sys.exit(main())", "")
     modules = "fdbroker.launcher.service, fdbroker.opener.service, fdbroker.inbox.service, fdbroker.cli.commands, "
     modules += "fdbroker.bridges.dbus, fdbroker.bridges.evdev"
-    program = f"import {modules}; print(fdbroker.__file__)"
-    found = subprocess.run([python, "-I", "-B", "-c", program], capture_output=True, text=True, check=True).stdout
-    assert found.startswith(f"{folder}/opt/fdbroker/lib/")
-    version = subprocess.run(
-        [python, "-I", "-B", "-m", "fdbroker", "--version"], capture_output=True, text=True, check=True
-    ).stdout
+    tell = f"{here}\nimport {modules}\nprint('site' in sys.modules, *sys.path, sep='\\n')\n{'sys.exit(main())'}"
+    python = folder / "opt/fdbroker/bin/python3"
+    found = subprocess.run([python, "-IS", "-B", "-c", tell, "--version"], capture_output=True, text=True, check=True)
+    site, *paths, version = found.stdout.splitlines()
+    assert site == "False"
+    assert paths[-1].startswith(f"{folder}/opt/fdbroker/lib/")
+    assert all(path.startswith("/usr/lib/python3") for path in paths[:-1]), paths
     assert fdbroker.__version__ in version
+
+
+@pytest.mark.parametrize(
+    "words, code", [(["--help"], 0), (["--user"], 64), (["-x", "/somewhere"], 64), (["a", "b"], 64)]
+)
+def test_options_are_no_folders(tmp_path, words, code):
+    """An option is answered or refused, and nothing is installed below a folder of that name."""
+    done = subprocess.run([CHECKOUT / "scripts/install", *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code
+    assert "usage: install [DESTDIR]" in (done.stderr if code else done.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_environment_has_lists_of_its_files():
+    """Whatever pip built the environment, each library came as a wheel: an installation by setup.py leaves no RECORD."""
+    for name in ("fdbroker", "python-prctl", "pyseccomp", "PyYAML", "msgspec", "click", "rich"):
+        (found,) = metadata.distributions(name=name, path=[LIBRARIES])
+        assert found.read_text("RECORD"), name
+
+
+@pytest.fixture(scope="module")
+def copied(installed, tmp_path_factory):
+    """A copy of the checkout, with an environment of its own that has what an installation needs and no more."""
+    folder, _ = installed
+    copy = tmp_path_factory.mktemp("copy")
+    for name in ("fdbroker", "scripts", "policy", "units", "docs"):
+        shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "SECURITY.md", "CHANGELOG.md"):
+        shutil.copy(CHECKOUT / name, copy / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", copy / ".venv"], check=True)
+    (there,) = (copy / ".venv/lib").glob("python3*/site-packages")
+    (libraries,) = (folder / "opt/fdbroker/lib").glob("python3*/site-packages")
+    shutil.copytree(libraries, there, dirs_exist_ok=True, ignore=shutil.ignore_patterns("fdbroker", "__pycache__"))
+    (ours,) = Path(LIBRARIES).glob("fdbroker-*.dist-info")
+    shutil.copytree(ours, there / ours.name)
+    return copy, there
+
+
+BREAK = {
+    "whole": (lambda there: None, ""),
+    "a file is missing": (lambda there: next(there.glob("_prctl*.so")).unlink(), "lacks _prctl"),
+    "no list of files": (
+        lambda there: next(there.glob("python_prctl-*.dist-info/RECORD")).unlink(),
+        "no list of the files of python-prctl",
+    ),
+    "a module does not load": (lambda there: (there / "prctl.py").write_text("import nothing"), "does not run"),
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+def test_a_broken_environment_is_not_installed(copied, tmp_path, how):
+    """The installation fails, says why, and leaves what an earlier one has installed as it was."""
+    copy, there = copied
+    breaking, said = BREAK[how]
+    (tmp_path / "opt/fdbroker").mkdir(parents=True)
+    (tmp_path / "opt/fdbroker/earlier").write_text("runs")
+    kept = tmp_path / "kept"
+    shutil.copytree(there, kept)
+    try:
+        breaking(there)
+        done = subprocess.run([copy / "scripts/install", tmp_path], capture_output=True, text=True)
+    finally:
+        shutil.rmtree(there)
+        kept.rename(there)
+    assert done.returncode == (1 if said else 0), done.stderr
+    assert said in done.stderr
+    assert [file.name for file in (tmp_path / "opt").iterdir()] == ["fdbroker"]
+    assert (tmp_path / "opt/fdbroker/earlier").exists() == bool(said)
 
 
 def test_nobody_else_writes(installed):
@@ -81,6 +157,13 @@ def test_mandatory_access_control(tmp_path):
         assert (tmp_path / "usr/share/doc/fdbroker" / source).read_bytes() == (
             CHECKOUT / "policy" / source
         ).read_bytes()
+
+
+def test_relative_folder(tmp_path):
+    """A folder that is named from where somebody stands is that one for every file."""
+    subprocess.run([CHECKOUT / "scripts/install", "below"], check=True, cwd=tmp_path)
+    assert {file.name for file in (tmp_path / "below").iterdir()} == {"etc", "opt", "usr"}
+    assert not (CHECKOUT / "below").exists()
 
 
 def test_again(installed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 
 import fdbroker
 
-INTERFACES = ("io.fdbroker.Broker", "io.fdbroker.Inbox", "org.varlink.service")
+INTERFACES = ("io.fdbroker.Admin", "io.fdbroker.Broker", "io.fdbroker.Inbox", "org.varlink.service")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ def test_list_interfaces(facts):
 def test_list_methods(facts):
     """`list-methods` gets all methods of all."""
     assert set(facts["list_methods"]["stdout"].split()) == {
+        "io.fdbroker.Admin.Reload",
+        "io.fdbroker.Broker.About",
         "io.fdbroker.Broker.Open",
         "io.fdbroker.Broker.List",
         "io.fdbroker.Inbox.Receive",
@@ -111,3 +114,32 @@ def test_call_list_more(facts):
     replies = documents(facts["call_list_more"]["stdout"])
     names = [[one["resource"]["device"] for one in reply["resources"]] for reply in replies]
     assert names == [["/dev/lab/zero"], ["/dev/lab/zero", "/dev/lab/zero-new"], ["/dev/lab/zero"]]
+
+
+def test_call_about(facts):
+    """`call` of About gets the digest of the policy's one file, as the interface describes it."""
+    found = facts["call_about"]
+    assert found["code"] == 0, found["stderr"]
+    said = documents(found["stdout"])[0]
+    assert said["version"] == fdbroker.__version__
+    path, data = b"/etc/fdbroker/policy.yaml", found["policy"].encode()
+    assert said["digest"] == hashlib.sha256(b"%b\0%d\0%b" % (path, len(data), data)).hexdigest()
+
+
+def test_call_reload(facts):
+    """`call` of Reload as root loads a policy, or gets all that is wrong with it; a user is denied."""
+    found = facts["call_reload"]
+    assert "io.fdbroker.Admin.Denied" in found["user"]["stderr"] + found["user"]["stdout"]
+    assert documents(found["root"]["stdout"]) == [{"applied": True, "findings": []}]
+    (said,) = documents(found["broken"]["stdout"])
+    assert said["applied"] is False
+    (finding,) = said["findings"]
+    assert (finding["file"], finding["line"]) == ("/etc/fdbroker/policy.yaml", 2)
+    assert "evrybody" in finding["message"]
+
+
+def test_call_while_the_policy_is_broken(facts):
+    """Whatever is called, the one answer is understood as an error by its name."""
+    found = facts["call_refused"]
+    assert found["code"] != 0
+    assert "io.fdbroker.Broker.PolicyBroken" in found["stderr"] + found["stdout"]

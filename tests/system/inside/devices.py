@@ -28,6 +28,7 @@ groups:
     devices:
       - {{path: "/dev/snd/pcmC*D*[pc]", access: rw, class: sound, device: "116:*"}}
       - {{path: "/dev/input/event*", access: ro, class: input, device: "13:*"}}
+      - {{path: /dev/uinput, access: rw, class: misc, device: "10:223", dangerous: true}}
     namespaces:
       - {{type: net, name: "vpn-*"}}
       - {{type: [net, uts], of: caller}}
@@ -60,7 +61,7 @@ def started() -> dict[str, Any]:
     # its records, which go to standard error where there is no journal
     with Path("/lab/out/broker").open("w") as records:
         children.append(subprocess.Popen((*FDBROKER, *words), stderr=records, text=True))
-    wait_for("its socket", lambda: "serving with" in Path("/lab/out/broker").read_text(), 40)
+    wait_for("its socket", lambda: "serving with" in Path("/lab/out/broker").read_text(), 240)
     return {
         "kernel": os.uname().release,
         "devices": {path: oct(os.stat(path).st_mode) for path in ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D1c")},
@@ -78,6 +79,21 @@ def sound_refused() -> dict[str, Any]:
         "itself": said(member("dd", "if=/dev/snd/pcmC0D1c", "count=0")),
         "control": said(member(*FDBROKER, "open", "/dev/snd/controlC0")),
     }
+
+
+def static_node() -> dict[str, Any]:
+    """A node that is there before its driver: without one to be had, and then with one that the kernel loads."""
+    run("busybox", "rmmod", "uinput", check=True)
+    os.mknod("/dev/uinput", 0o20600, os.makedev(10, 223))
+    program = Path("/run/modprobe")
+    program.write_text('#!/bin/sh\ncase "$*" in *char-major-10-223) exec busybox insmod /lab/uinput.ko ;; esac\n')
+    program.chmod(0o755)
+    asked = member(*FDBROKER, "open", "/dev/uinput", "--access", "rw")
+    found = {}
+    for name, loader in (("without", "/bin/false"), ("with", str(program))):
+        Path("/proc/sys/kernel/modprobe").write_text(loader)
+        found[name] = outcome(run(*asked))
+    return {**found, "class": os.path.basename(os.readlink("/sys/dev/char/10:223/subsystem"))}
 
 
 def keyboard() -> dict[str, Any]:
@@ -134,7 +150,7 @@ def hotkeys() -> dict[str, Any]:
         bridge = subprocess.Popen(member(*FDBROKER, *words), stderr=said_there, text=True)
         with heard.open("w") as out:
             subscriber = subprocess.Popen(member(*FDBROKER, "subscribe", "--json", "hotkeys"), stdout=out, text=True)
-        wait_for("the bridge", lambda: "go to the topic" in log.read_text(), 40)
+        wait_for("the bridge", lambda: "go to the topic" in log.read_text(), 240)
         device_fd = copied(bridge.pid, node)
         reaches = {name: reaching(device_fd, kind) for name, kind in (("types", 0), ("keys", evdev.ecodes.EV_KEY))}
         os.close(device_fd)
@@ -146,7 +162,7 @@ def hotkeys() -> dict[str, Any]:
                     made.syn()
             return heard.read_text().count("\n") >= 2
 
-        wait_for("a message", typed, 40)
+        wait_for("a message", typed, 240)
         groups = status_of(bridge.pid)["Groups"]
     code = bridge.wait(20)
     subscriber.kill()
@@ -173,8 +189,8 @@ def namespaces() -> dict[str, Any]:
 def stopped() -> dict[str, Any]:
     (broker,) = children
     broker.send_signal(signal.SIGTERM)
-    code = broker.wait(10)
+    code = broker.wait(60)
     return {"code": code, "socket": os.path.exists(SOCKET), "records": Path("/lab/out/broker").read_text()}
 
 
-report([started, sound, sound_refused, keyboard, hotkeys, namespaces, stopped, clock])
+report([started, sound, sound_refused, static_node, keyboard, hotkeys, namespaces, stopped, clock])

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from load import NAMESPACER, OPENERS, POLICY, RECEIVER, SENDERS, Load
-from steps import make_node, report, run, show, wait_for, write_policy
+from steps import make_node, report, role, run, show, wait_for, write_policy
 
 JOURNAL = ("systemd-journald.service", "systemd-journald.socket", "systemd-journald-dev-log.socket")
-NAMES = ("launcher", "opener", "inbox", "namespaces", "worker")
+NAMES = ("launcher", "opener", "inbox", "witness", "namespaces", "worker")
 MAY_CONNECT = grp.getgrnam("fdbroker").gr_gid
 rand = random.Random(5)
 
@@ -31,13 +31,13 @@ def children(pid: int) -> list[int]:
 
 
 def processes() -> dict[str, int]:
-    """The pids of all five by name, as many as there are now."""
+    """The pids of all six by name, as many as there are now."""
     main = int(show("MainPID")["MainPID"])
     found = {"launcher": main} if main else {}
     for pid in children(main) if main else ():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            found[command[command.index(b"-m") + 1].decode().removeprefix("fdbroker.")] = pid
+        with contextlib.suppress(OSError):
+            found[role(pid)] = pid
+    found.pop("", None)  # one that has just been forked, or is a zombie
     if "namespaces" in found and (workers := children(found["namespaces"])):
         found["worker"] = workers[0]
     return found
@@ -119,12 +119,14 @@ def idle(before: dict[str, int]) -> dict[str, Any]:
     pids = fresh()
     with contextlib.suppress(TimeoutError):
         wait_for("descriptors", lambda: descriptors(pids) == before)
-    uids = {Path(f"/proc/{pid}").stat().st_uid for name, pid in pids.items() if name != "launcher"}
+    uids = {Path(f"/proc/{pid}").stat().st_uid for name, pid in pids.items() if name not in ("launcher", "witness")}
     left = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if entry.stat().st_uid in uids and int(entry.name) not in pids.values():
-                left.append((entry / "cmdline").read_text())
+            command = (entry / "cmdline").read_text()
+            ours = entry.stat().st_uid in uids or "from fdbroker." in command
+            if ours and int(entry.name) not in pids.values():
+                left.append(command)
     return {"descriptors": descriptors(pids), "before": before, "left": left, "mounts": mounts()}
 
 
@@ -137,6 +139,10 @@ def mounts() -> int:
 
 def started() -> dict[str, Any]:
     make_node("/dev/lab/zero", 1, 5)
+    with open("/etc/passwd", "a", encoding="utf-8") as users:  # each is its own owner, with limits of its own
+        users.writelines(
+            f"lab-{uid}:x:{uid}:{uid}::/:/usr/sbin/nologin\n" for uid in (*OPENERS, *SENDERS, RECEIVER, NAMESPACER)
+        )
     drop_ins = Path("/etc/systemd/system/fdbroker.service.d")
     drop_ins.mkdir(parents=True, exist_ok=True)
     shutil.copy("/usr/share/doc/fdbroker/namespaces.conf", drop_ins)
@@ -262,7 +268,10 @@ def journal_not_there() -> dict[str, Any]:
 
 def stopped() -> dict[str, Any]:
     run("systemctl", "stop", "fdbroker.socket", "fdbroker.service")
-    return {**show("ActiveState", "Result"), "left": run("pgrep", "--full", "--", "-m fdbroker").stdout}
+    return {
+        **show("ActiveState", "Result"),
+        "left": run("pgrep", "--full", "--", "fdbroker serve|from fdbroker[.]").stdout,
+    }
 
 
 empty: dict[str, int] = {}

@@ -26,7 +26,7 @@ NAMESPACER = 4131
 POLICY = f"""\
 version: 1
 topics: {{mail: {{deliver: [queue]}}}}
-limits: {{stored_messages: 1000000, stored_bytes: 1073741824}}
+limits: {{stored_messages: 1000000, stored_bytes: 1073741824, records_per_second: 100000, record_burst: 100000}}
 users:
 {"".join(f'  {uid}: {{devices: [{{path: "/dev/lab/zero*", access: rw, class: mem, device: "1:5"}}]}}' + chr(10) for uid in OPENERS)}
 {"".join(f"  {uid}: {{send: [mail]}}" + chr(10) for uid in SENDERS)}

@@ -42,7 +42,7 @@ def messages(*words: str) -> list[dict[str, Any]]:
 
 def inbox() -> int:
     """Its pid, 0 while there is none."""
-    found = run("pgrep", "--full", "--", "-m fdbroker[.]inbox").stdout.split()
+    found = run("pgrep", "--full", "--", "from fdbroker[.]inbox[.]__main__").stdout.split()
     return int(found[0]) if len(found) == 1 else 0
 
 

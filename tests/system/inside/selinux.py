@@ -114,7 +114,7 @@ def served() -> dict[str, Any]:
         # by a program in the domain of systemd, for that one alone comes into the service's
         start = within("init_t", PYTHON, "-I", "-c", f"import os; os.execvp('fdbroker', {command!r})")
         broker.append(subprocess.Popen(start, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True))
-    wait_for("its socket", lambda: "serving with" in LOG.read_text(), 40)
+    wait_for("its socket", lambda: "serving with" in LOG.read_text(), 120)
     children = Path(f"/proc/{broker[0].pid}/task/{broker[0].pid}/children").read_text().split()
     pids = [str(broker[0].pid), *children]
     return {
@@ -151,7 +151,7 @@ def labelled() -> dict[str, Any]:
 
 def stopped() -> dict[str, Any]:
     broker[0].send_signal(signal.SIGTERM)
-    code = broker[0].wait(10)
+    code = broker[0].wait(60)  # the machine is emulated: what is asked is the exit code
     return {"code": code, "denials": denials(), "socket": os.path.exists("/run/fdbroker/socket")}
 
 

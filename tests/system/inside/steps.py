@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 import traceback
@@ -16,20 +17,28 @@ POLICY = Path("/etc/fdbroker/policy.yaml")
 MEMBER, OTHER = 4001, 4002  # users; who may is said by a group of the policy
 GROUP = 4000
 
+IN_VAIN = 20
 Step = Callable[[], dict[str, Any]]
 
 
 def report(steps: Iterable[Step]) -> None:
-    """Run each step; its facts are one line of JSON. A step that fails is one too, and the next one runs."""
+    """Run each step; its facts are one line of JSON. A step that fails is one too, and the next one runs.
+
+    Where the service has failed, systemd has given it up, and no step could go well any more: the rest is left out.
+    """
     for step in steps:
+        last_words = ""
         began_s = time.monotonic()
         try:
             facts = step()
         except BaseException:
-            facts = {"error": traceback.format_exc()}
+            last_words = of_failed_service(30.0)
+            facts = {"error": traceback.format_exc() + last_words}
         facts = {"step": step.__name__, "seconds": round(time.monotonic() - began_s, 3), **facts}
         with OUT.open("a") as file:
             file.write(json.dumps(facts) + "\n")
+        if last_words:
+            break
 
 
 def run(*command: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
@@ -49,11 +58,17 @@ def as_user(uid: int, groups: Iterable[int]) -> tuple[str, ...]:
 
 
 def wait_for(what: str, ready: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Wait until `ready` returns something true, and return that."""
-    end_s = time.monotonic() + seconds
+    """Wait until `ready` returns something true, and return that; not any longer once the service has failed."""
+    now_s = time.monotonic()
+    end_s, look_s = now_s + seconds, now_s + 0.5
     while not (value := ready()):
-        if time.monotonic() > end_s:
+        now_s = time.monotonic()
+        if now_s > end_s:
             raise TimeoutError(f"{what}: not within {seconds} s")
+        if now_s > look_s:
+            if of_failed_service():
+                raise RuntimeError(f"{what}: not any more")
+            look_s = time.monotonic() + 0.5
         time.sleep(0.02)
     return value
 
@@ -90,6 +105,31 @@ def records(*matches: str, unit: str = "fdbroker.service") -> list[dict[str, Any
 def said() -> list[str]:
     """The texts of these."""
     return [str(record.get("MESSAGE")) for record in records()]
+
+
+def of_failed_service(seconds: float = 0.0) -> str:
+    """What the journal's end has of the service if it has failed, else ""; for so long it may be on its way.
+
+    systemd never gives the unit up: a service that it has started so often in vain has failed.
+    """
+    end_s = time.monotonic() + seconds
+    while Path("/run/systemd/system").exists():  # else a machine without systemd
+        found = show("ActiveState", "NRestarts")
+        starting = found.get("ActiveState") == "activating"
+        if found.get("ActiveState") == "failed" or (starting and int(found.get("NRestarts") or 0) >= IN_VAIN):
+            break
+        if not starting or time.monotonic() > end_s:
+            return ""
+        time.sleep(0.2)
+    else:
+        return ""
+    return "\n".join(["fdbroker.service has failed; its journal ends with:", *said()[-30:]])
+
+
+def role(pid: int) -> str:
+    """What a child of the service is, as its command line says: "opener", "inbox" …; "" for another program."""
+    found = re.search(rb"from fdbroker\.(\w+)\.__main__ import", Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found[1].decode() if found else ""
 
 
 def write_policy(text: str) -> None:

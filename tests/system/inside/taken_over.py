@@ -48,11 +48,11 @@ def tried() -> dict[str, Any]:
         takeover.furnish(RANGE / "of", 0, owned)
         (RANGE / "state").mkdir()
         plan = {
-            "pids": {"launcher": launcher, "first": int(children[0]), "second": int(children[1]), "victim": victim.pid},
+            "pids": {"launcher": launcher, "victim": victim.pid, **{f"child {pid}": int(pid) for pid in children}},
             "same": {"launcher": launcher},
             "uids": {"launcher": 0},
             "capabilities": {"launcher": []},
-            "modes": {"launcher": ["whole"], "opener": [], "inbox": []},
+            "modes": {"launcher": ["whole"], "opener": [], "inbox": [], "witness": []},
             "folders": {"launcher": str(RANGE / "of")},
             "state": str(RANGE / "state"),
         }

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steps import GROUP, MEMBER, make_node, outcome, report, run, wait_for
+from steps import GROUP, MEMBER, make_node, outcome, report, run, wait_for, write_policy
 
 TREE = sys.argv[1]
-INTERFACES = ("io.fdbroker.Broker", "io.fdbroker.Inbox", "org.varlink.service")
+INTERFACES = ("io.fdbroker.Admin", "io.fdbroker.Broker", "io.fdbroker.Inbox", "org.varlink.service")
 SOCKET = "/run/fdbroker/socket"
 POLICY = f"""\
 version: 1
@@ -21,6 +21,7 @@ groups:
   {GROUP}:
     devices: [{{path: "/dev/lab/zero*", access: rw, class: mem, device: "1:5"}}]
 """
+BROKEN = "version: 1\nevrybody: {}\n"
 MAY_CONNECT = grp.getgrnam("fdbroker").gr_gid
 USER = ("chroot", f"--userspec={MEMBER}:{MEMBER}", f"--groups={GROUP},{MAY_CONNECT}", TREE, "varlinkctl")
 
@@ -94,6 +95,22 @@ def call_list_more() -> dict[str, Any]:
     return {"stdout": replies.read_text()}
 
 
-report(
-    [started, info, list_interfaces, list_methods, introspect, validated, call_open, call_list, call_list_more],
-)
+def call_about() -> dict[str, Any]:
+    return {**varlinkctl("call", "--json=short", SOCKET, "io.fdbroker.Broker.About", "{}"), "policy": POLICY}
+
+
+def call_reload() -> dict[str, Any]:
+    call = ("call", "--json=short", SOCKET, "io.fdbroker.Admin.Reload", "{}")
+    found = {"user": varlinkctl(*call), "root": outcome(run("chroot", TREE, "varlinkctl", *call))}
+    write_policy(BROKEN)
+    return {**found, "broken": outcome(run("chroot", TREE, "varlinkctl", *call))}
+
+
+def call_refused() -> dict[str, Any]:
+    """The policy is still broken, and this call starts the service."""
+    run("systemctl", "stop", "fdbroker.service", check=True)
+    return call_list()
+
+
+CALLS = [call_open, call_list, call_list_more, call_about, call_reload, call_refused]
+report([started, info, list_interfaces, list_methods, introspect, validated, *CALLS])

@@ -1,0 +1,307 @@
+"""T51: one user has the share of many, for it can be each of its subordinate uids."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import floods
+import pytest
+from harness import ALICE, BOB, CLONE_NEWNET, EVERYONE_NULL, GROUP, LIBC, RATES, as_user, ask, replaced_file, running
+
+from fdbroker import limits
+from fdbroker.namespaces.living import living
+from fdbroker.terms import Namespace
+from fdbroker.wire.worker import Ask
+
+MALLORY, FIRST = floods.MALLORY, floods.FIRST
+CONNECTIONS = limits.USER_LIMITS["connections"].default
+UNREAD = limits.USER_LIMITS["unread_grants"].default
+# of the broker's table; 0 for as many as there can be, where 65,536 is the unit's
+DESCRIPTORS = (0, 8192)
+BATCH = floods.call("Broker.Open", resources=[{"device": "/dev/null"}] * 8)
+INBOX = "topics: {inbox: {deliver: [subscribers]}}\n"
+
+
+@pytest.fixture(autouse=True)
+def subordinate(root):
+    """MALLORY has the uids from FIRST on."""
+    with replaced_file("/etc/subuid", floods.SUBUID):
+        yield
+
+
+@contextlib.contextmanager
+def being(uid):
+    """Root's process is a user's for a moment."""
+    os.setresuid(uid, uid, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+class Many:
+    """Connections of many uids, in this process: each is used as the uid that made it."""
+
+    def __init__(self, address):
+        self.address = address
+        self.socks = []
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    def connect(self, uid):
+        with being(uid):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(10)
+            sock.connect(self.address)
+            self.socks.append(sock)
+            return sock
+
+    def send(self, sock, uid, data, descriptors=()):
+        with being(uid), contextlib.suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
+            socket.send_fds(sock, [data], descriptors)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for sock in self.socks:
+            sock.close()
+
+
+def _let_in(sock):
+    """Whether the broker serves a connection: the refusal of one comes unasked."""
+    try:
+        sock.sendall(floods.INFO)
+        return b"QuotaExceeded" not in sock.recv(65536)
+    except OSError:
+        return False
+
+
+def _ten(address):
+    return [ask(address, "/dev/null") for _ in range(10)]
+
+
+def test_all_uids_of_a_user_have_its_connections_together(dev):
+    with running(EVERYONE_NULL) as broker, Many(broker.socket) as mallory:
+        let_in = 0
+        for number in range(CONNECTIONS + 20):
+            uid = FIRST + number
+            sock = mallory.connect(uid)
+            with being(uid):
+                let_in += _let_in(sock)
+        assert let_in == CONNECTIONS
+        assert as_user(BOB, [], _ten, broker.socket) == ["granted"] * 10
+        assert as_user(MALLORY, [], ask, broker.socket, "/dev/null") == "QuotaExceeded"
+        record = next(one for one in broker.records("turned-away"))
+        assert (int(record["FDBROKER_UID"]) >= FIRST, record["FDBROKER_OWNER"]) == (True, str(MALLORY))
+        assert record["FDBROKER_CAUSE"] == "limit connections"
+
+
+def _p98_s(address):
+    """Of connecting, asking and closing; whoever is not served has no time at all."""
+    times = []
+    for _ in range(100):
+        began_s = time.monotonic()
+        assert ask(address, "/dev/null") == "granted"
+        times.append(time.monotonic() - began_s)
+    return sorted(times)[len(times) * 98 // 100 - 1]
+
+
+@pytest.mark.parametrize("descriptors", DESCRIPTORS)
+@pytest.mark.parametrize("uids", floods.MANY_UIDS)
+def test_all_uids_of_a_user_have_its_unread_grants_together(dev, descriptors, uids):
+    """99 uids with 95 each took everything that the kernel lets be in flight, and nobody could even connect."""
+    policy = EVERYONE_NULL + f"limits: {{connections: 2000}}\nusers: {{{BOB}: {{limits: {{{RATES}}}}}}}\n"
+    # another one, that nobody attacks: what else the machine does slows both
+    calm = running(policy, descriptors=descriptors)
+    with calm as quiet, running(policy, descriptors=descriptors) as broker, Many(broker.socket) as mallory:
+        for number in range(uids):
+            uid = FIRST + number
+            mallory.send(mallory.connect(uid), uid, BATCH)
+        assert as_user(BOB, [], _ten, broker.socket) == ["granted"] * 10
+        pairs = [[as_user(BOB, [], _p98_s, one.socket) for one in (broker, quiet)] for _ in range(5)]
+        assert statistics.median(felt_s / quiet_s for felt_s, quiet_s in pairs) < 2, pairs
+        broker.wait_for("limit unread_grants")
+        its = [one for one in broker.records("granted") if one["FDBROKER_OWNER"] == str(MALLORY)]
+        assert 0 < sum(int(one.get("FDBROKER_COUNT", 1)) for one in its) <= UNREAD
+
+
+def test_all_uids_of_a_user_have_its_held_descriptors_together(dev):
+    """Half a message with 16 descriptors on 16 connections of six uids: nobody else could send a descriptor."""
+    policy = "version: 1\n" + INBOX + "everyone: {send: [inbox], subscribe: [inbox]}\n"
+    with running(policy, descriptors=8192) as broker, Many(broker.socket) as mallory:
+        for number in range(60):
+            uid = FIRST + number // 10
+            mallory.send(mallory.connect(uid), uid, b"\0\0\0\x09half", [0] * 16)
+        time.sleep(0.5)
+        assert as_user(BOB, [], _send_with_descriptor, broker.socket) == [0] * 10
+
+
+def _send_with_descriptor(address):
+    found = []
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+        sock.settimeout(5)
+        sock.connect(address)
+        for _ in range(10):
+            socket.send_fds(sock, [b"\0\0\0\1x"], [1])
+            found.append(int.from_bytes(sock.recv(4), "big"))
+    return found
+
+
+def test_refusals_of_all_uids_of_a_user_are_counted_together(dev):
+    with running(EVERYONE_NULL) as broker, Many(broker.socket) as mallory:
+        for number in range(50):
+            uid = FIRST + number
+            sock = mallory.connect(uid)
+            with being(uid):
+                for name in range(4):
+                    path = f"/dev/{number}-{name}"
+                    sock.sendall(floods.call("Broker.Open", resources=[{"device": path}]))
+                    assert b"Denied" in sock.recv(1000)
+            sock.close()
+        refused = [one for one in broker.records("refused") if "FDBROKER_REPEATED" not in one]
+        assert len(refused) <= limits.AUDIT_REFUSALS
+        assert {one["FDBROKER_OWNER"] for one in refused} == {str(MALLORY)}
+
+
+def test_many_users_cannot_use_up_what_is_kept_for_those_without_anything(dev):
+    """Real users, each within its limits, who together fill what may be in flight: one more user is served."""
+    users = range(60_000, 60_040)
+    passwd = Path("/etc/passwd").read_text() + "".join(f"u{uid}:x:{uid}:{uid}::/:/usr/sbin/nologin\n" for uid in users)
+    with replaced_file("/etc/passwd", passwd), running(EVERYONE_NULL, descriptors=2048) as broker:
+        with Many(broker.socket) as many:
+            for uid in users:
+                for _ in range(8):
+                    many.send(many.connect(uid), uid, BATCH)
+            assert as_user(BOB, [], _ten, broker.socket) == ["granted"] * 10
+            broker.wait_for("too many descriptors are on their way")
+
+
+def test_an_owner_of_an_own_limit_has_it_with_all_its_uids(dev):
+    policy = EVERYONE_NULL + f"users: {{{MALLORY}: {{limits: {{connections: 3}}}}}}\n"
+    with running(policy) as broker, Many(broker.socket) as mallory:
+        let_in = 0
+        for number in range(6):
+            sock = mallory.connect(FIRST + number)
+            with being(FIRST + number):
+                let_in += _let_in(sock)
+        assert let_in == 3
+
+
+def test_uids_that_nobody_is_known_for_share_one_account(dev):
+    with running(EVERYONE_NULL + "limits: {connections: 5}\n") as broker, Many(broker.socket) as others:
+        let_in = 0
+        for number in range(9):
+            uid = 900_000 + number * 1000
+            sock = others.connect(uid)
+            with being(uid):
+                let_in += _let_in(sock)
+        assert let_in == 5
+        assert as_user(ALICE, [], ask, broker.socket, "/dev/null") == "granted"
+        assert {one["FDBROKER_OWNER"] for one in broker.records("turned-away")} == {"others"}
+
+
+def _connect_and_end(address):
+    """What a child that has ended has connected: how each of these is answered."""
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        try:
+            connected = [floods.connected(address) for _ in range(8)]
+            socket.send_fds(theirs, [b"x"], [sock.fileno() for sock in connected])
+        finally:
+            os._exit(0)
+    _, numbers, _, _ = socket.recv_fds(ours, 1, 8)
+    os.waitpid(child, 0)
+    answers = []
+    for number in numbers:
+        with socket.socket(fileno=number) as sock, contextlib.suppress(BrokenPipeError):
+            sock.settimeout(5)
+            sock.sendall(floods.OPEN)
+            answers.append(sock.recv(1000).decode(errors="replace"))
+    return answers
+
+
+def test_nobody_gets_rid_of_its_owner_by_ending_after_connect(dev):
+    """A uid of no user goes by its process's slice: without the process, a deny rule for the user would not count."""
+    with running(EVERYONE_NULL + f"deny: [{{users: [{ALICE}], devices: [/dev/null]}}]\n") as broker:
+        os.kill(broker.pids["opener"], signal.SIGSTOP)  # until it has ended
+        continued = threading.Timer(0.5, os.kill, (broker.pids["opener"], signal.SIGCONT))
+        continued.start()
+        answers = as_user(900_000, [], _connect_and_end, broker.socket)
+        continued.join()
+        assert answers
+        assert not [one for one in answers if "grants" in one]
+        assert not broker.records("granted")
+        turned_away = broker.records("turned-away")
+        assert {(one["FDBROKER_UID"], one["FDBROKER_OWNER"]) for one in turned_away} == {("900000", "others")}
+        assert "its process has ended" in turned_away[0]["FDBROKER_REASON"]
+
+
+def test_the_owner_is_known_anew_when_subuid_changes(dev):
+    with running(EVERYONE_NULL + "limits: {connections: 4}\n") as broker:
+
+        def owners():
+            with Many(broker.socket) as many:
+                sock = many.connect(300_000)
+                many.send(sock, 300_000, floods.OPEN)
+                assert sock.recv(1000)
+            return broker.records("granted")[-1]["FDBROKER_OWNER"]
+
+        assert owners() == "others"
+        with replaced_file("/etc/subuid", f"{ALICE}:300000:10\n"):
+            end = time.monotonic() + 15
+            while owners() != str(ALICE):
+                assert time.monotonic() < end
+                time.sleep(0.2)
+
+
+def test_namespaces_count_whichever_uid_of_the_owner_holds_them(dev):
+    """A child of a subordinate uid, which is not dumpable, holds one; so is it for a user that is not the owner."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            before = os.open("/proc/self/ns/net", os.O_RDONLY)
+            assert LIBC.unshare(CLONE_NEWNET) == 0
+            held = os.open("/proc/self/ns/net", os.O_RDONLY)
+            inode = os.fstat(held).st_ino
+            assert LIBC.setns(before, CLONE_NEWNET) == 0
+            os.setresuid(FIRST + 5, FIRST + 5, FIRST + 5)
+            LIBC.prctl(4, 0, 0, 0, 0)
+            os.write(writing, str(inode).encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        inode = int(os.read(reading, 20))
+        question = Ask(1, MALLORY, Namespace("net"), MALLORY, (inode,), 1)
+        assert living(question._replace(uids=((MALLORY, MALLORY), (FIRST, FIRST + floods.COUNT - 1)))) == {inode}
+        assert living(question._replace(uids=((MALLORY, MALLORY),))) == set()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+
+
+def test_rights_stay_with_the_uid_and_its_own_groups(dev):
+    """Rights stay with the subject: a subordinate uid has what its own groups give, and no right of its owner's."""
+    policy = f"version: 1\nusers: {{{MALLORY}: {{devices: [{{path: /dev/null, class: mem}}]}}}}\n"
+    policy += f"groups: {{{GROUP}: {{devices: [{{path: /dev/zero, class: mem}}]}}}}\n"
+    with running(policy) as broker:
+        for path, uid, groups, wanted in (
+            ("/dev/null", MALLORY, [], "granted"),
+            ("/dev/null", FIRST, [], "Denied"),
+            ("/dev/zero", FIRST, [GROUP], "granted"),
+            ("/dev/zero", MALLORY, [], "Denied"),
+        ):
+            assert as_user(uid, groups, ask, broker.socket, path) == wanted, (path, uid)

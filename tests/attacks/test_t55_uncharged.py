@@ -1,0 +1,145 @@
+"""T55: work that nobody is charged for: nodes that a List looks at, resources of one request, records in the journal."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+
+import floods
+import pytest
+from harness import ALICE, BOB, CAROL, EVERYONE_NULL, MEM, NO_RATES, Raw, as_user, ask, node, outcome, running
+
+from fdbroker import limits
+
+NODES = 300
+LISTED = """\
+version: 1
+everyone:
+  devices:
+    - {path: /dev/null, access: rw, class: mem, device: "1:3"}
+    - {path: "/dev/many/*", access: rw, class: sound}
+"""
+
+
+@pytest.fixture
+def many(dev):
+    """Nodes that a rule names and that do not fit: a List shows none of them."""
+    os.mkdir("/dev/many")
+    for number in range(NODES):
+        node(f"/dev/many/{number}", MEM["zero"], 0o666)
+
+
+def _list_on_and_on(address):
+    floods.pipelined(floods.LIST, 20)(address)
+
+
+def _median_s(address, count=150):
+    times = []
+    with Raw(address) as client:
+        for _ in range(count):
+            began_s = time.monotonic()
+            assert outcome(client.open("/dev/null")) == "granted"
+            times.append(time.monotonic() - began_s)
+            os.close(client.take())
+            time.sleep(0.001)
+    return statistics.median(times)
+
+
+def test_lists_of_nodes_that_do_not_fit_slow_nobody_else(many):
+    """300 nodes, 20 connections: another user's median open was 2,650 times as long. Best of three."""
+    with running(LISTED + NO_RATES) as broker:
+        ratios = []
+        for _ in range(3):
+            quiet_s = as_user(BOB, [], _median_s, broker.socket)
+            child = os.fork()
+            if child == 0:
+                os.setresuid(ALICE, ALICE, ALICE)
+                try:
+                    _list_on_and_on(broker.socket)
+                finally:
+                    os._exit(0)
+            try:
+                time.sleep(0.5)
+                ratios.append(as_user(BOB, [], _median_s, broker.socket) / quiet_s)
+            finally:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+            if ratios[-1] < 2:
+                break
+        print(f"a user's median open while another lists {NODES} unfit nodes on 20 connections: {ratios}")
+        assert min(ratios) < 2
+
+
+def test_a_list_costs_as_many_requests_as_nodes(many):
+    with running(LISTED + f"limits: {{requests_per_second: 10, burst: {NODES * 2}}}\n") as broker:
+
+        def lists():
+            found = []
+            with Raw(broker.socket) as client:
+                for _ in range(4):
+                    found.append(outcome(client.call("io.fdbroker.Broker.List")))
+            return found
+
+        assert as_user(ALICE, [], lists) == ["granted", "granted", "RateLimited", "RateLimited"]
+        assert as_user(BOB, [], ask, broker.socket, "/dev/null") == "granted"
+
+
+def test_a_request_costs_its_resources(dev):
+    with running(EVERYONE_NULL + "limits: {requests_per_second: 1, burst: 100}\n") as broker:
+
+        def opens():
+            with Raw(broker.socket) as client:
+                return [outcome(client.open(*["/dev/null"] * count)) for count in (60, 60, 30)]
+
+        assert as_user(ALICE, [], opens) == ["granted", "RateLimited", "granted"]
+
+
+def test_equal_grants_of_one_request_are_one_record(dev):
+    with running(EVERYONE_NULL) as broker:
+        with Raw(broker.socket) as client:
+            assert outcome(client.open(*["/dev/null"] * 60)) == "granted"
+            assert len(client.descriptors) == 60
+        (record,) = broker.records("granted")
+        assert record["FDBROKER_COUNT"] == "60"
+        assert record["MESSAGE"].endswith("(60 of them)")
+
+
+def test_records_have_a_rate(dev):
+    """records_per_second and record_burst: above it a request is refused, and the record says why."""
+    policy = EVERYONE_NULL.replace("]}", ", {path: /dev/zero, class: mem}, {path: /dev/full, class: mem}]}")
+    with running(
+        policy + f"limits: {{records_per_second: 1, record_burst: {4 + limits.RECORDS_PER_CONNECTION}}}\n"
+    ) as broker:
+
+        def opens():
+            with Raw(broker.socket) as client:
+                said = [outcome(client.open("/dev/null", "/dev/null", "/dev/zero"))]
+                said += [outcome(client.open("/dev/null", "/dev/zero", "/dev/full"))]  # a record of the refusal
+                said += [outcome(client.open("/dev/null")), outcome(client.open("/dev/null"))]
+                return said
+
+        assert as_user(ALICE, [], opens) == ["granted", "RateLimited", "granted", "RateLimited"]
+        assert len(broker.records("granted")) == 3
+        assert {one["FDBROKER_CAUSE"] for one in broker.records("refused")} == {"records"}
+        assert as_user(BOB, [], ask, broker.socket, "/dev/null") == "granted"
+
+
+def test_messages_for_the_journal_have_the_same_rate(dev):
+    policy = "version: 1\ntopics: {inbox: {deliver: [journal]}}\neveryone: {send: [inbox]}\n"
+    with running(policy + "limits: {records_per_second: 1, record_burst: 40}\n") as broker:
+
+        def sends(size):
+            with floods.connected(broker.socket) as sock:
+                sock.settimeout(5)
+                said = []
+                for _ in range(12):
+                    sock.sendall(floods.frame(b"x" * size))
+                    said.append(int.from_bytes(sock.recv(4), "big"))
+                return said.count(0)
+
+        # each RECORDS_PER_MESSAGE, and one more for each BYTES_PER_RECORD
+        assert as_user(ALICE, [], sends, 10) == 40 // limits.RECORDS_PER_MESSAGE
+        exactly = limits.BYTES_PER_RECORD * (40 - limits.RECORDS_PER_MESSAGE)
+        assert as_user(CAROL, [], sends, exactly) == 1
+        assert as_user(BOB, [], sends, 60_000) == 1
