@@ -49,6 +49,7 @@ from fdbroker.opener.audit import Audit, Record, fields
 from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.close import Closing
 from fdbroker.opener.door import Door
+from fdbroker.opener.views import Views
 from fdbroker.pace import Pace
 from fdbroker.policy import files, load, paths
 from fdbroker.policy.compile import load_policy
@@ -60,6 +61,7 @@ from fdbroker.terms import User as Known
 from fdbroker.wire import link, resources, rights, worker
 from fdbroker.wire.rights import Rights, Sender
 
+MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
 UID = os.getuid()
 FAR_US = 1 << 60
 MAY = Rights(frozenset({0}), frozenset({0}), 100_000, 100_000, 2, 10_000, 1 << 30, 100_000, 100_000)
@@ -171,7 +173,7 @@ def test_a_listing(monkeypatch, tmp_path):
 
     def listed(count):
         rule = SocketRule("a", ("inet",), ("stream",), tuple(range(1, count)), "everyone", "f:1")
-        maxima = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
+        maxima = dict(MAXIMA)
         seen = View((), (rule,), (), (), maxima, administrator=False)
         subject = Subject(UID, frozenset(), UID, 1, "", "", foreign=True)
         ours, theirs = socket.socketpair()
@@ -277,7 +279,7 @@ def make_door(monkeypatch, pair):
         door = Door(
             listener,
             Link(pair[0]),
-            Policy(frozenset(), frozenset(), {}, {}, {}, (), (), {}, {}, {}),
+            Views(Policy(frozenset(), frozenset(), MAXIMA, {}, {}, (), (), {}, {}, {})),
             Audit(None),
             {},
             Closing(),
@@ -342,7 +344,7 @@ def test_what_the_kernel_is_asked_for(monkeypatch, hard):
 def test_the_last_connections_are_for_administrators(make_door):
     """FOR_ADMINISTRATORS of them, whatever uid's; of the others a quarter for owners without any."""
     door = make_door()
-    maxima = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
+    maxima = dict(MAXIMA)
     seen = View((), (), (), (), maxima, administrator=False)
     root, user = (Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=uid) for uid in (0, 50001))
 
@@ -374,7 +376,7 @@ def test_accepting_goes_on_after_its_pause(make_door):
 def test_knocks_while_others_of_the_user_wait(make_door):
     door = make_door()
     maxima = {"burst": 1, "connections": 1000, "requests_per_second": 1, "record_burst": 1}
-    door.policy = door.policy._replace(owners=Owners(frozenset([UID])))
+    door.views = Views(door.views.policy._replace(owners=Owners(frozenset([UID]))))
     account = door._accounts.of(UID, maxima, door.clock.now_s)
     account.pace.spend(10_000, 1, 1000, door.clock.now_s)
     door._contested_s = door.clock.now_s

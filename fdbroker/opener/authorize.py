@@ -15,10 +15,8 @@ from fdbroker.bucket import Bucket
 from fdbroker.errors import ClientNotReading, Denied, LinkViolation, QuotaExceeded, RateLimited
 from fdbroker.kernel import processes, sockets
 from fdbroker.pace import Pace
-from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import View, decide, view
-from fdbroker.terms import TOPIC_VERBS, Resource, Rule, Subject, Topic, TopicUse
-from fdbroker.wire.rights import Rights
+from fdbroker.policy.decide import View, decide
+from fdbroker.terms import Resource, Rule, Subject
 
 # The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.
 _SKB_BYTES = 512
@@ -194,7 +192,7 @@ class Connection:
         self.number = number
         self.sock = sock
         self.subject = subject
-        self.view = seen
+        self.view = seen  # it is judged by; another policy brings another
         self.account = account
         self.state = "idle"  # a state of link.TURNS
         self.recorded = False  # whether a record of it has been counted
@@ -204,10 +202,6 @@ class Connection:
         self._count = 0  # descriptors that were unread then, or were sent since
         self.flight = flight
         account.connections.add(self)
-
-    def see(self, policy: Policy) -> None:
-        """Judge by this policy from now on."""
-        self.view = view(policy, self.subject)
 
     def note_sent(self, size: int, grants: int) -> None:
         """A message of `size` bytes with `grants` descriptors has left."""
@@ -267,20 +261,6 @@ class Connection:
         if not self._queued and sockets.only_bytes_wait(self.sock):
             self.account.lingering.discard(self)
             self.sock.close()
-
-
-def message_rights(seen: View, topics: Sequence[Topic]) -> Rights:
-    """What a connection may do with messages; the inbox judges by it, for it alone could break it."""
-    send, subscribe = (
-        frozenset(index for index, topic in enumerate(topics) if decide(seen, TopicUse(verb, topic.name)).rules)
-        for verb in TOPIC_VERBS
-    )
-    maxima = seen.limits
-    return Rights(
-        *(send, subscribe, maxima["requests_per_second"], maxima["burst"]),
-        *(maxima["subscriptions"], maxima["stored_messages"], maxima["stored_bytes"]),
-        *(maxima["records_per_second"], maxima["record_burst"]),
-    )
 
 
 def authorize_connection(account: Account, seen: View) -> None:

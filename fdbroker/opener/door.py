@@ -17,11 +17,11 @@ from fdbroker.kernel.link import Link
 from fdbroker.kernel.refusal import say_refusal
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
 from fdbroker.opener.audit import Audit, Record
-from fdbroker.opener.authorize import Account, Accounts, Connection, authorize_connection, message_rights
+from fdbroker.opener.authorize import Account, Accounts, Connection, authorize_connection
 from fdbroker.opener.close import Closing
 from fdbroker.opener.identify import Identifier, WhoseUnknown
-from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import View, is_administrator, view
+from fdbroker.opener.views import Views
+from fdbroker.policy.decide import View
 from fdbroker.terms import OTHERS, Subject
 from fdbroker.wire import link, rights
 from fdbroker.wire.rights import Sender
@@ -38,19 +38,19 @@ _SLOWED = "it connects, or breaks its connections, too often: the next ones wait
 class Door:
     """Takes the listening socket; borrows the link to the inbox, and puts who is let in into `connections`.
 
-    `policy` is the one that the next connection is judged by.
+    `views` are those of the policy that the next connection is judged by.
     """
 
     def __init__(
         self,
         listener: socket.socket,
         inbox: Link,
-        policy: Policy,
+        views: Views,
         audit: Audit,
         connections: dict[int, Connection],
         closing: Closing,
     ) -> None:
-        self.policy = policy
+        self.views = views
         self._closing = closing
         self._acceptor: Acceptor | None = Acceptor(listener, closing)
         self._inbox = inbox
@@ -149,7 +149,7 @@ class Door:
         """
         try:
             credentials = sockets.peer_credentials(sock)
-            owner = self.identifier.owner(sock, credentials, self.policy.owners)
+            owner = self.identifier.owner(sock, credentials, self.views.policy.owners)
         except WhoseUnknown:
             subject = Subject(credentials.uid, frozenset(), credentials.gid, credentials.pid, "", "", foreign=True)
             self._turn_away(sock, QuotaExceeded("connections", 0), subject, _WHOSE)
@@ -225,7 +225,7 @@ class Door:
         authorize_connection(account, seen)
         left = self._connections_max - self._count()
         if left <= _FOR_ADMINISTRATORS:
-            free = is_administrator(self.policy, subject._replace(foreign=False))
+            free = self.views.of(subject._replace(foreign=False)).view.administrator
         else:
             free = (
                 left > self._connections_max - limits.shared(self._connections_max) or not account.count_connections()
@@ -239,8 +239,8 @@ class Door:
     def _welcome(self, sock: socket.socket) -> None:
         """Identify one client and hand its socket on; `sock` is taken, and closed if the client is turned away."""
         try:
-            subject = self.identifier.identify(sock, self.policy.owners)
-            seen = view(self.policy, subject)
+            subject = self.identifier.identify(sock, self.views.policy.owners)
+            seen = self.views.of(subject).view
             now_s = time.monotonic()
             account = self._accounts.of(subject.owner, seen.limits, now_s)
             account.note_connect(now_s, len(subject.gids))
@@ -266,9 +266,8 @@ class Door:
 
     def _hand_on(self, sock: socket.socket, subject: Subject, account: Account) -> None:
         """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
-        seen = view(self.policy, subject)
+        seen, allowed = self.views.of(subject)
         sender = Sender(subject.uid, subject.gid, subject.pid, subject.session, subject.owner)
-        allowed = message_rights(seen, self.policy.topics)
         sockets.hear_urgent(sock)
         sockets.let_descriptors(sock, allowed=bool(allowed.send))
         message = link.OPENER_TO_INBOX.encode(rights.Connected(self._last_number + 1, sender, allowed))

@@ -4,13 +4,12 @@ Runs in: opener, without any capability raised. An attacker controls how often i
 
 A List takes as long as there are nodes that its rules name, so it is made a few nodes at a time, between other
 requests; of each owner one at a time, of several owners in turn. Each node is looked at once, and charged, whether it
-may be opened or not.
+may be opened or not. Connections of one owner for which the policy says the same share one listing.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 
@@ -43,14 +42,14 @@ NETNS = "/run/netns"  # ip-netns(8)
 class _Job:
     """One listing in the making: `looks` gives an Offer, or None, for each thing that it has looked at."""
 
-    __slots__ = ("connection", "folders", "found", "looks", "view")
+    __slots__ = ("connections", "folders", "found", "looks", "view")
 
-    def __init__(self, connection: Connection, nodes: Nodes) -> None:
-        self.connection = connection
-        self.view = connection.view
+    def __init__(self, connections: list[Connection], nodes: Nodes) -> None:
+        self.connections = connections  # those that get it
+        self.view = connections[0].view
         self.folders: set[str] = set()
         self.found: list[Offer] = []
-        self.looks = _looks(self.view, connection.subject.pid, nodes, self.folders)
+        self.looks = _looks(self.view, connections[0].subject.pid, nodes, self.folders)
 
 
 class Lister:
@@ -62,9 +61,9 @@ class Lister:
     def __init__(self, nodes: Nodes, notify: int) -> None:
         self._nodes = nodes
         self._notify = notify
-        self._waiting: dict[int, deque[Connection]] = {}  # by owner; the first owner is next
+        self._waiting: dict[int, list[Connection]] = {}  # by owner; the first owner is next
         self._jobs: dict[int, _Job] = {}  # by owner
-        self._watching: dict[Connection, list[bytes]] = {}  # the listing that each was sent last
+        self._watching: dict[Connection, list[Offer]] = {}  # the listing that each was sent last
         self.news = False  # whether a watching connection was told something new since `list_again`
 
     @property
@@ -79,17 +78,20 @@ class Lister:
 
     def add(self, connection: Connection) -> None:
         """Make its listing, after those of the same owner that were asked for before."""
-        self._waiting.setdefault(connection.subject.owner, deque()).append(connection)
+        self._waiting.setdefault(connection.subject.owner, []).append(connection)
 
     def drop(self, connection: Connection) -> None:
         """Make no more listing for it."""
         self._watching.pop(connection, None)
         owner = connection.subject.owner
-        waiting = self._waiting.get(owner, deque())
+        waiting = self._waiting.get(owner, [])
         if connection in waiting:
-            if waiting[0] is connection:
-                self._jobs.pop(owner, None)
             waiting.remove(connection)
+            job = self._jobs.get(owner)
+            if job is not None and connection in job.connections:
+                job.connections.remove(connection)
+                if not job.connections:
+                    del self._jobs[owner]
             if not waiting:
                 del self._waiting[owner]
 
@@ -106,30 +108,37 @@ class Lister:
         """Look at a few things for the next owner; gives the messages of a listing that is complete, and new."""
         owner, waiting = next(iter(self._waiting.items()))
         del self._waiting[owner]
-        connection = waiting[0]
         job = self._jobs.get(owner)
-        if job is None or job.view is not connection.view:
-            job = self._jobs[owner] = _Job(connection, self._nodes)
+        if job is None or job.view is not job.connections[0].view:
+            job = self._jobs[owner] = _Job([one for one in waiting if _alike(one, waiting[0])], self._nodes)
         looked = list(islice(job.looks, _AT_ONCE))
         job.found += [offer for offer in looked if offer is not None]
-        if connection not in self._watching:  # a change is nothing that the client does
-            connection.account.charge(connection.view.limits, now_s, len(looked))
+        # a change is nothing that the client does: only who asks now pays
+        asking = next((one for one in job.connections if one not in self._watching), None)
+        if asking is not None:
+            asking.account.charge(job.view.limits, now_s, len(looked))
         if len(looked) == _AT_ONCE and len(job.found) < _OFFERS:
             self._waiting[owner] = waiting  # behind the other owners
             return
         del self._jobs[owner]
-        waiting.popleft()
-        if waiting:
-            self._waiting[owner] = waiting
+        left = [one for one in waiting if one not in job.connections]
+        if left:
+            self._waiting[owner] = left
         for folder in job.folders:
             inotify.watch_directory(self._notify, folder)
-        parts = link.split_offers(connection.number, job.found[:_OFFERS])
-        before = self._watching.get(connection)
-        if parts != before:
-            if connection.state == "watching":
-                self._watching[connection] = parts
-                self.news |= before is not None
-            yield connection, parts
+        found = job.found[:_OFFERS]
+        for connection in job.connections:
+            before = self._watching.get(connection)
+            if found != before:
+                if connection.state == "watching":
+                    self._watching[connection] = found
+                    self.news |= before is not None
+                yield connection, link.split_offers(connection.number, found)
+
+
+def _alike(one: Connection, other: Connection) -> bool:
+    """Whether two connections of an owner get the same listing, which may name their processes."""
+    return one.view is other.view and (not one.view.others or one.subject.pid == other.subject.pid)
 
 
 def _looks(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> Iterator[Offer | None]:

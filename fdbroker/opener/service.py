@@ -29,7 +29,6 @@ from fdbroker.opener.authorize import (
     authorize_administrator,
     authorize_list,
     authorize_request,
-    message_rights,
 )
 from fdbroker.opener.changes import Changes
 from fdbroker.opener.close import Closing
@@ -37,6 +36,7 @@ from fdbroker.opener.door import Door
 from fdbroker.opener.listing import Lister
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.request import THREAD, WORKER, Opening, answer
+from fdbroker.opener.views import Views
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.terms import Resource
 from fdbroker.wire import admin, link, rights
@@ -61,7 +61,7 @@ class Opener:
         self._launcher = launcher
         self._inbox = inbox
         self._asking = asking
-        self._policy = policy
+        self._views = Views(policy)
         asking.owners = policy.owners
         self._nodes = nodes
         self._audit = audit
@@ -71,7 +71,7 @@ class Opener:
         self._opened: deque[Opening] = deque()  # by a thread, which then writes to `_woken`
         self._later: deque[Opening] = deque()  # one goes on in each turn of the loop
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._door = Door(listener, inbox, policy, audit, self._connections, self._closing)
+        self._door = Door(listener, inbox, self._views, audit, self._connections, self._closing)
         self._pings = 0  # sent to the inbox and not answered
         self._changes = Changes()
         self._lister = Lister(nodes, self._changes.descriptor)
@@ -397,22 +397,20 @@ class Opener:
 
     def _use(self, policy: Policy) -> None:
         """Judge by `policy` from the next request on."""
-        self._policy = policy
-        self._door.policy = policy
+        self._views = self._door.views = Views(policy)
         self._asking.owners = policy.owners
         self._tell_topics()
         for connection in self._connections.values():
-            connection.see(policy)
-            allowed = message_rights(connection.view, policy.topics)
+            connection.view, allowed = self._views.of(connection.subject)
             sockets.let_descriptors(connection.sock, allowed=bool(allowed.send))
             self._inbox.send(_to_inbox(rights.RightsChanged(connection.number, allowed)))
         self._lister.list_again()
 
     def _tell_topics(self) -> None:
-        for message in map(_to_inbox, rights.split_users(self._policy.users)):
+        for message in map(_to_inbox, rights.split_users(self._views.policy.users)):
             self._inbox.send(message)
-        self._inbox.send(_to_inbox(rights.Topics(self._policy.topics)))  # now all of it is in force
-        about = self._policy
+        self._inbox.send(_to_inbox(rights.Topics(self._views.policy.topics)))  # now all of it is in force
+        about = self._views.policy
         self._inbox.send(_to_inbox(admin.InForce(about.generation, about.digest, about.loaded_us)))
 
     def _stop(self) -> None:

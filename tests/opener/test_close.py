@@ -81,10 +81,9 @@ def test_refused_clients_leave_nothing_for_the_loop_to_close():
             sockets.ask_credentials(ours)
             numbers = array.array("i", [null.fileno() if index else slow])
             theirs.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
-            if not index:
-                os.close(slow)
+        os.close(slow)
+        for ours, _ in pairs:
             assert timed(partial(closing.hang_up, ours, 5)) < LINGER_S / 4
-            assert theirs.recv(1) == b""
         assert closing.waiting == len(pairs)
         end = time.monotonic() + LINGER_S * 5
         while closing.waiting:

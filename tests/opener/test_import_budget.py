@@ -52,6 +52,7 @@ OURS = {
             "request",
             "send",
             "service",
+            "views",
         )
     ),
 }

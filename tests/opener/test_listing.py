@@ -13,7 +13,7 @@ from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.listing import Lister
 from fdbroker.opener.open import Nodes
 from fdbroker.policy.decide import View
-from fdbroker.terms import DeviceRule, Subject
+from fdbroker.terms import DeviceRule, NamespaceRule, Subject
 from fdbroker.wire import link
 
 MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
@@ -107,6 +107,8 @@ def test_rules_that_name_nothing_are_charged_and_take_several_steps(world):
 def test_owners_take_turns_and_each_has_one_at_a_time(world):
     asked = [world.connect(owner) for owner in (5, 5, 5, 6)]
     for one in asked:
+        one.view = one.view._replace()  # each has one of its own
+    for one in asked:
         world.lister.add(one)
     done = []
     while world.lister.busy:
@@ -133,6 +135,64 @@ def test_a_watch_is_told_what_is_new_and_a_change_is_nothing_that_it_pays_for(wo
     assert one.account.lists.tokens == tokens
     world.lister.drop(one)
     assert not world.lister.watched
+
+
+def test_connections_of_an_owner_for_which_the_policy_says_the_same_share_a_listing(world):
+    """One user with 64 watches made the opener look at each node 64 times for every change."""
+    first = world.connect(5, state="watching")
+    watching = [first, *(world.connect(5, state="watching") for _ in range(7))]
+    for one in watching[1:]:
+        one.view = first.view
+    other, asking = world.connect(5, NOT, state="watching"), world.connect(5)
+    asking.view = first.view
+    for one in (*watching, other):
+        world.lister.add(one)
+
+    def again():
+        world.nodes.looked = 0
+        return [
+            (one, len(offers(parts))) for _ in range(40) if world.lister.busy for one, parts in world.lister.step(0.0)
+        ]
+
+    assert again() == [*((one, COUNT) for one in watching), (other, 0)]
+    assert world.nodes.looked == COUNT * 2
+    os.unlink("/dev/many/0")
+    world.lister.list_again()
+    tokens = asking.account.lists.tokens
+    world.lister.add(asking)
+    world.lister.drop(first)
+    assert again() == [(one, COUNT - 1) for one in (*watching[1:], asking)]
+    assert world.nodes.looked == (COUNT - 1) * 2
+    assert tokens - asking.account.lists.tokens == COUNT  # and the folder: once
+
+
+def test_whoever_comes_while_a_listing_is_made_gets_one_of_its_own(world):
+    """What has been looked at already may have changed before that connection asked."""
+    one, late = world.connect(5), world.connect(5)
+    late.view = one.view
+    world.lister.add(one)
+    list(world.lister.step(0.0))
+    os.unlink("/dev/many/0")
+    world.lister.add(late)
+    found = {}
+    while world.lister.busy:
+        found |= {connection: len(offers(parts)) for connection, parts in world.lister.step(0.0)}
+    assert found[late] == COUNT - 1
+    assert found[one] <= COUNT
+
+
+def test_listings_that_name_processes_are_shared_by_none_but_the_same(world):
+    own = NamespaceRule(("net",), "", True, False, None, "everyone", "f:2")
+    one, same, other = (world.connect(5) for _ in range(3))
+    one.view = same.view = other.view = one.view._replace(others=(own,))
+    other.subject = other.subject._replace(pid=2)
+    for connection in (one, same, other):
+        world.lister.add(connection)
+    found = {}
+    while world.lister.busy:
+        found |= {connection: offers(parts) for connection, parts in world.lister.step(0.0)}
+    assert [found[each][-1].resource.pid for each in (one, same, other)] == [1, 1, 2]
+    assert world.nodes.looked == COUNT * 2
 
 
 def test_who_goes_is_not_listed(world):

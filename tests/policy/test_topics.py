@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fdbroker.errors import PolicyError
-from fdbroker.opener.authorize import message_rights
+from fdbroker.opener.views import message_rights
 from fdbroker.policy.compile import failed_tests, load_policy
 from fdbroker.policy.compiled import from_bytes, to_bytes
 from fdbroker.policy.decide import view

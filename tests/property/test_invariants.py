@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import json
 import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdbroker import limits
 from fdbroker.errors import FdbrokerError, LinkViolation, ProtocolViolation
 from fdbroker.inbox import dispatch
+from fdbroker.opener.views import Views, message_rights
 from fdbroker.policy import labels
 from fdbroker.policy.compiled import Policy, from_bytes, to_bytes
 from fdbroker.policy.decide import decide, view
@@ -218,6 +221,19 @@ SUBJECTS = st.builds(
 )
 
 
+def _with_relatives(subject):
+    """Gives a subject, and some that differ in one thing."""
+    each = [
+        st.builds(subject._replace, uid=IDS),
+        st.builds(subject._replace, gids=st.frozensets(IDS, max_size=4)),
+        st.builds(subject._replace, label=LABELS),
+        st.builds(subject._replace, owner=IDS),
+        st.builds(subject._replace, foreign=st.booleans()),
+        st.builds(subject._replace, pid=st.integers(1, 9)),
+    ]
+    return st.lists(st.one_of(each), max_size=6).map(lambda others: [subject, *others])
+
+
 @given(POLICIES)
 def test_a_policy_survives_its_way_to_the_opener(policy):
     assert from_bytes(to_bytes(policy)) == policy
@@ -244,6 +260,19 @@ def test_what_is_allowed_is_allowed_by_a_rule_for_that_subject_and_denied_by_non
         concerned = deny.everyone or subject.uid in deny.uids or groups & deny.gids
         concerned = concerned and labels.denying(deny.labels, subject.label)
         assert not concerned or not any(matcher(pattern).fullmatch(path) for pattern in deny.patterns)
+
+
+@settings(max_examples=300)
+@given(POLICIES, SUBJECTS.flatmap(_with_relatives))
+def test_what_is_made_once_for_many_subjects_is_what_each_would_get(policy, subjects):
+    policy = policy._replace(limits={name: limit.default for name, limit in limits.USER_LIMITS.items()})
+    views = Views(policy)
+    for subject in subjects:
+        alone = view(policy, subject)
+        assert views.of(subject) == (alone, message_rights(alone, policy.topics))
+    for one, other in itertools.combinations(subjects, 2):
+        same = view(policy, one) == view(policy, other)
+        assert (views.of(one).view is views.of(other).view) == same
 
 
 @given(POLICIES, SUBJECTS, PATHS)

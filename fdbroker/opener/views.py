@@ -1,0 +1,66 @@
+"""What the policy says about each subject, made once for all connections about which it says the same.
+
+Runs in: opener. An attacker controls which of its user's uids, groups and labels connect, and how many of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fdbroker.policy.compiled import Policy
+from fdbroker.policy.decide import View, decide, view
+from fdbroker.terms import TOPIC_VERBS, Subject, Topic, TopicUse
+from fdbroker.wire.rights import Rights
+
+# When there are more, all are made anew. A guess: as many as there are accounts.
+_KEPT = 1024
+
+
+class Seen(NamedTuple):
+    """What a subject may do: all of it, and what of that the inbox judges."""
+
+    view: View
+    rights: Rights
+
+
+class Views:
+    """Those of one policy. Of a subject's groups only those that the policy names make a difference."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        named = {*policy.by_gid, *policy.gid_limits, *policy.administrator_gids}
+        self._gids = tuple(sorted(named.union(*(rule.gids for rule in policy.deny))))
+        self._by_subject: dict[tuple[object, ...], Seen] = {}
+        self._by_view: dict[tuple[object, ...], Seen] = {}
+
+    def of(self, subject: Subject) -> Seen:
+        """For a subject; the same object for all about whom the policy says the same."""
+        groups = tuple([gid for gid in self._gids if gid in subject.gids])
+        who = (subject.uid, subject.owner, subject.foreign, subject.label, groups)
+        seen = self._by_subject.get(who)
+        if seen is None:
+            if len(self._by_subject) >= _KEPT:
+                self._by_subject.clear()
+                self._by_view.clear()
+            made = view(self.policy, subject)
+            what = (*made[:4], tuple(made.limits.items()), made.administrator)
+            seen = self._by_view.get(what)
+            if seen is None:
+                seen = self._by_view[what] = Seen(made, message_rights(made, self.policy.topics))
+            self._by_subject[who] = seen
+        return seen
+
+
+def message_rights(seen: View, topics: Sequence[Topic]) -> Rights:
+    """What a connection may do with messages; the inbox judges by it, for it alone could break it."""
+    send, subscribe = (
+        frozenset(index for index, topic in enumerate(topics) if decide(seen, TopicUse(verb, topic.name)).rules)
+        for verb in TOPIC_VERBS
+    )
+    maxima = seen.limits
+    return Rights(
+        *(send, subscribe, maxima["requests_per_second"], maxima["burst"]),
+        *(maxima["subscriptions"], maxima["stored_messages"], maxima["stored_bytes"]),
+        *(maxima["records_per_second"], maxima["record_burst"]),
+    )
