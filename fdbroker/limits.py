@@ -169,11 +169,6 @@ def shared(most: int) -> int:
     return most - most // 4
 
 
-def held_in_all(descriptors: int) -> int:
-    """Of these, how many the messages of all users may hold: the others are for links, files, and what just came."""
-    return reserved(descriptors) - 64
-
-
 def __getattr__(name: str) -> int:
     """`limits.MESSAGE_BYTES` is the value of that row."""
     try:

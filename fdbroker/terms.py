@@ -42,10 +42,6 @@ TOPIC_VERBS = ("send", "subscribe")
 HANDLERS = ("journal", "subscribers", "queue")
 # Where the messages of the inbox framing go, which name no topic.
 FRAMED_TOPIC = "inbox"
-_FORMS = (
-    "a resource is a path below /dev, net:NAME, TYPE:pid:PID, TYPE:new or socket:net:NAME; "
-    f"TYPE is one of {', '.join(NAMESPACE_TYPES)}"
-)
 
 
 class Device(NamedTuple):
@@ -104,71 +100,6 @@ class Socket(NamedTuple):
 
 
 Resource = Device | Namespace | Socket
-
-
-def typed(text: str) -> str:
-    """A resource as people type it, and as `list` prints it, in the form that `parse` takes.
-
-    In a path, two backslashes are one; any other backslash stands for itself, as in a path that a shell completed.
-    """
-    return text.replace("\\\\", "\\") if text.startswith("/") else text
-
-
-def parse_asked(text: str, access: str) -> Resource | TopicUse:
-    """A resource as `typed` takes it, or a topic: send:TOPIC, subscribe:TOPIC. Raises ValueError as `parse` does."""
-    verb, colon, topic = text.partition(":")
-    if verb in TOPIC_VERBS and colon and topic:
-        return TopicUse(verb, topic)
-    if not text.startswith("/") and (not colon or verb not in (*NAMESPACE_TYPES, "socket")):
-        raise ValueError(f"{_FORMS}; a topic is send:TOPIC or subscribe:TOPIC")
-    return parse(typed(text), access)
-
-
-def parse(text: str, access: str) -> Resource:
-    """What the command line calls a resource; `access` is for devices. Raises ValueError that says what is wrong."""
-    if text.startswith("/"):
-        return Device(text, access)
-    kind, colon, rest = text.partition(":")
-    if colon and rest and kind == "socket":
-        return _parse_socket(rest)
-    if not colon or not rest or kind not in NAMESPACE_TYPES:
-        raise ValueError(_FORMS)
-    if rest.startswith("pid:"):
-        number = _number(rest[4:], PID_MAX)
-        if not number:
-            raise ValueError(f"{rest[4:]!r} is no process id")
-        return Namespace(kind, pid=number)
-    if rest == "new":
-        if kind not in NEW_NAMESPACE_TYPES:
-            raise ValueError(f"a new {kind} namespace cannot be asked for: one of {', '.join(NEW_NAMESPACE_TYPES)} can")
-        return Namespace(kind)
-    if kind != "net":
-        raise ValueError(f"only net namespaces have names: {kind}:pid:PID or {kind}:new")
-    return Namespace(kind, name=rest)
-
-
-def _parse_socket(rest: str) -> Socket:
-    kind, _, rest = rest.partition(":")
-    name, *options = rest.split(",")
-    if kind != "net" or not name:
-        raise ValueError("a socket is asked for as socket:net:NAME[,inet6][,dgram][,bind=PORT]")
-    family, type_, port = FAMILIES[0], SOCKET_TYPES[0], 0
-    for option in options:
-        if option in FAMILIES:
-            family = option
-        elif option in SOCKET_TYPES:
-            type_ = option
-        elif option.startswith("bind=") and _number(option[5:], PORT_MAX):
-            port = int(option[5:])
-        else:
-            raise ValueError(f"{option!r} is none of inet, inet6, stream, dgram and bind=PORT")
-    return Socket(name, family, type_, port)
-
-
-def _number(text: str, most: int) -> int:
-    """A decimal number from 1 to `most`, else 0."""
-    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else 0
-    return number if number <= most else 0
 
 
 class Groups(Collection[int]):
@@ -407,3 +338,31 @@ class Offer(NamedTuple):
     resource: Resource
     where: str
     generation: int = 0
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong in a policy file; `line` and `column` count from 1, 0 for the whole of it."""
+
+    file: str
+    line: int
+    column: int
+    what: str
+    expected: str = ""
+    found: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        place = ":".join([self.file, *(str(number) for number in (self.line, self.column) if number)])
+        return f"{place}: {self.text}"
+
+    @property
+    def text(self) -> str:
+        """All but the place."""
+        text = self.what
+        if self.expected:
+            text += f", expected {self.expected}"
+        if self.found:
+            text += f", found {self.found}"
+        if self.hint:
+            text += f"; {self.hint}"
+        return text

@@ -51,7 +51,7 @@ from fdbroker.opener.close import Closing
 from fdbroker.opener.door import Door
 from fdbroker.opener.views import Views
 from fdbroker.pace import Pace
-from fdbroker.policy import files, load, paths
+from fdbroker.policy import files, load, paths, spelling
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.decide import View
@@ -149,7 +149,7 @@ def test_a_path():
     most = limits.PATH_BYTES
     assert [len(long(most)), len(long(most + 1))] == [most, most + 1]
     assert [paths.is_device_path(long(count)) for count in (most, most + 1)] == [True, False]
-    assert [paths.glob_error(long(count)) for count in (most, most + 1)] == ["", f"it is over {most} bytes"]
+    assert [spelling.glob_error(long(count)) for count in (most, most + 1)] == ["", f"it is over {most} bytes"]
 
 
 def test_a_name():
@@ -157,7 +157,7 @@ def test_a_name():
     names = ["x" * most, "x" * (most + 1)]
     assert [paths.is_device_path(f"/dev/{name}") for name in names] == [True, False]
     assert [paths.is_namespace_name(name) for name in names] == [True, False]
-    assert [paths.name_glob_error(name) for name in names] == ["", f"a name is over {most} bytes"]
+    assert [spelling.name_glob_error(name) for name in names] == ["", f"a name is over {most} bytes"]
     message = link.INBOX_TO_OPENER.encode(rights.DeniedUse(1, TopicUse("send", names[1])))  # cut
     assert link.INBOX_TO_OPENER.decode(message).use.topic == names[0]
     longer = message[:10] + (most + 1).to_bytes(2, "big") + message[12:] + b"x"
@@ -934,8 +934,12 @@ def test_a_copy_of_so_many_mounts_and_not_of_one_more():
             return contextlib.nullcontext()
 
     def make(count):
-        process = mock.Mock(**{"count_mounts.return_value": count, "namespace.side_effect": KeyError})
-        with mock.patch.object(answer.os, "open", return_value=-1), mock.patch.object(answer.os, "stat"):
+        process = mock.Mock(**{"namespace.side_effect": KeyError})
+        with (
+            mock.patch.object(answer.os, "open", return_value=-1),
+            mock.patch.object(answer.os, "stat"),
+            mock.patch.object(answer, "count_mounts", return_value=count),
+        ):
             return Work().make_there("mnt", process, None, os.getpid())
 
     with pytest.raises(KeyError):  # it goes on

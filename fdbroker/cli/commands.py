@@ -18,7 +18,8 @@ from fdbroker import __version__, connect, errors, limits
 from fdbroker.cli import bridge, handover, policy, show
 from fdbroker.cli.words import Group, join_access, split_access
 from fdbroker.errors import Denied, FdbrokerError
-from fdbroker.terms import ACCESS_NAMES, Device, Resource, parse, typed
+from fdbroker.terms import ACCESS_NAMES, Device, Resource
+from fdbroker.typed import parse, typed
 from fdbroker.wire.journal import escaped
 
 DEFAULT_STATE = "/var/lib/fdbroker"

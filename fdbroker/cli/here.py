@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 import struct
 from collections import deque
@@ -17,6 +18,7 @@ from fdbroker.client.calls import About
 from fdbroker.client.calls import address as broker_address
 from fdbroker.errors import FdbrokerError
 from fdbroker.kernel.devices import nodes_matching
+from fdbroker.kernel.sockets import peer_label
 from fdbroker.policy import names
 from fdbroker.policy.fit import Facts
 from fdbroker.policy.lint import Look, Machine
@@ -182,3 +184,14 @@ def _may(path: str, uid: int, gids: Collection[int], wanted: int) -> bool:
     else:
         given = [mode]
     return any(allowed & wanted == wanted for allowed in given)
+
+
+def own_label() -> str:
+    """This program's MAC label as others see it on a connection, or ""."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind("")  # a free abstract address: unix(7), "Autobind feature"
+        listener.listen(1)
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            return peer_label(accepted)

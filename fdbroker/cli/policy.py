@@ -14,10 +14,10 @@ import click
 
 from fdbroker import errors
 from fdbroker.cli import here, show
+from fdbroker.cli.here import own_label
 from fdbroker.cli.usable import usable
 from fdbroker.cli.words import Group, split_access
 from fdbroker.errors import PolicyError
-from fdbroker.kernel.sockets import own_label
 from fdbroker.policy import names
 from fdbroker.policy.compile import Loaded, failed_tests, load_policy
 from fdbroker.policy.compiled import Policy
@@ -26,8 +26,11 @@ from fdbroker.policy.explain import Explanation, explain
 from fdbroker.policy.files import distrusted
 from fdbroker.policy.lint import warnings
 from fdbroker.policy.load import in_order
+from fdbroker.policy.ranges import known_owner
+from fdbroker.policy.rules import all_rules
 from fdbroker.policy.schema import json_schema
-from fdbroker.terms import ACCESS_NAMES, Device, Namespace, Resource, Subject, TopicUse, parse_asked
+from fdbroker.terms import ACCESS_NAMES, Device, Namespace, Resource, Subject, TopicUse
+from fdbroker.typed import parse_asked
 from fdbroker.wire.journal import escaped
 
 DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
@@ -72,7 +75,7 @@ def check(policy_file: str, json_: bool) -> None:
     for file in loaded.files:
         show.line(show.typable(f"read: {file}"))
     counts = (
-        (len(list(loaded.policy.all_rules())), "rule"),
+        (len(list(all_rules(loaded.policy))), "rule"),
         (len(loaded.policy.deny), "deny rule"),
         (len(loaded.tests), "test"),
     )
@@ -177,7 +180,7 @@ def _subject(policy: Policy, user: str | None, groups: str | None, label: str | 
         gids = frozenset(number for number in found.values() if number is not None)
     if label is None:
         label = own_label() if user is None else ""
-    return Subject(uid, gids, gid, 0, "", label, foreign=False, owner=policy.owners.known_of(uid))
+    return Subject(uid, gids, gid, 0, "", label, foreign=False, owner=known_owner(policy.owners, uid))
 
 
 def _plain(resource: Resource | TopicUse, one: Explanation, subject: Subject, why: str | None) -> dict[str, Any]:

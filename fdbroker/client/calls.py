@@ -35,9 +35,11 @@ from fdbroker.errors import (
     Refused,
     TopicDenied,
 )
-from fdbroker.terms import ACCESS_NAMES, INVALID_ID, OTHERS, Offer, Resource, parse
+from fdbroker.terms import ACCESS_NAMES, INVALID_ID, OTHERS, Offer, Resource
+from fdbroker.typed import parse
 from fdbroker.wire import frame, varlink
-from fdbroker.wire.resources import WrongMember, from_json, to_json
+from fdbroker.wire.asked import WrongMember, from_json
+from fdbroker.wire.resources import to_json
 
 DEFAULT_ADDRESS = "/run/fdbroker/socket"
 # SCM_MAX_FD: the most descriptors that one message carries

@@ -23,6 +23,7 @@ from fdbroker.errors import QuotaExceeded
 from fdbroker.kernel import sockets
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.memfd import SEALS
+from fdbroker.kernel.received import collect
 
 _HELD, _HELD_BYTES = limits.HELD_DESCRIPTORS, limits.HELD_BYTES
 _LOOK_S = 0.05
@@ -90,7 +91,7 @@ class Ledger:
         self._jobs = jobs
         self._held: dict[int, _Held] = {}
         self._count = 0
-        self._most = limits.held_in_all(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._most = held_in_all(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._lock = threading.RLock()  # an Attached may be let go of anywhere
 
     def has_room(self, owner: int) -> bool:
@@ -164,7 +165,7 @@ class Unread:
         self._ended_of: Counter[int] = Counter()
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = descriptors - limits.reserved(descriptors)
-        self._ended_max = limits.held_in_all(descriptors) // 4
+        self._ended_max = held_in_all(descriptors) // 4
 
     def may_send(self, owner: int, sock: socket.socket, count: int) -> bool:
         """Whether so many more may be sent on that user's socket; none while many that it ended have some unread."""
@@ -224,7 +225,7 @@ class Unread:
         self._draining.discard(sock)
 
     def _collect(self) -> None:
-        sockets.collect()
+        collect()
         self._collecting = False
 
     @property
@@ -250,3 +251,8 @@ class Unread:
         self._count -= sent.pop(sock, 0)
         if not sent:
             self._sent.pop(owner, None)
+
+
+def held_in_all(descriptors: int) -> int:
+    """Of these, how many the messages of all users may hold: the others are for links, files, and what just came."""
+    return limits.reserved(descriptors) - 64

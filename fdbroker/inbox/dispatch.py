@@ -28,7 +28,8 @@ from fdbroker.errors import (
 from fdbroker.inbox.attached import Attached
 from fdbroker.terms import FRAMED_TOPIC, Device, Offer, Resource
 from fdbroker.wire import admin, frame, link, varlink
-from fdbroker.wire.resources import WrongMember, from_json, to_json
+from fdbroker.wire.asked import WrongMember, from_json
+from fdbroker.wire.resources import to_json
 from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
 
 _RESOURCES = limits.RESOURCES_PER_OPEN

@@ -16,6 +16,7 @@ from fdbroker.inbox.attached import Attached, Ledger
 from fdbroker.inbox.client import Client
 from fdbroker.kernel import sockets
 from fdbroker.kernel.jobs import Jobs
+from fdbroker.kernel.received import receive_with_sender
 
 READ_BYTES = 65536
 _MOST = limits.DESCRIPTORS_PER_MESSAGE
@@ -52,7 +53,7 @@ class Receiver:
             if not size:  # more than the owner may have waiting to be closed
                 return Received(b"", -1, 0, None, broken=True)
         may_hold = client.member.send and self._ledger.has_room(owner)
-        data, uid, numbers, cut = sockets.receive_with_sender(client.sock, size, room)
+        data, uid, numbers, cut = receive_with_sender(client.sock, size, room)
         attached = self._ledger.take(owner, numbers) if numbers else None
         if cut or (attached is not None and not may_hold):
             attached = self._ledger.take(owner, ())  # none was left here, or they are too many for it

@@ -82,23 +82,6 @@ def die_with(parent: int) -> None:
         raise ProcessLookupError(errno.ESRCH, "the parent is gone")
 
 
-def new_identity_exposes(uid: int) -> bool:
-    """Whether a process that gets another identity becomes dumpable, as fs.suid_dumpable=1 has it.
-
-    Tried by a child that becomes `uid`, for a unit may hide /proc/sys; needs root. Source: proc_sys_fs(5), and
-    commit_creds() of Linux, which setns(2) into a user namespace calls as well.
-    """
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setresuid(uid, uid, uid)
-            code = prctl.get_dumpable()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) not in (0, 2)
-
-
 def _empty_bounding_set() -> None:
     prctl.capbset.limit()
     for number in range(64):  # those that are newer than python-prctl; the first unknown one ends it

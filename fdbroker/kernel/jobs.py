@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from fdbroker import errors, limits
+from fdbroker import limits, refusals
 
 Job = Callable[[], None]
 _STUCK_S = limits.STUCK_SECONDS
@@ -106,7 +106,7 @@ class Jobs:
                 taken[1]()
             except BaseException as error:  # noqa: BLE001 -- nobody is above a thread to hear of it
                 sys.excepthook(type(error), error, error.__traceback__)
-                os._exit(errors.EX_SOFTWARE)
+                os._exit(refusals.EX_SOFTWARE)
             del taken  # what the job held must not wait for the next one
             with self._lock:
                 del self._running[threading.get_ident()]

@@ -6,14 +6,13 @@ Runs in: every process of the broker. In the opener, a taken-over inbox controls
 from __future__ import annotations
 
 import errno
-import select
 import socket
 from collections import deque
 from collections.abc import Sequence
 
 from fdbroker import limits
-from fdbroker.errors import LinkViolation
 from fdbroker.kernel import sockets
+from fdbroker.refusals import LinkViolation
 
 _LINK_BYTES = limits.LINK_BYTES
 _LINK_WAITING = limits.LINK_WAITING
@@ -112,12 +111,6 @@ class Link:
                 raise LinkViolation(str(error)) from None
             raise
         return bytes(self._view[:size]), descriptors
-
-    def wait_with_descriptors(self, most: int) -> tuple[bytes, list[int]]:
-        """Like `receive_with_descriptors`, but wait for the next message."""
-        while (received := self.receive_with_descriptors(most)) is None:
-            select.select([self._sock], [], [])
-        return received
 
     def close(self) -> None:
         """Close our end; what still waits is dropped."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from fdbroker.errors import LinkViolation
+from fdbroker.refusals import LinkViolation
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 

@@ -108,7 +108,7 @@ class Process:
     def __init__(self, pid: int, pidfd: int | None = None) -> None:
         self.pidfd = os.pidfd_open(pid) if pidfd is None else pidfd
         try:
-            self._folder = os.open(f"/proc/{pid}", _FOLDER)
+            self.folder = os.open(f"/proc/{pid}", _FOLDER)
         except FileNotFoundError:
             os.close(self.pidfd)
             raise ProcessLookupError(f"there is no process {pid}") from None
@@ -132,7 +132,7 @@ class Process:
 
     def status(self) -> Status:
         """Its ids and capabilities now."""
-        said = fields(_read(self._folder, "status"))
+        said = fields(_read(self.folder, "status"))
         return Status(
             tuple(map(int, said[b"Uid"].split())),
             tuple(map(int, said[b"Gid"].split())),
@@ -143,26 +143,16 @@ class Process:
     def started_s(self) -> float:
         """When it started, in seconds of CLOCK_BOOTTIME, rounded down to hundredths. Source: proc(5), "starttime"."""
         # behind its name, which may have anything in it
-        words = _read(self._folder, "stat").rpartition(b")")[2].split()
+        words = _read(self.folder, "stat").rpartition(b")")[2].split()
         return int(words[19]) / os.sysconf("SC_CLK_TCK")
 
     def namespace(self, kind: str) -> int:
         """An owned descriptor of its namespace of that type. Needs CAP_SYS_PTRACE over it, or to be it."""
-        return os.open(f"ns/{kind}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder)
-
-    def count_mounts(self, most: int) -> int:
-        """How many mounts it sees; of more than `most`, some number above that. Needs CAP_SYS_PTRACE over it."""
-        descriptor, count = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder), 0
-        try:
-            while count <= most and (part := os.read(descriptor, 65536)):
-                count += part.count(b"\n")
-            return count
-        finally:
-            os.close(descriptor)
+        return os.open(f"ns/{kind}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.folder)
 
     def close(self) -> None:
         """Let go of it."""
-        os.close(self._folder)
+        os.close(self.folder)
         os.close(self.pidfd)
 
     def __enter__(self) -> Self:
@@ -179,11 +169,3 @@ def state(pid: int) -> bytes:
             return file.read().rpartition(b") ")[2][:1]
     except OSError:
         return b""
-
-
-def main_thread_ended(pid: int) -> bool:
-    """Whether that process has ended but for threads that cannot: it is no zombie to wait for, and serves nobody.
-
-    False when there is no such process.
-    """
-    return state(pid) == b"Z"

@@ -10,8 +10,8 @@ import json
 import socket
 from functools import lru_cache
 
-from fdbroker.errors import PolicyBroken, QuotaExceeded
 from fdbroker.kernel import sockets
+from fdbroker.refusals import PolicyBroken, QuotaExceeded
 
 
 @lru_cache(maxsize=16)

@@ -27,7 +27,7 @@ SO_PEERPIDFD = 77
 SO_PASSRIGHTS = 83
 _SO_PEERSEC = 31
 _SO_PEERGROUPS = 59
-_UCRED = struct.Struct("iII")  # struct ucred: pid, uid, gid
+UCRED = struct.Struct("iII")  # struct ucred: pid, uid, gid
 # As plain numbers: each `|` or `&` of the socket module's flags makes an enum member, which takes as long as the call.
 DONT_WAIT = int(socket.MSG_DONTWAIT)
 _SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -37,9 +37,9 @@ _DRAINED = 65536  # bytes at a time
 _DROPPED = 4 * _DRAINED  # bytes of one connection: more than its sender's socket takes by default
 _LOOKED_AT = 4096  # bytes of a queue, to see whether a descriptor comes with them
 SCM_MAX_FD = 253  # net/scm.h: the most descriptors of one message
-_FD_SIZE = array.array("i").itemsize
+FD_SIZE = array.array("i").itemsize
 _LABEL_BYTES = limits.LABEL_BYTES
-_CREDENTIALS_SPACE = socket.CMSG_LEN(_UCRED.size)  # exactly: nothing else has room, so no descriptor comes in
+CREDENTIALS_SPACE = socket.CMSG_LEN(UCRED.size)  # exactly: nothing else has room, so no descriptor comes in
 
 
 class NoRoomLeft(OSError):
@@ -60,7 +60,7 @@ class Credentials(NamedTuple):
 
 def peer_credentials(sock: socket.socket) -> Credentials:
     """Who called connect(2), frozen at that moment. Source: unix(7), SO_PEERCRED."""
-    return Credentials(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+    return Credentials(*UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)))
 
 
 def _option_bytes(sock: socket.socket, option: int, size: int) -> bytes:
@@ -94,17 +94,6 @@ def peer_label(sock: socket.socket) -> str:
             return ""
         raise
     return label.decode(errors="backslashreplace") if len(label) <= _LABEL_BYTES else ""
-
-
-def own_label() -> str:
-    """This program's MAC label as others see it on a connection, or ""."""
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
-        listener.bind("")  # a free abstract address: unix(7), "Autobind feature"
-        listener.listen(1)
-        client.connect(listener.getsockname())
-        accepted, _ = listener.accept()
-        with accepted:
-            return peer_label(accepted)
 
 
 def peer_pidfd(sock: socket.socket) -> int | None:
@@ -167,23 +156,13 @@ def waiting_bytes(sock: socket.socket) -> int:
     return int.from_bytes(buffer, sys.byteorder)
 
 
-def has_more(sock: socket.socket) -> bool:
-    """Whether something has come and was not read; nothing is read now."""
-    try:
-        return bool(sock.recv(1, DONT_WAIT | _PEEK))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # who knows
-
-
 def plain_bytes(sock: socket.socket, size: int) -> int:
     """How many bytes, of at most `size`, a read can take now without losing a descriptor that comes with them.
 
     To lose a descriptor is to close it, which can take as long as its driver likes. At the end of the stream `size`.
     Never blocks: raises BlockingIOError. Needs `ask_credentials`.
     """
-    data, _, flags, _ = sock.recvmsg(size, _CREDENTIALS_SPACE, DONT_WAIT | _PEEK)
+    data, _, flags, _ = sock.recvmsg(size, CREDENTIALS_SPACE, DONT_WAIT | _PEEK)
     return 0 if flags & _CTRUNC else len(data) or size
 
 
@@ -197,7 +176,7 @@ def only_bytes_wait(sock: socket.socket) -> bool:
     if not 0 < waiting <= _LOOKED_AT:
         return not waiting
     try:
-        data, _, flags, _ = sock.recvmsg(waiting, _CREDENTIALS_SPACE, DONT_WAIT | _PEEK)
+        data, _, flags, _ = sock.recvmsg(waiting, CREDENTIALS_SPACE, DONT_WAIT | _PEEK)
     except OSError:
         return False
     return len(data) == waiting and not flags & _CTRUNC
@@ -235,40 +214,9 @@ def drain(sock: socket.socket) -> None:
             pass
 
 
-def collect() -> None:
-    """Have the kernel free sockets that nothing but their own queues holds: it looks when a Unix socket is closed.
-
-    Before Linux 6.10 it lets go of what is in them in this thread, which can take as long as a driver likes. Source:
-    net/unix/garbage.c.
-    """
-    for sock in socket.socketpair(socket.AF_UNIX):
-        sock.close()
-
-
-def _descriptors(value: bytes) -> list[int]:
+def descriptors_in(value: bytes) -> list[int]:
     """What a control message of the kind SCM_RIGHTS brings; a last number that was cut is none."""
-    return array.array("i", value[: len(value) - len(value) % _FD_SIZE]).tolist()
-
-
-def receive_with_sender(sock: socket.socket, size: int, room: int = 0) -> tuple[bytes, int, list[int], bool]:
-    """Read at most `size` bytes of one sender: the bytes, its uid, its descriptors, and whether there were more.
-
-    The uid is -1 at the end of the stream. At most `room` descriptors come, close-on-exec and owned by the caller; the
-    kernel lets go of the others. They belong to the last of these bytes: a read never goes on behind the first message
-    that has some. Never blocks: raises BlockingIOError. Needs `ask_credentials`. Source: unix(7), SCM_CREDENTIALS;
-    recv(2), MSG_CTRUNC.
-    """
-    # exactly: CMSG_LEN at the end, for padding would let one more in
-    space = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_LEN(room * _FD_SIZE) if room else _CREDENTIALS_SPACE
-    data, ancillary, flags, _ = sock.recvmsg(size, space, DONT_WAIT | _CLOEXEC)
-    uid = -1
-    numbers: list[int] = []
-    for level, kind, value in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-            uid = _UCRED.unpack(value)[1]
-        elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers += _descriptors(value)
-    return data, uid, numbers, bool(flags & _CTRUNC)
+    return array.array("i", value[: len(value) - len(value) % FD_SIZE]).tolist()
 
 
 def send(sock: socket.socket, data: bytes | bytearray, descriptors: Sequence[int] = ()) -> int:
@@ -288,12 +236,12 @@ def receive_into(
     was room for, or when the kernel could not install them all. Source: recv(2), MSG_CMSG_CLOEXEC, MSG_CTRUNC.
     """
     # CMSG_LEN, not CMSG_SPACE: its padding would let one descriptor more in
-    space = socket.CMSG_LEN(descriptors * _FD_SIZE) if descriptors else 0
+    space = socket.CMSG_LEN(descriptors * FD_SIZE) if descriptors else 0
     size, ancillary, received_flags, _ = sock.recvmsg_into([buffer], space, flags | _CLOEXEC)
     owned: list[int] = []
     for level, kind, value in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            owned += _descriptors(value)
+            owned += descriptors_in(value)
     if received_flags & (_CTRUNC | _TRUNC):
         for descriptor in owned:
             os.close(descriptor)

@@ -9,7 +9,7 @@ import contextlib
 import subprocess
 from collections.abc import Sequence
 
-from fdbroker.kernel import lifeline
+from fdbroker.kernel import lifeline, processes
 from fdbroker.launcher.start import Child
 
 _ENDS_TOO_S = 0.1  # how long a process needs from closing its links to its end, which another one has noticed first
@@ -28,3 +28,11 @@ def end_of(child: Child, children: Sequence[Child]) -> str:
             name = "namespaces worker's holder" if one.name == "namespaces" else one.name
             ends.append(f"the {name} {lifeline.how_ended(one.process.pid, code)}")
     return ", ".join(ends)
+
+
+def main_thread_ended(pid: int) -> bool:
+    """Whether that process has ended but for threads that cannot: it is no zombie to wait for, and serves nobody.
+
+    False when there is no such process.
+    """
+    return processes.state(pid) == b"Z"

@@ -17,7 +17,9 @@ from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
 from fdbroker.policy.compile import Loaded, failed_tests, load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.fit import number_fits
-from fdbroker.policy.paths import is_literal, literal_folder
+from fdbroker.policy.paths import is_literal
+from fdbroker.policy.rules import all_rules
+from fdbroker.policy.spelling import literal_folder
 from fdbroker.terms import DeviceRule, NamespaceRule, SocketRule, TopicRule
 
 _MODE_BITS = {"ro": 4, "wo": 2, "rw": 6}
@@ -62,7 +64,7 @@ def needs(policy: Policy) -> Needs:
     reasons = []
     worker: set[str] | None = None
     removing = _devtmpfs()
-    for rule in policy.all_rules():
+    for rule in all_rules(policy):
         if isinstance(rule, TopicRule):
             continue
         if not isinstance(rule, DeviceRule):
@@ -101,7 +103,7 @@ def needs(policy: Policy) -> Needs:
 
 def _believing_bridges(policy: Policy) -> Iterator[str]:
     """Bridges on which a client could tell the machine a way: by router advertisements, as ip-sysctl.rst has it."""
-    uplinks = [rule.uplink for rule in policy.all_rules() if isinstance(rule, NamespaceRule) and rule.uplink]
+    uplinks = [rule.uplink for rule in all_rules(policy) if isinstance(rule, NamespaceRule) and rule.uplink]
     for bridge in sorted({uplink.bridge for uplink in uplinks}):
         try:
             values = [_sysctl(f"/proc/sys/net/ipv6/conf/{bridge}/{name}") for name in ("accept_ra", "forwarding")]

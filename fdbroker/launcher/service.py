@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, assert_never
 
 from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
-from fdbroker.kernel import capabilities, confine, landlock, memfd, processes
+from fdbroker.kernel import capabilities, confine, landlock, memfd
 from fdbroker.launcher import ends, filters, listen, start
 from fdbroker.launcher.broken import Refuser
 from fdbroker.launcher.journal import Journal
@@ -245,7 +245,7 @@ class Launcher:
         """
         before, self._half_ended = self._half_ended, set()
         for child in self._children:
-            if child.process.poll() is None and processes.main_thread_ended(child.process.pid):
+            if child.process.poll() is None and ends.main_thread_ended(child.process.pid):
                 if child.name in before:
                     raise ServiceFailed(f"the {child.name} has ended, but for a thread that waits in the kernel")
                 self._half_ended.add(child.name)

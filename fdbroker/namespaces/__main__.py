@@ -17,6 +17,7 @@ import time
 
 from fdbroker import errors
 from fdbroker.kernel import confine, lifeline, orders
+from fdbroker.kernel.dumpable import new_identity_exposes
 from fdbroker.kernel.link import Link
 from fdbroker.namespaces.service import Worker
 from fdbroker.wire import link, worker
@@ -32,7 +33,7 @@ _PAUSE_S = 0.1  # between an end and the next start: a worker that cannot live m
 def main() -> int:
     """Confine, then keep a worker running; the exit code tells the launcher how it ended."""
     order, descriptors = orders.read(sys.argv[1])
-    if confine.new_identity_exposes(order.uid):
+    if new_identity_exposes(order.uid):
         os.write(2, _EXPOSED)
         return errors.EX_CONFIG
     orders.obey(order, descriptors["filter"])

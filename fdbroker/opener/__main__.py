@@ -11,8 +11,7 @@ import sys
 import time
 from typing import NoReturn
 
-from fdbroker import errors, limits
-from fdbroker.errors import LinkViolation
+from fdbroker import limits, refusals
 from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.link import Link
@@ -21,6 +20,7 @@ from fdbroker.opener.audit import Audit
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.service import Opener
 from fdbroker.policy.compiled import from_bytes
+from fdbroker.refusals import LinkViolation
 
 
 def main() -> NoReturn:
@@ -40,12 +40,12 @@ def main() -> NoReturn:
         Nodes(Bracket(frozenset(order.capabilities))),
         audit,
     )
-    code = errors.EX_OK
+    code = refusals.EX_OK
     try:
         opener.serve()
     except LinkViolation as violation:
         opener.report_violation(violation)
-        code = errors.EX_SOFTWARE
+        code = refusals.EX_SOFTWARE
     finally:
         audit.flush(time.monotonic(), everything=True)
     orders.end(code)

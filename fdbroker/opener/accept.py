@@ -10,9 +10,9 @@ import os
 import resource
 import socket
 
-from fdbroker.errors import QuotaExceeded
 from fdbroker.kernel.refusal import say_refusal
 from fdbroker.opener.close import Closing
+from fdbroker.refusals import QuotaExceeded
 from fdbroker.terms import OTHERS
 
 _OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

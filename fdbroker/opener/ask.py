@@ -13,12 +13,12 @@ from collections import deque
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.errors import LinkViolation, OpenFailed, RateLimited, Refused
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.opener.authorize import Connection
 from fdbroker.opener.request import Opening
 from fdbroker.policy.owners import Owners
+from fdbroker.refusals import LinkViolation, OpenFailed, RateLimited, Refused
 from fdbroker.terms import Device, Grant, Namespace, NamespaceRule
 from fdbroker.wire import worker
 

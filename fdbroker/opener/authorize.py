@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from fdbroker import limits
 from fdbroker.bucket import Bucket
-from fdbroker.errors import ClientNotReading, Denied, LinkViolation, QuotaExceeded, RateLimited
 from fdbroker.kernel import processes, sockets
 from fdbroker.pace import Pace
 from fdbroker.policy.decide import View, decide
+from fdbroker.refusals import ClientNotReading, Denied, LinkViolation, QuotaExceeded, RateLimited
 from fdbroker.terms import Resource, Rule, Subject
 
 # The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.

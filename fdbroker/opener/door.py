@@ -11,7 +11,6 @@ import socket
 import time
 
 from fdbroker import limits
-from fdbroker.errors import QuotaExceeded
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.refusal import say_refusal
@@ -22,6 +21,7 @@ from fdbroker.opener.close import Closing
 from fdbroker.opener.identify import Identifier, WhoseUnknown
 from fdbroker.opener.views import Views
 from fdbroker.policy.decide import View
+from fdbroker.refusals import QuotaExceeded
 from fdbroker.terms import OTHERS, Subject
 from fdbroker.wire import link, rights
 from fdbroker.wire.rights import Sender

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from itertools import islice
 
 from fdbroker import limits
-from fdbroker.errors import Refused
 from fdbroker.kernel import inotify
 from fdbroker.kernel.devices import nodes_matching
 from fdbroker.opener.authorize import Connection
 from fdbroker.opener.open import Nodes
 from fdbroker.policy.decide import View, decide
 from fdbroker.policy.paths import matcher
+from fdbroker.refusals import Refused
 from fdbroker.terms import (
     ACCESS_NAMES,
     Device,

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.openat import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2, reopen
 from fdbroker.policy.decide import View, denying_rule
 from fdbroker.policy.fit import Facts, misfit
+from fdbroker.refusals import Denied, NoSuchResource, NotWhatItWas, OpenFailed
 from fdbroker.terms import Device, DeviceRule, Resource, Rule
 
 _AT_ONCE = limits.LOOKED_AT_ONCE

@@ -13,7 +13,6 @@ from collections.abc import Generator, Sequence
 from types import TracebackType
 
 from fdbroker import limits
-from fdbroker.errors import Denied, OpenFailed, RateLimited, Refused
 from fdbroker.kernel.processes import is_alive
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.opener.audit import Audit, Record
@@ -28,6 +27,7 @@ from fdbroker.opener.authorize import (
 from fdbroker.opener.close import Closing
 from fdbroker.opener.open import Found, Nodes, sleeps
 from fdbroker.opener.send import compose, send_grants
+from fdbroker.refusals import Denied, OpenFailed, RateLimited, Refused
 from fdbroker.terms import Device, Grant, Resource, Rule
 
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from fdbroker import limits
-from fdbroker.errors import ClientNotReading, QuotaExceeded, RateLimited
 from fdbroker.kernel import sockets
+from fdbroker.refusals import ClientNotReading, QuotaExceeded, RateLimited
 from fdbroker.terms import Grant, Resource
 from fdbroker.wire.resources import to_json
 

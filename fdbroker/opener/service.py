@@ -17,7 +17,6 @@ from functools import partial
 from typing import assert_never
 
 from fdbroker import limits
-from fdbroker.errors import Denied, LinkViolation, RateLimited, Refused
 from fdbroker.kernel import memfd, sockets
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
@@ -38,6 +37,7 @@ from fdbroker.opener.open import Nodes
 from fdbroker.opener.request import THREAD, WORKER, Opening, answer
 from fdbroker.opener.views import Views
 from fdbroker.policy.compiled import Policy, from_bytes
+from fdbroker.refusals import Denied, LinkViolation, RateLimited, Refused
 from fdbroker.terms import Resource
 from fdbroker.wire import admin, link, rights
 

@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.errors import Finding, PolicyError
-from fdbroker.policy import labels, names
+from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import decide, view
 from fdbroker.policy.globs import dangerous_rule
 from fdbroker.policy.load import Digest, Node, close, in_order, load
-from fdbroker.policy.paths import glob_error, is_literal, name_glob_error
+from fdbroker.policy.paths import is_literal
+from fdbroker.policy.ranges import known_owner
 from fdbroker.policy.recipients import with_recipients
+from fdbroker.policy.spelling import glob_error, label_glob_error, name_glob_error
 from fdbroker.terms import (
     ACCESS_COVERS,
     FAMILIES,
@@ -39,8 +41,8 @@ from fdbroker.terms import (
     TopicRule,
     TopicUse,
     Uplink,
-    parse_asked,
 )
+from fdbroker.typed import parse_asked
 
 # What a class's devices can do at all, where that is less than everything. Source: the drivers' file_operations.
 _CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
@@ -222,7 +224,7 @@ class _Compiler:
 
     def labels(self, node: Node, *, allows: bool = True) -> tuple[str, ...]:
         for one in node.items("label"):
-            trouble = labels.glob_error(one.value, allows=allows)
+            trouble = label_glob_error(one.value, allows=allows)
             if trouble:
                 self.findings.append(one.finding(f"label {one.value!r}: {trouble}"))
         return tuple(dict.fromkeys(one.value for one in node.items("label")))
@@ -393,7 +395,7 @@ class _Compiler:
                 Subject(
                     *(uid, all_gids, gid, 0, "", subject.get("label") or ""),
                     foreign=False,
-                    owner=self.owners.known_of(uid),
+                    owner=known_owner(self.owners, uid),
                 ),
                 resource,
                 node.get("expect") == "allow",

@@ -6,7 +6,6 @@ Runs in: launcher (writes), opener (reads what the launcher wrote), command line
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from fdbroker.policy.owners import Owners
@@ -38,15 +37,6 @@ class Policy(NamedTuple):
     digest: str = ""
     generation: int = 1
     loaded_us: int = 0
-
-    def all_rules(self) -> Iterable[Rule]:
-        """Every allow rule, each once."""
-        seen = set()
-        for rules in (self.everyone, *self.by_uid.values(), *self.by_gid.values()):
-            for rule in rules:
-                if rule not in seen:
-                    seen.add(rule)
-                    yield rule
 
 
 def to_bytes(policy: Policy) -> bytes:

@@ -19,6 +19,7 @@ from fdbroker.policy.fit import Facts, dangerous_node, is_device, misfit
 from fdbroker.policy.globs import as_glob, dangerous_name
 from fdbroker.policy.lint import Look, as_keys
 from fdbroker.policy.paths import matcher
+from fdbroker.policy.rules import all_rules
 from fdbroker.terms import (
     ACCESS_COVERS,
     NOBODY,
@@ -209,7 +210,7 @@ def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user:
     mine: set[Rule] = {*seen.devices, *seen.others, *seen.topics}
     but_for_label = {rule for rule in rules_of(policy, subject) if rule.labels} - mine
     found: list[tuple[float, Near]] = []
-    for rule in policy.all_rules():
+    for rule in all_rules(policy):
         if rule in but_for_label and covers(rule, resource):
             found.append((0.5, _for_label(rule, subject)))
             continue

@@ -14,47 +14,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from fdbroker import limits
-from fdbroker.policy.paths import is_literal, matcher, name_glob_error
+from fdbroker.policy.paths import matcher
 
-_LABEL_BYTES = limits.LABEL_BYTES
-_STACK = "//&"  # between the profiles of a program that has several
+STACK = "//&"  # between the profiles of a program that has several
 _CHILD = "//"  # between a profile and one inside it, such as a hat
-_MODE = re.compile(r"(?P<name>.*) \((?P<mode>[^()]*)\)", re.DOTALL)
+MODE = re.compile(r"(?P<name>.*) \((?P<mode>[^()]*)\)", re.DOTALL)
 # AppArmor's modes in which a profile forbids what it does not allow
 _ENFORCED = ("enforce", "kill")
 # What AppArmor says without a mode: no profile; one that we may not see.
 _HIDDEN = "---"
-_NO_PROFILE = ("unconfined", _HIDDEN)
+NO_PROFILE = ("unconfined", _HIDDEN)
 _NAMESPACE = re.compile(r":[^:]*:(?://)?")
-
-
-def glob_error(pattern: str, *, allows: bool) -> str:
-    """What is wrong with a rule's glob for labels, or ""; `allows`: in a rule that allows."""
-    if len(pattern.encode()) > _LABEL_BYTES:
-        return f"it is over {_LABEL_BYTES} bytes"
-    if _STACK in pattern:
-        return "each profile of a stack counts by itself: write one"
-    if pattern.startswith(":"):
-        return "write the profile without its namespace; no rule allows anything to one in another namespace"
-    if _MODE.fullmatch(pattern):
-        return "write it without its mode"
-    if allows and is_literal(pattern) and pattern in _NO_PROFILE:
-        return "it stands for no confinement, and never allows anything"
-    if "{" in pattern or "}" in pattern:
-        return "no braces: AppArmor has them in the names of some profiles, write ? for each"
-    for part in pattern.split("/"):
-        trouble = name_glob_error(part) if part else ""
-        if trouble:
-            return trouble
-    return ""
 
 
 def _profiles(label: str) -> tuple[list[str], str]:
     """The profiles, or the one context, that a label names, and their mode, "" where there is none."""
-    found = _MODE.fullmatch(label)
+    found = MODE.fullmatch(label)
     name, mode = (found["name"], found["mode"]) if found else (label, "")
-    return name.split(_STACK), mode
+    return name.split(STACK), mode
 
 
 def _match(patterns: Iterable[str], names: Iterable[str]) -> bool:
@@ -77,7 +54,7 @@ def allowing(patterns: tuple[str, ...], label: str) -> bool:
             # the namespace is said once for several: what comes after may be in it too, under a name of its owner's
             names = names[:index]
             break
-    return _match(patterns, (name for name in names if name and name not in _NO_PROFILE))
+    return _match(patterns, (name for name in names if name and name not in NO_PROFILE))
 
 
 def denying(patterns: tuple[str, ...], label: str) -> bool:

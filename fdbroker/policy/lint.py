@@ -15,6 +15,7 @@ from fdbroker.policy.compiled import Policy
 from fdbroker.policy.fit import PTS_MAJORS, Facts, misfit
 from fdbroker.policy.globs import within
 from fdbroker.policy.paths import matcher
+from fdbroker.policy.rules import all_rules
 from fdbroker.terms import NOBODY, DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, TopicRule
 
 
@@ -49,7 +50,7 @@ def warnings(policy: Policy, machine: Machine) -> list[Finding]:
     netns = machine.namespaces()
     topics = [topic.name for topic in policy.topics]
     looks: dict[str, Look | None] = {}
-    for rule in policy.all_rules():
+    for rule in all_rules(policy):
         match rule:
             case DeviceRule():
                 about = _device(rule, machine, looks)

@@ -9,7 +9,8 @@ import grp
 import os
 import pwd
 
-from fdbroker.policy.owners import Owners, make_owners
+from fdbroker.policy.owners import Owners
+from fdbroker.policy.ranges import make_owners
 from fdbroker.terms import INVALID_ID
 
 _SUBUID = "/etc/subuid"

@@ -39,7 +39,7 @@ def refuse_all(listener: socket.socket, closing: Jobs) -> None:
             with contextlib.suppress(OSError):  # the client is gone
                 sockets.hang_up(sock)
             sockets.hear_urgent(sock)  # else what came with an urgent byte is not seen
-            if sockets.has_more(sock):
+            if _has_more(sock):
                 closing.put(sockets.peer_credentials(sock).uid, sock.close)
             else:
                 sock.close()
@@ -81,3 +81,13 @@ def main() -> NoReturn:
     orders.obey(order, descriptors["filter"])
     serve(socket.socket(fileno=descriptors["listener"]), Link(socket.socket(fileno=descriptors["launcher"])))
     orders.end(errors.EX_OK)  # threads may still close
+
+
+def _has_more(sock: socket.socket) -> bool:
+    """Whether something has come and was not read; nothing is read now."""
+    try:
+        return bool(sock.recv(1, sockets.DONT_WAIT | socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # who knows

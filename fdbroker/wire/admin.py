@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.errors import Finding
+from fdbroker.terms import Finding
 from fdbroker.wire import codec
 
 

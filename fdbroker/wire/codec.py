@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from fdbroker import limits
-from fdbroker.errors import LinkViolation
+from fdbroker.refusals import LinkViolation
 
 _Message = TypeVar("_Message", bound=tuple[Any, ...])
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.errors import (
+from fdbroker.refusals import (
     RETRY_CAUSES,
     ClientNotReading,
     Denied,

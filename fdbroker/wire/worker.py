@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fdbroker import limits
-from fdbroker.errors import LinkViolation, Refused
+from fdbroker.refusals import LinkViolation, Refused
 from fdbroker.terms import Namespace, Socket, Uplink
 from fdbroker.wire import codec, link, resources
 

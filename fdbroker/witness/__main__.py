@@ -14,6 +14,7 @@ namespace of its own that is not dumpable, or that runs a program which nobody t
 from __future__ import annotations
 
 import os
+import select
 import socket
 import sys
 
@@ -47,6 +48,13 @@ def is_home(pidfd: int, looking: Bracket) -> bool:
             os.close(theirs)
 
 
+def _next(launcher: Link) -> tuple[bytes, list[int]]:
+    """Wait for the next message; its pidfd, if one came, is owned by the caller. Raises LinkViolation for more."""
+    while (received := launcher.receive_with_descriptors(1)) is None:
+        select.select([launcher.fileno()], [], [])
+    return received
+
+
 def main() -> int:
     """Confine, then answer the launcher until it says stop or goes."""
     order, descriptors = orders.read(sys.argv[1])
@@ -55,7 +63,7 @@ def main() -> int:
     looking = Bracket(frozenset(order.capabilities))
     launcher.send(link.READY)
     while True:
-        data, pidfds = launcher.wait_with_descriptors(1)
+        data, pidfds = _next(launcher)
         message = link.LAUNCHER_TO_WITNESS.decode(data) if data else link.Stop()
         if not isinstance(message, admin.Judge):
             return errors.EX_OK

@@ -35,7 +35,7 @@ _LINK = (
 )
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "inbox": {
-        "receive": ("kernel.sockets:receive_with_sender",),
+        "receive": ("kernel.received:receive_with_sender",),
         "decode": (
             "inbox.decode:Decoder.feed",
             "inbox.decode:Decoder.next_message",

@@ -15,6 +15,7 @@ from harness import ALICE, BOB, CAROL, EVERYONE_NULL, Raw, as_user, ask, ip, out
 
 from fdbroker import limits
 from fdbroker.kernel import sockets
+from fdbroker.kernel.received import receive_with_sender
 
 
 def test_none_is_ever_kept(dev):
@@ -54,7 +55,7 @@ def test_where_the_kernel_does_not_refuse_there_is_no_room_for_them():
         finally:
             os.close(null)
         before = set(os.listdir("/proc/self/fd"))
-        assert sockets.receive_with_sender(ours, 100) == (b"x", os.getuid(), [], True)
+        assert receive_with_sender(ours, 100) == (b"x", os.getuid(), [], True)
         assert set(os.listdir("/proc/self/fd")) == before
 
 

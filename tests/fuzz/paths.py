@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fdbroker import limits
-from fdbroker.policy import fit, globs, paths
+from fdbroker.policy import fit, globs, paths, spelling
 
 WORDS = (
     b"/dev/",
@@ -120,7 +120,7 @@ def judge_path(path: str) -> None:
 
 
 def judge_pattern(pattern: str, path: str) -> None:
-    if paths.glob_error(pattern):
+    if spelling.glob_error(pattern):
         return
     matched = paths.matcher(pattern).fullmatch(path) is not None
     wanted, asked = pattern.split("/"), path.split("/")
@@ -131,6 +131,6 @@ def judge_pattern(pattern: str, path: str) -> None:
     if paths.is_device_path(path) and len(path) < 100:  # each is a regular expression to compile
         assert paths.matcher(globs.as_glob(path)).fullmatch(path)
     if matched:
-        assert path.startswith(paths.literal_folder(pattern) + "/")
+        assert path.startswith(spelling.literal_folder(pattern) + "/")
         if paths.is_device_path(path) and fit.is_dangerous(path):
             assert globs.dangerous_name(pattern) or "*" in wanted[3:]  # a star alone names nothing

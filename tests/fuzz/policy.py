@@ -23,6 +23,7 @@ from fdbroker.policy.fit import Facts
 from fdbroker.policy.lint import Look, Machine, warnings
 from fdbroker.policy.load import Node, in_order, parse
 from fdbroker.policy.paths import matcher
+from fdbroker.policy.rules import all_rules
 from fdbroker.terms import Device, DeviceRule, Subject
 
 _STEP = 400
@@ -191,7 +192,7 @@ def judge_policy(tree: Node, loaded: compiler.Loaded) -> None:
         assert warning.line > 0
         assert warning.what
     nobody = Subject(1001, frozenset({1001}), 1001, 1, "", "", foreign=False)
-    for rule in policy.all_rules():
+    for rule in all_rules(policy):
         if isinstance(rule, DeviceRule):
             assert rule.pattern.startswith("/dev/")
     for path in ("/dev/null", "/dev/mem", "/dev/snd/pcmC0D0p", "/dev/../mem"):

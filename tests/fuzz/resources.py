@@ -17,9 +17,9 @@ from fdbroker.terms import (
     Namespace,
     Resource,
     Socket,
-    parse,
 )
-from fdbroker.wire import resources
+from fdbroker.typed import parse
+from fdbroker.wire import asked, resources
 from fdbroker.wire.codec import Cursor
 
 ASKED = (
@@ -48,17 +48,17 @@ def target(data: bytes) -> None:
     try:
         match kind:
             case 0:
-                resource = resources.from_json(json.loads(data))
+                resource = asked.from_json(json.loads(data))
             case 1:
                 resource = taken(data)
                 assert resources.RESOURCE.write(resource) == data
             case _:
                 resource = parse(data.decode(), "rw")
                 assert parse(resource.text, resource.access) == resource
-    except (LinkViolation, resources.WrongMember, ValueError, RecursionError):
+    except (LinkViolation, asked.WrongMember, ValueError, RecursionError):
         return
     judge(resource)
-    assert resources.from_json(json.loads(json.dumps(resources.to_json(resource)))) == resource
+    assert asked.from_json(json.loads(json.dumps(resources.to_json(resource)))) == resource
     try:
         packed = resources.RESOURCE.write(resource)
     except UnicodeEncodeError:  # a lone surrogate, which our JSON reader refuses and Python's does not

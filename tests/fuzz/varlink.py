@@ -14,6 +14,7 @@ from fdbroker.errors import ProtocolViolation
 from fdbroker.inbox import dispatch
 from fdbroker.terms import Device, Namespace, Socket
 from fdbroker.wire import link, resources, varlink
+from fdbroker.wire.asked import from_json
 from fdbroker.wire.frame import TooLong
 
 MAXIMUM = 40  # of a message, for the reader: so that the limit is within reach
@@ -128,7 +129,7 @@ def judge_action(message: bytes, brought: Brought | None) -> None:
             assert not reply.error or error in varlink.ERRORS[interface]
         case dispatch.AskOpen(asked):
             assert 1 <= len(asked) <= limits.RESOURCES_PER_OPEN
-            assert tuple(resources.from_json(resources.to_json(one)) for one in asked) == asked
+            assert tuple(from_json(resources.to_json(one)) for one in asked) == asked
             assert link.INBOX_TO_OPENER.decode(link.INBOX_TO_OPENER.encode(link.Open(1, asked))) == link.Open(1, asked)
         case dispatch.Publish():
             text, encoding = action.text, action.encoding

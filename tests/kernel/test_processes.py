@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from fdbroker.kernel.processes import Process, comm, fields, main_thread_ended
+from fdbroker.kernel.processes import Process, comm, fields
+from fdbroker.launcher.ends import main_thread_ended
 
 CODE = """
 import ctypes, threading, time
@@ -73,11 +74,3 @@ def test_what_a_process_calls_itself_is_no_line_of_its_status(end):
             assert comm(proc, pid) == (end + b"Groups:\t1").decode(errors="backslashreplace")
         finally:
             os.close(proc)
-
-
-def test_mounts_are_counted_as_far_as_anybody_wants_to_know():
-    with open("/proc/self/mountinfo", "rb") as file:
-        count = len(file.readlines())
-    with Process(os.getpid()) as process:
-        assert process.count_mounts(10_000) == count
-        assert count >= process.count_mounts(1) > 1

@@ -11,8 +11,8 @@ import pytest
 
 from fdbroker import limits
 from fdbroker.kernel.link import Link
-from fdbroker.kernel.processes import main_thread_ended
 from fdbroker.launcher import service, start
+from fdbroker.launcher.ends import main_thread_ended
 from fdbroker.policy import names
 
 # the main thread ends when the launcher speaks or goes; another one ends that many seconds later, as one would that

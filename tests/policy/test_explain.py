@@ -18,7 +18,8 @@ from fdbroker.policy.fit import Facts
 from fdbroker.policy.lint import Look
 from fdbroker.policy.load import parse
 from fdbroker.policy.paths import is_device_path
-from fdbroker.terms import ACCESS_NAMES, Device, Subject, parse_asked
+from fdbroker.terms import ACCESS_NAMES, Device, Subject
+from fdbroker.typed import parse_asked
 
 POLICY = """version: 1
 groups:

@@ -15,7 +15,8 @@ from fdbroker.policy.compiled import from_bytes, to_bytes
 from fdbroker.policy.decide import decide, view
 from fdbroker.policy.explain import explain
 from fdbroker.policy.labels import allowing, denying
-from fdbroker.terms import Subject, parse_asked
+from fdbroker.terms import Subject
+from fdbroker.typed import parse_asked
 
 SELINUX = "system_u:system_r:player_t:s0:c1,c5"
 # What Linux 7.2 says by SO_PEERSEC of AppArmor's profiles, and Linux 6.1 of SELinux's domains

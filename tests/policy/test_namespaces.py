@@ -9,7 +9,8 @@ from fdbroker.launcher.needs import check_reload, needs
 from fdbroker.policy.compile import failed_tests, load_policy
 from fdbroker.policy.compiled import from_bytes, to_bytes
 from fdbroker.policy.decide import decide, view
-from fdbroker.terms import NAMESPACE_TYPES, NEW_NAMESPACE_TYPES, Subject, Uplink, parse
+from fdbroker.terms import NAMESPACE_TYPES, NEW_NAMESPACE_TYPES, Subject, Uplink
+from fdbroker.typed import parse
 
 
 def loaded(tmp_path, text):

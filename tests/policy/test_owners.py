@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdbroker.policy import names
-from fdbroker.policy.owners import EVERY_UID, Owners, make_owners
+from fdbroker.policy.owners import EVERY_UID, Owners
+from fdbroker.policy.ranges import make_owners
 from fdbroker.terms import INVALID_ID, OTHERS
 
 USERS = (0, 1000, 1001, 1002, 5000)

@@ -6,13 +6,12 @@ import pytest
 
 from fdbroker.policy.globs import as_glob
 from fdbroker.policy.paths import (
-    glob_error,
     is_device_path,
     is_literal,
     literal,
-    literal_folder,
     matcher,
 )
+from fdbroker.policy.spelling import glob_error, literal_folder
 
 
 @pytest.mark.parametrize(

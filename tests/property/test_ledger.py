@@ -30,7 +30,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.patched = mock.patch.multiple(module, _HELD=HELD, _HELD_BYTES=HELD_BYTES)
         self.patched.start()
-        with mock.patch.object(limits, "held_in_all", return_value=IN_ALL, create=True):
+        with mock.patch.object(module, "held_in_all", return_value=IN_ALL):
             self.jobs = Jobs(8)
             self.ledger = Ledger(self.jobs)
         self.held = []  # (uid, Attached, sizes that count)

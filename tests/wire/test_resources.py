@@ -19,11 +19,12 @@ from fdbroker.terms import (
     Device,
     Namespace,
     Socket,
-    parse,
 )
+from fdbroker.typed import parse
 from fdbroker.wire import resources
+from fdbroker.wire.asked import WrongMember, from_json
 from fdbroker.wire.codec import Cursor
-from fdbroker.wire.resources import WrongMember, from_json, to_json
+from fdbroker.wire.resources import to_json
 
 NAMES = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), min_size=1, max_size=60)
 ANY = st.one_of(

@@ -6,8 +6,8 @@ import json
 import os
 
 import fdbroker
+from fdbroker.cli.here import own_label
 from fdbroker.errors import Denied
-from fdbroker.kernel.sockets import own_label
 
 found = [own_label()]
 with fdbroker.connect() as client:

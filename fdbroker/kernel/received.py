@@ -1,0 +1,44 @@
+"""What a client sends, with its sender's identity and descriptors, read from a Unix socket.
+
+Runs in: inbox. A client controls the bytes and which descriptors come, but not these descriptors' flags or the
+credentials.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from fdbroker.kernel.sockets import CREDENTIALS_SPACE, DONT_WAIT, FD_SIZE, UCRED, descriptors_in
+
+_CLOEXEC, _CTRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
+
+
+def collect() -> None:
+    """Have the kernel free sockets that nothing but their own queues holds: it looks when a Unix socket is closed.
+
+    Before Linux 6.10 it lets go of what is in them in this thread, which can take as long as a driver likes. Source:
+    net/unix/garbage.c.
+    """
+    for sock in socket.socketpair(socket.AF_UNIX):
+        sock.close()
+
+
+def receive_with_sender(sock: socket.socket, size: int, room: int = 0) -> tuple[bytes, int, list[int], bool]:
+    """Read at most `size` bytes of one sender: the bytes, its uid, its descriptors, and whether there were more.
+
+    The uid is -1 at the end of the stream. At most `room` descriptors come, close-on-exec and owned by the caller; the
+    kernel lets go of the others. They belong to the last of these bytes: a read never goes on behind the first message
+    that has some. Never blocks: raises BlockingIOError. Needs `ask_credentials`. Source: unix(7), SCM_CREDENTIALS;
+    recv(2), MSG_CTRUNC.
+    """
+    # exactly: CMSG_LEN at the end, for padding would let one more in
+    space = socket.CMSG_SPACE(UCRED.size) + socket.CMSG_LEN(room * FD_SIZE) if room else CREDENTIALS_SPACE
+    data, ancillary, flags, _ = sock.recvmsg(size, space, DONT_WAIT | _CLOEXEC)
+    uid = -1
+    numbers: list[int] = []
+    for level, kind, value in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            uid = UCRED.unpack(value)[1]
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers += descriptors_in(value)
+    return data, uid, numbers, bool(flags & _CTRUNC)

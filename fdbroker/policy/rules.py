@@ -1,0 +1,21 @@
+"""The rules of a whole policy, for whoever looks at it as a whole.
+
+Runs in: launcher, command line. No attacker controls anything here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fdbroker.policy.compiled import Policy
+from fdbroker.terms import Rule
+
+
+def all_rules(policy: Policy) -> Iterable[Rule]:
+    """Every allow rule of a policy, each once."""
+    seen = set()
+    for rules in (policy.everyone, *policy.by_uid.values(), *policy.by_gid.values()):
+        for rule in rules:
+            if rule not in seen:
+                seen.add(rule)
+                yield rule
