@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fdbroker.limits import LIMITS, USER_LIMITS
+from fdbroker import limits
+from fdbroker.limits import USER_LIMITS
 
 TESTS = Path(__file__).parent
+DOCS = runpy.run_path(str(TESTS.parent / "scripts" / "docs"))
 
 # The value passes, one more is refused, cut or lost, as the limit's `above` says: both in one test.
 MAXIMA = {
@@ -227,7 +229,10 @@ ROWS = [
 
 
 def test_every_limit_has_a_row_and_every_row_is_of_a_limit():
-    assert sorted([*MAXIMA, *OTHERS]) == sorted(LIMITS)
+    assert sorted([*MAXIMA, *OTHERS]) == sorted(DOCS["maxima"]())
+    assert sorted([*MAXIMA, *OTHERS]) == sorted(
+        name for name in vars(limits) if name.isupper() and name != "USER_LIMITS"
+    )
     assert sorted([*OF_USERS, *NOT_IN_THIS_VERSION]) == sorted(USER_LIMITS)
 
 
@@ -258,27 +263,24 @@ def test_the_test_of_a_row_is_there_and_speaks_of_its_limit(name, test):
 def test_what_is_no_test_or_does_not_say_it_is_found():
     assert source("test_limits.py::test_of_nothing") == ""
     text = source("test_limits.py::test_every_limit_has_a_row_and_every_row_is_of_a_limit")
-    assert [speaks_of(name, text) for name in ("OF_USERS", "USERS", "LIMITS", "USER")] == [True, False, True, False]
+    assert [speaks_of(name, text) for name in ("OF_USERS", "USERS", "MAXIMA", "USER")] == [True, False, True, False]
 
 
 def test_the_memory_of_the_unit_is_enough_for_dozens_of_users_who_all_use_what_they_may():
     """docs/limits.md, "Memory": the sum is that of the limits as they are, and of the unit as it ships."""
-    rows, users = runpy.run_path(str(TESTS.parent / "scripts" / "docs"))["memory"]()
-    assert [size for _, size in rows][2] == LIMITS["WAITING_BYTES"].value
+    rows, users = DOCS["memory"]()
+    assert [size for _, size in rows][2] == limits.WAITING_BYTES
     assert users >= 32
 
 
 def test_the_tasks_of_the_unit_are_enough_for_all_threads():
     """Where there were fewer, threads that do not end would keep others from being started: by all users, or by a few."""
-    value = {name: one.value for name, one in LIMITS.items()}
-    closing = (
-        value["CLOSING_THREADS"] + value["STUCK_THREADS"] + 1
-    )  # one looks for stuck ones; in opener and inbox each
+    closing = limits.CLOSING_THREADS + limits.STUCK_THREADS + 1  # one looks for stuck ones; in opener and inbox each
     processes = 8  # launcher, opener, inbox, witness, worker, its holder, and some to spare
-    wanted = processes + value["OPENING_THREADS"] + 2 * closing
+    wanted = processes + limits.OPENING_THREADS + 2 * closing
     assert _tasks("fdbroker.service") >= wanted
     # each request may have a child, and that a child in the caller's namespaces
-    assert _tasks("fdbroker.service.d/namespaces.conf") >= wanted + 2 * value["NAMESPACE_REQUESTS"]
+    assert _tasks("fdbroker.service.d/namespaces.conf") >= wanted + 2 * limits.NAMESPACE_REQUESTS
 
 
 def _tasks(unit):

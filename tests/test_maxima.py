@@ -69,7 +69,7 @@ MAY = Rights(frozenset({0}), frozenset({0}), 100_000, 100_000, 2, 10_000, 1 << 3
 
 def at(monkeypatch, name, value):
     """A small one in the place of a maximum that is too large to reach."""
-    monkeypatch.setitem(limits.LIMITS, name, limits.LIMITS[name]._replace(value=value))
+    monkeypatch.setattr(limits, name, value)
 
 
 class Clock:

@@ -66,7 +66,7 @@ def test_without_a_journal_there_is_nothing_to_look_at(place):
 
 @pytest.mark.parametrize("kind", ["file", "null", "null by hand", "null and a journal"])
 def test_without_a_journal_and_a_standard_error_there_is_no_place_for_records(place, tmp_path, monkeypatch, kind):
-    monkeypatch.setitem(limits.LIMITS, "START_SECONDS", limits.LIMITS["START_SECONDS"]._replace(value=0))
+    monkeypatch.setattr(limits, "START_SECONDS", 0)
     if kind != "null and a journal":
         place.goes()
     if kind == "null by hand":
