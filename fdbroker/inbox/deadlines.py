@@ -21,12 +21,17 @@ class Deadlines:
         self._partial: dict[int, float] = {}  # since when; in order of time, and so is the other one
         self._unsent: dict[int, float] = {}
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is anybody with a deadline."""
+        return bool(self._partial or self._unsent)
+
     def note(self, number: int, *, unsent: bool, partial: bool) -> None:
         """Whether a connection has answers that it does not take, and whether it is in the middle of a message."""
         for waiting, does in ((self._unsent, unsent), (self._partial, partial)):
             if does:
                 waiting.setdefault(number, time.monotonic())
-            else:
+            elif waiting:
                 waiting.pop(number, None)
 
     def took(self, number: int) -> None:
@@ -43,13 +48,13 @@ class Deadlines:
         self._partial.pop(number, None)
 
     def timeout_s(self) -> float:
-        """Until the next one is late; -1 for never."""
+        """Until the next one is late, while there is any."""
         ends = [
             next(iter(waiting.values())) + limit_s
             for waiting, limit_s in ((self._partial, _MESSAGE_S), (self._unsent, _ANSWER_S))
             if waiting
         ]
-        return max(_LATE_S, min(ends) - time.monotonic()) if ends else -1
+        return max(_LATE_S, min(ends) - time.monotonic())
 
     def partial(self) -> Iterator[int]:
         """Those whose message is not complete in time."""
@@ -61,9 +66,8 @@ class Deadlines:
 
 
 def _late(waiting: dict[int, float], limit_s: float) -> Iterator[int]:
-    if waiting:
-        limit = time.monotonic() - limit_s
-        for number, since_s in list(waiting.items()):
-            if since_s > limit:
-                return
-            yield number
+    limit = time.monotonic() - limit_s
+    for number, since_s in list(waiting.items()):
+        if since_s > limit:
+            return
+        yield number

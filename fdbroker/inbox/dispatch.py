@@ -109,6 +109,9 @@ class Receive(NamedTuple):
     silent: bool = False
 
 
+# What the latest calls of Open ask for, by their bytes, whoever sent them: most programs ask for what others asked for.
+_opens: dict[bytes, AskOpen] = {}
+
 Question = AskOpen | AskList | AskShutdown | AskReload | Subscribe | Receive
 Action = Answer | Question | Publish | TellAbout
 
@@ -135,6 +138,9 @@ def text_of(payload: bytes) -> _Text:
 
 def dispatch_varlink(message: bytes, attached: Attached | None = None) -> Action:
     """A Varlink message, and what came with it. Raises ProtocolViolation when no call can be told from it."""
+    known = _opens.get(message)
+    if known is not None:
+        return known
     oneway = False
     try:
         call = varlink.decode_call(message)
@@ -147,6 +153,10 @@ def dispatch_varlink(message: bytes, attached: Attached | None = None) -> Action
     # who wants no answer gets none; every method but these is nothing but its answer
     if oneway:
         return action._replace(silent=True) if isinstance(action, Publish | Receive) else Answer(b"")
+    if isinstance(action, AskOpen) and len(message) <= limits.KEPT_BYTES:
+        if len(_opens) >= limits.KEPT_VALUES:
+            _opens.clear()
+        _opens[message] = action
     return action
 
 

@@ -18,13 +18,13 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._of_connection: dict[int, int] = {}
+        self.waiting: dict[int, int] = {}  # bytes for each connection for which any wait
         self._of_owner: dict[int, int] = {}
         self._count = 0
 
     def is_too_much(self, owner: int, number: int, size: int) -> bool:
         """Whether the owner's connection `number`, for which `size` bytes wait now, must be ended for that."""
-        change = size - self._of_connection.get(number, 0)
+        change = size - self.waiting.get(number, 0)
         if change:
             self._change(owner, number, size, change)
         if self._count <= _MOST or change <= 0:
@@ -33,7 +33,7 @@ class Memory:
 
     def forget(self, owner: int, number: int) -> None:
         """A connection has ended."""
-        change = -self._of_connection.get(number, 0)
+        change = -self.waiting.get(number, 0)
         if change:
             self._change(owner, number, 0, change)
 
@@ -43,6 +43,6 @@ class Memory:
         if not self._of_owner[owner]:
             del self._of_owner[owner]
         if size:
-            self._of_connection[number] = size
+            self.waiting[number] = size
         else:
-            self._of_connection.pop(number, None)
+            self.waiting.pop(number, None)

@@ -32,17 +32,17 @@ class Messages:
         self._turns = turns
         self._subscribed: dict[Member, Client] = {}
         self._uncommitted: dict[int, Client] = {}  # whose answers wait for the commit
-        self._replaying: dict[int, Client] = {}  # subscribers that still get what is stored
+        self.replaying: dict[int, Client] = {}  # subscribers that still get what is stored
+        self.due = False  # whether something has come since the last `commit`
 
     @property
     def pressing(self) -> bool:
         """Whether there is something to do although nothing comes."""
-        if self._uncommitted:
-            return True
-        return any(not client.out and not client.user.rests_until_s for client in self._replaying.values())
+        return self.due or any(not one.out and not one.user.rests_until_s for one in self.replaying.values())
 
     def publish(self, client: Client, message: dispatch.Publish, attached: Attached | None) -> None:
         """Hand a message to the handlers of its topic, and answer it."""
+        self.due = True
         answer: bytes | None
         try:
             to_commit = self._topics.publish(client.member, message, attached)
@@ -59,6 +59,7 @@ class Messages:
 
     def commit(self) -> Iterator[Client]:
         """Write down what this turn brought to be stored, once for all, and then give its answers: to these clients."""
+        self.due = False
         waiting, self._uncommitted = self._uncommitted, {}
         refusal, unacknowledged = self._topics.commit()
         for client in waiting.values():
@@ -91,10 +92,11 @@ class Messages:
             client.state = "subscribed"
             self._subscribed[client.member] = client
             if client.member.replayed is not None:
-                self._replaying[client.number] = client
+                self.replaying[client.number] = client
 
     def receive(self, client: Client, asked: dispatch.Receive) -> None:
         """Acknowledge; what is stored for the client comes once that is committed."""
+        self.due = True
         try:
             self._topics.acknowledge(client.member, asked.acknowledge)
         except Refused as refusal:
@@ -128,18 +130,18 @@ class Messages:
             client = self._subscribed.get(member)
             if client is not None:
                 yield client
-        for client in list(self._replaying.values()):
+        for client in list(self.replaying.values()):
             if not client.out and self._turns.may_work(client.user):
                 before, began_s = len(client.out), clock()
                 client.out += self._topics.replay(client.member)
                 self._turns.spend(client.user, began_s, 1 + (len(client.out) - before) // _BYTES_PER_UNIT)
                 if client.member.replayed is None:
-                    del self._replaying[client.number]
+                    del self.replaying[client.number]
                 yield client
 
     def forget(self, client: Client) -> None:
         """Its connection has ended."""
         self._uncommitted.pop(client.number, None)
-        self._replaying.pop(client.number, None)
+        self.replaying.pop(client.number, None)
         self._subscribed.pop(client.member, None)
         self._topics.forget(client.member)

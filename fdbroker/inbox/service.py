@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import select
 import socket
+from collections.abc import Iterable
 from typing import assert_never
 
 from fdbroker import limits
@@ -86,26 +87,35 @@ class Inbox:
             for descriptor, client_events in ready.items():
                 if (known := self._by_descriptor.get(descriptor)) is not None:
                     self._client_event(known, client_events)
-            for client in (*self._turns.rested(), *self._more.values()):
-                if client.number in self._by_number:
-                    self._work(client)
-            for client in self._messages.commit():
-                if client.number in self._by_number:
-                    self._work(client)
-            for client in self._messages.deliver():
-                self._settle(client)
+            if self._turns.resting or self._more:
+                self._go_on((*self._turns.rested(), *self._more.values()))
+            if self._messages.due or self._messages.replaying:
+                self._go_on(self._messages.commit())
+                for client in self._messages.deliver():
+                    self._settle(client)
             self._turns.end()
-            self._say_slowed()
-            self._end_slow()
+            if self._turns.slowed:
+                self._say_slowed()
+            if self._deadlines.busy:
+                self._end_slow()
             if self._unread.waiting:
                 self._unread.sweep_at_times()
         self._opener.send(link.DRAINED)
 
+    def _go_on(self, clients: Iterable[Client]) -> None:
+        for client in clients:
+            if client.number in self._by_number:
+                self._work(client)
+
     def _timeout_s(self) -> float:
-        if self._more or self._messages.pressing:
+        if self._more or self._messages.due or (self._messages.replaying and self._messages.pressing):
             return 0
-        ends_s = (self._turns.timeout_s(), self._deadlines.timeout_s(), _LINGER_S if self._unread.waiting else -1)
-        return min((one for one in ends_s if one >= 0), default=-1)
+        ends_s = [_LINGER_S] if self._unread.waiting else []
+        if self._turns.resting:
+            ends_s.append(self._turns.timeout_s())
+        if self._deadlines.busy:
+            ends_s.append(self._deadlines.timeout_s())
+        return min(ends_s, default=-1)
 
     def _end_slow(self) -> None:
         """Disconnect clients whose message is not complete in time, or that do not take their answers."""
@@ -352,7 +362,7 @@ class Inbox:
 
     def _put(self, client: Client) -> bool:
         """Put the question, mostly to the opener, once all answers before it are sent; false when they are not."""
-        if client.uncommitted or not self._send(client):
+        if client.uncommitted or (client.out and not self._send(client)):
             return False
         weight = dispatch.weight(client.question)
         if weight and not self._turns.may_ask(client.user, client, weight):
@@ -401,7 +411,7 @@ class Inbox:
 
     def _settle(self, client: Client) -> None:
         """After whatever happened: send, close if that was all, and wait for what can come next."""
-        sent = self._send(client) and not client.uncommitted
+        sent = (not client.out or self._send(client)) and not client.uncommitted
         if sent and client.member.queue and client.member.replayed is None:
             client.fill(self._unread)
             sent = self._send(client)
@@ -413,7 +423,7 @@ class Inbox:
             self._close(client, client.reason)
             return
         size = len(client.out) + client.member.queued_bytes + client.decoder.held
-        if self._memory.is_too_much(client.user.owner, client.number, size):
+        if (size or self._memory.waiting) and self._memory.is_too_much(client.user.owner, client.number, size):
             self._close(client, DEAF)
             return
         self._deadlines.note(

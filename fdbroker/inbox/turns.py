@@ -36,7 +36,7 @@ class Turns:
         self._worked: dict[User, None] = {}  # in this turn
         self._latest: User | None = None
         self._contested_s = -float(_CONTEST_S)  # when another user than before had work
-        self._resting: dict[User, None] = {}
+        self.resting: dict[User, None] = {}
         self.share = _SHARE_ALONE  # of each user, in one turn
         self.slowed: list[User] = []  # who has begun to rest, to be recorded
 
@@ -114,27 +114,24 @@ class Turns:
                 user.rests_until_s = now_s + max(wait_s, min(_REST_S * (1 << user.rests), _DEBT_S))
                 user.forgiven_s = user.rests_until_s + _FORGOTTEN_S
                 user.rests = min(user.rests + 1, 16)
-                self._resting[user] = None
+                self.resting[user] = None
                 if now_s >= user.quiet_until_s:
                     user.quiet_until_s = now_s + limits.AUDIT_REPEAT_SECONDS
                     self.slowed.append(user)
 
     def timeout_s(self) -> float:
-        """Until somebody's rest is over; -1 when nobody rests."""
-        if not self._resting:
-            return -1
-        return max(0.0, min(user.rests_until_s for user in self._resting) - time.monotonic())
+        """Until the first rest of those who are resting is over."""
+        return max(0.0, min(user.rests_until_s for user in self.resting) - time.monotonic())
 
     def rested(self) -> list[Client]:
         """Those connections that may go on, because their user's rest is over."""
         clients: list[Client] = []
-        if self._resting:
-            now_s = time.monotonic()
-            for user in [user for user in self._resting if user.rests_until_s <= now_s]:
-                del self._resting[user]
-                user.rests_until_s = 0.0
-                clients += user.held.values()
-                user.held.clear()
+        now_s = time.monotonic()
+        for user in [user for user in self.resting if user.rests_until_s <= now_s]:
+            del self.resting[user]
+            user.rests_until_s = 0.0
+            clients += user.held.values()
+            user.held.clear()
         return clients
 
     # ---- questions to the opener

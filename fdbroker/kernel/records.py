@@ -55,15 +55,21 @@ class Records:
             line = self._line(cut)
         return line
 
+    def prepare(self, values: Mapping[str, str]) -> bytes:
+        """A record as it is written; the same bytes may be put several times."""
+        return self._fitting(values) if self._journal is None else encode_fields(values)
+
     def write(self, values: Mapping[str, str]) -> None:
-        """Write one record. Raises NotRecorded when the journal, or standard error, takes nothing now."""
+        """Write one record. Raises NotRecorded as `put` does."""
+        self.put(self.prepare(values))
+
+    def put(self, prepared: bytes) -> None:
+        """Write what was prepared. Raises NotRecorded when the journal, or standard error, takes nothing now."""
         try:
             if self._journal is not None:
-                sockets.send(self._journal, encode_fields(values))
-            else:
-                # never wait for who reads it; it is not ours to make non-blocking, others share it
-                line = self._fitting(values)
-                if not (self._never_full or self._stderr.poll(0)) or os.write(2, line) != len(line):
-                    raise NotRecorded("standard error")
+                sockets.send(self._journal, prepared)
+            # never wait for who reads it; it is not ours to make non-blocking, others share it
+            elif not (self._never_full or self._stderr.poll(0)) or os.write(2, prepared) != len(prepared):
+                raise NotRecorded("standard error")
         except OSError as error:
             raise NotRecorded(errno.errorcode.get(error.errno or 0, "?")) from None

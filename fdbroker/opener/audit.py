@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fdbroker import limits
 from fdbroker.kernel.records import NotRecorded, Records
-from fdbroker.terms import INVALID_ID, Device, Resource, Subject, TopicUse, owner_text
+from fdbroker.terms import INVALID_ID, Device, Grant, Resource, Subject, TopicUse, owner_text
 from fdbroker.wire.journal import escaped
 
 _REPEAT_S = limits.AUDIT_REPEAT_SECONDS
@@ -187,17 +187,30 @@ class Audit:
         self._records = Records(journal)
         self._windows: dict[int, _Window] = {}  # by owner, -1 for unknown
         self._owed: deque[Record] = deque(maxlen=_USERS)
+        # grants as they were written last, by connection: most programs are granted the same again
+        self._prepared: dict[tuple[int, Grant, int], bytes] = {}
 
     @property
     def counting(self) -> bool:
         """Whether something may have to be written later: call `flush` now and then."""
         return bool(self._windows or self._owed)
 
-    def grant(self, record: Record) -> None:
-        """Write a grant, before its descriptor leaves. Raises NotRecorded, also while an earlier undoing is owed."""
+    def grant(self, connection: int, subject: Subject, grant: Grant, count: int) -> None:
+        """Write that `count` equal grants are made, before their descriptors leave.
+
+        Raises NotRecorded, also while an earlier undoing is owed.
+        """
         if self._owed:
             raise NotRecorded("records are owed")
-        self.write(record)
+        record = self._prepared.get((connection, grant, count))
+        if record is None:
+            rule, rdev, inode = grant.rule.where, grant.rdev, grant.inode
+            made = Record("granted", "send", connection, subject, grant.resource, "", rule, rdev, inode, count)
+            record = self._records.prepare(fields(made))
+            if len(self._prepared) >= limits.KEPT_VALUES:
+                self._prepared.clear()
+            self._prepared[connection, grant, count] = record
+        self._records.put(record)
 
     def write(self, record: Record, repeated: int = 0) -> None:
         """Write one record. Raises NotRecorded when the journal, or standard error, takes nothing now."""

@@ -21,6 +21,7 @@ from fdbroker.terms import Resource, Rule, Subject
 # The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.
 _SKB_BYTES = 512
 _ACCOUNTS_KEPT = 1024
+_DECIDED_CHARACTERS = 256  # of a resource: for longer ones no decision is kept
 _LOOK_S = limits.FLIGHT_LOOK_MS / 1000
 _BUSY_MS = limits.BUSY_RETRY_MS
 _CLOSING_HELD, _OPENING_HELD = limits.CLOSING_HELD, limits.OPENING_HELD
@@ -30,27 +31,15 @@ class Account:
     """What one owner has in use, over all of its connections."""
 
     __slots__ = (
-        "bucket",
-        "closed",
-        "closing",
-        "connections",
-        "knocking_since_s",
-        "knocks",
-        "lingering",
-        "lists",
-        "maxima",
-        "namespaces",
-        "opening",
-        "pace",
-        "records",
-        "unread",
-        "waiting",
+        *("bucket", "closed", "closing", "connections", "knocking_since_s", "knocks", "lingering", "lists"),
+        *("maxima", "namespaces", "opening", "pace", "records", "unread", "unread_most", "waiting"),
     )
 
     def __init__(self, maxima: Mapping[str, int], now_s: float) -> None:
         self.maxima = maxima  # of the connection that came last
         self.connections: set[Connection] = set()
         self.unread: set[Connection] = set()  # those that may have grants unread
+        self.unread_most = 0  # so many are unread in these at most, as it was when each was looked at last
         self.lingering: set[Connection] = set()  # ended by us, with grants that the client has not read
         self.namespaces: tuple[int, ...] = ()  # inode numbers of those made for it that may be living
         self.bucket = Bucket(maxima["burst"], now_s)
@@ -74,9 +63,15 @@ class Account:
                 connection.linger()
         return len(self.connections) + len(self.lingering)
 
-    def count_unread(self) -> int:
-        """Descriptors that were sent to any connection of the owner and not read, never too few."""
-        return sum(connection.unread_grants() for connection in tuple(self.unread))
+    def has_unread(self, above: int) -> bool:
+        """Whether more descriptors than that are unread in all connections of the owner: the kernel knows, if need be.
+
+        Never false when it is so.
+        """
+        if self.unread_most > above:
+            for connection in tuple(self.unread):
+                connection.unread_grants()
+        return self.unread_most > above
 
     def charge(self, maxima: Mapping[str, int], now_s: float, nodes: int) -> None:
         """So many nodes were looked at for a List: whoever made them, what else the owner asks for is not slowed."""
@@ -122,11 +117,13 @@ class Flight:
 
     def has_room(self, account: Account, count: int, now_s: float) -> bool:
         """Whether `count` more may be sent to that owner."""
-        most = limits.shared(self.most) if account.unread else self.most
-        if self.count + count > most and now_s - self._looked_s >= _LOOK_S:
+        if self.count + count <= limits.shared(self.most):
+            return True
+        if now_s - self._looked_s >= _LOOK_S:
             self._looked_s = now_s
             for connection in tuple(self.unread):
                 connection.unread_grants()
+        most = limits.shared(self.most) if account.has_unread(0) else self.most
         return self.count + count <= most
 
 
@@ -170,20 +167,8 @@ class Connection:
     """One client: its number, our copy of its socket, and who it is. Owns the socket until `close`."""
 
     __slots__ = (
-        *(
-            "_count",
-            "_queued",
-            "_sent",
-            "account",
-            "flight",
-            "let_in_s",
-            "number",
-            "recorded",
-            "sock",
-            "state",
-            "subject",
-            "view",
-        ),
+        *("_count", "_queued", "_sent", "account", "decided", "flight", "let_in_s", "number", "recorded", "sock"),
+        *("state", "subject", "view"),
     )
 
     def __init__(
@@ -192,7 +177,8 @@ class Connection:
         self.number = number
         self.sock = sock
         self.subject = subject
-        self.view = seen  # it is judged by; another policy brings another
+        self.view = seen  # it is judged by
+        self.decided: dict[Resource, tuple[Rule, ...]] = {}  # by that view
         self.account = account
         self.state = "idle"  # a state of link.TURNS
         self.recorded = False  # whether a record of it has been counted
@@ -203,15 +189,21 @@ class Connection:
         self.flight = flight
         account.connections.add(self)
 
+    def judge_by(self, seen: View, decided: dict[Resource, tuple[Rule, ...]]) -> None:
+        """By this view from now on, and what was decided by it lately, for whomever."""
+        self.view, self.decided = seen, decided
+
     def note_sent(self, size: int, grants: int) -> None:
         """A message of `size` bytes with `grants` descriptors has left."""
-        grown = sockets.unread_bytes(self.sock) - self._queued
-        self._sent.append((max(grown, size + _SKB_BYTES), grants))
+        before, self._queued = self._queued, sockets.unread_bytes(self.sock)
+        # what was read since then makes it look smaller: so more messages count as unread, never fewer
+        self._sent.append((max(self._queued - before, size + _SKB_BYTES), grants))
         self._note(self._count + grants)
 
     def _note(self, unread: int) -> None:
         """So many descriptors are unread now, as far as we know."""
         self.flight.count += unread - self._count
+        self.account.unread_most += unread - self._count
         self._count = unread
         if unread:
             self.account.unread.add(self)
@@ -303,9 +295,9 @@ def authorize_grants(connection: Connection, count: int, now_s: float) -> None:
     Raises ClientNotReading, QuotaExceeded, or RateLimited when others, or what is not closed yet, leave no room.
     """
     account, maximum = connection.account, connection.view.limits["unread_grants"]
-    if connection.unread_grants() >= maximum:
-        raise ClientNotReading
-    if account.count_unread() + account.opening + count > maximum:
+    if account.has_unread(maximum - account.opening - count):
+        if connection.unread_grants() >= maximum:
+            raise ClientNotReading
         raise QuotaExceeded("unread_grants", maximum)
     if account.closing - account.closed + count > _CLOSING_HELD or account.opening + count > _OPENING_HELD:
         raise RateLimited(_BUSY_MS, "busy")
@@ -337,11 +329,18 @@ def authorize_resources(connection: Connection, resources: Sequence[Resource]) -
     """The rules that allow each resource, never none. Raises Denied for the first that nothing allows."""
     allowed = []
     for index, resource in enumerate(resources):
-        decision = decide(connection.view, resource)
-        if not decision.rules:
-            by = decision.denied_by
-            if by is not None:
-                raise Denied(f"a deny rule for {by.source}", index=index, rule=by.where)
-            raise Denied("no rule allows it", index=index)
-        allowed.append(decision.rules)
+        rules = connection.decided.get(resource)
+        if rules is None:
+            decision = decide(connection.view, resource)
+            if not decision.rules:
+                by = decision.denied_by
+                if by is not None:
+                    raise Denied(f"a deny rule for {by.source}", index=index, rule=by.where)
+                raise Denied("no rule allows it", index=index)
+            rules = decision.rules
+            if len(resource.text) <= _DECIDED_CHARACTERS:
+                if len(connection.decided) >= limits.KEPT_VALUES:
+                    connection.decided.clear()
+                connection.decided[resource] = rules
+        allowed.append(rules)
     return allowed

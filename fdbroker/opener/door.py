@@ -266,7 +266,7 @@ class Door:
 
     def _hand_on(self, sock: socket.socket, subject: Subject, account: Account) -> None:
         """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
-        seen, allowed = self.views.of(subject)
+        seen, allowed, decided = self.views.of(subject)
         sender = Sender(subject.uid, subject.gid, subject.pid, subject.session, subject.owner)
         sockets.hear_urgent(sock)
         sockets.let_descriptors(sock, allowed=bool(allowed.send))
@@ -282,9 +282,9 @@ class Door:
             self._pause()
             return
         self._last_number += 1
-        self._connections[self._last_number] = Connection(
-            self._last_number, sock, subject, seen, account, self._accounts.flight
-        )
+        connection = Connection(self._last_number, sock, subject, seen, account, self._accounts.flight)
+        connection.judge_by(seen, decided)
+        self._connections[self._last_number] = connection
 
     def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded, subject: Subject | None, why: str = "") -> None:
         """Say the refusal and hang up; takes `sock`."""

@@ -206,9 +206,7 @@ def _authorize_again(opening: Opening) -> None:
 def _record_grants(opening: Opening, grants: Sequence[Grant], audit: Audit) -> None:
     number, subject = opening.connection.number, opening.connection.subject
     for grant, count in Counter(grants).items():
-        rule = grant.rule.where
-        record = Record("granted", "send", number, subject, grant.resource, "", rule, grant.rdev, grant.inode, count)
-        audit.grant(record)
+        audit.grant(number, subject, grant, count)
         opening.recorded[grant] = count
 
 

@@ -401,7 +401,8 @@ class Opener:
         self._asking.owners = policy.owners
         self._tell_topics()
         for connection in self._connections.values():
-            connection.view, allowed = self._views.of(connection.subject)
+            seen, allowed, decided = self._views.of(connection.subject)
+            connection.judge_by(seen, decided)
             sockets.let_descriptors(connection.sock, allowed=bool(allowed.send))
             self._inbox.send(_to_inbox(rights.RightsChanged(connection.number, allowed)))
         self._lister.list_again()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import View, decide, view
-from fdbroker.terms import TOPIC_VERBS, Subject, Topic, TopicUse
+from fdbroker.terms import TOPIC_VERBS, Resource, Rule, Subject, Topic, TopicUse
 from fdbroker.wire.rights import Rights
 
 # When there are more, all are made anew. A guess: as many as there are accounts.
@@ -18,10 +18,11 @@ _KEPT = 1024
 
 
 class Seen(NamedTuple):
-    """What a subject may do: all of it, and what of that the inbox judges."""
+    """What a subject may do: all of it, what of that the inbox judges, and what was decided lately (`authorize.py`)."""
 
     view: View
     rights: Rights
+    decided: dict[Resource, tuple[Rule, ...]]
 
 
 class Views:
@@ -47,7 +48,7 @@ class Views:
             what = (*made[:4], tuple(made.limits.items()), made.administrator)
             seen = self._by_view.get(what)
             if seen is None:
-                seen = self._by_view[what] = Seen(made, message_rights(made, self.policy.topics))
+                seen = self._by_view[what] = Seen(made, message_rights(made, self.policy.topics), {})
             self._by_subject[who] = seen
         return seen
 

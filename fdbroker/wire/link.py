@@ -171,6 +171,7 @@ FromLauncher = Policy | Stop | Ping | admin.Judged | admin.Reloaded
 
 # What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
 # that has no row here is out of turn. docs/protocol.md prints it.
+STATES = ("idle", "opening", "listing", "watching", "stopping", "reloading")
 TURNS: Mapping[tuple[str, str], str] = {
     ("idle", "Open"): "opening",
     ("opening", "Outcome"): "idle",
@@ -186,18 +187,8 @@ TURNS: Mapping[tuple[str, str], str] = {
     ("reloading", "Outcome"): "idle",
     ("reloading", "Reloaded"): "idle",
     ("idle", "DeniedUse"): "idle",
-    ("idle", "Slowed"): "idle",
-    ("opening", "Slowed"): "opening",
-    ("listing", "Slowed"): "listing",
-    ("watching", "Slowed"): "watching",
-    ("stopping", "Slowed"): "stopping",
-    ("reloading", "Slowed"): "reloading",
-    ("idle", "Closed"): "gone",
-    ("opening", "Closed"): "gone",
-    ("listing", "Closed"): "gone",
-    ("watching", "Closed"): "gone",
-    ("stopping", "Closed"): "gone",
-    ("reloading", "Closed"): "gone",
+    **{(state, "Slowed"): state for state in STATES},
+    **{(state, "Closed"): "gone" for state in STATES},
 }
 
 # ---- formats

@@ -14,7 +14,7 @@ from harness import ALICE, EVERYONE_NULL, as_user, ask, running
 
 from fdbroker import limits
 from fdbroker.opener.audit import FIELDS, Audit, NotRecorded, Record, fields
-from fdbroker.terms import Device, Subject
+from fdbroker.terms import Device, Grant, Subject
 from fdbroker.wire.journal import escaped
 
 NASTY = "/dev/x\nMESSAGE=root granted\nFDBROKER_UID=0\x1b[2J\u202e\\n\0\u2028"
@@ -175,7 +175,7 @@ def test_nothing_is_granted_while_an_undoing_is_owed():
     audit = Audit(None)
     audit._owed.append(Record("undone", "send", 1, None, None, "why"))
     with pytest.raises(NotRecorded):
-        audit.grant(Record("granted", "send", 1, None, Device("/dev/a", "ro"), ""))
+        audit.grant(1, None, Grant(Device("/dev/a", "ro"), None), 1)
 
 
 def test_identical_refusals_are_counted_and_grants_never(dev):

@@ -650,7 +650,7 @@ def test_whoever_is_not_read_for_a_while_keeps_nobody_awake(how):
         events, taken = [], opener.inbox._client_event
         opener.inbox._client_event = lambda *event: (events.append(event), taken(*event))
         user.rests_until_s = time.monotonic() + 1
-        opener.inbox._turns._resting[user] = None
+        opener.inbox._turns.resting[user] = None
         client.sendall(INFO)
         if how == "hangs up":
             client.shutdown(socket.SHUT_WR)

@@ -75,7 +75,7 @@ def test_who_is_alone_never_rests(clock):
     work(turns, one, 1)
     clock.now_s += limits.CONTEST_SECONDS
     work(turns, one, SIZE)
-    assert turns.timeout_s() == -1
+    assert not turns.resting
 
 
 def test_who_goes_on_above_its_budget_rests_twice_as_long_each_time(clock):
