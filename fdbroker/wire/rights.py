@@ -93,7 +93,7 @@ _TOPICS = codec.Mapped(codec.Bytes(limits.TOPICS // 8), _bits, _positions)  # wh
 _NAME = codec.Text(limits.NAME_BYTES)
 _HANDLERS = codec.Some(codec.word(*HANDLERS), len(HANDLERS))
 SENDER = codec.Record(Sender, codec.U32, codec.U32, codec.U32, codec.Text(32, cut=True), codec.U32)
-RIGHTS = codec.Record(Rights, _TOPICS, _TOPICS, *[codec.U32] * 7)
+RIGHTS = codec.Kept(codec.Record(Rights, _TOPICS, _TOPICS, *[codec.U32] * 7))
 TOPIC = codec.Record(Topic, _NAME, _HANDLERS, codec.U32, codec.U64, codec.FLAG)
 USER = codec.Record(User, codec.U32, _NAME, _TOPICS)
 USE = codec.Record(TopicUse, codec.word(*TOPIC_VERBS), codec.Text(limits.NAME_BYTES, cut=True))
