@@ -6,7 +6,7 @@ Runs in: inbox. An attacker controls what is sent, and how many subscribe. `topi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fdbroker import limits
 from fdbroker.errors import RateLimited, Refused, TopicDenied
@@ -34,6 +34,7 @@ class Messages:
         self._uncommitted: dict[int, Client] = {}  # whose answers wait for the commit
         self.replaying: dict[int, Client] = {}  # subscribers that still get what is stored
         self.due = False  # whether something has come since the last `commit`
+        self.unsaid: dict[int, tuple[Client, bytes]] = {}  # denials for which there was no room in the opener's link
 
     @property
     def pressing(self) -> bool:
@@ -118,10 +119,30 @@ class Messages:
         return True
 
     def _note(self, client: Client, refusal: Refused, verb: str) -> None:
-        """Have a denial recorded, unless the opener has more to read than it can already."""
-        if isinstance(refusal, TopicDenied) and not self._opener.waiting:
-            denied = rights.DeniedUse(client.number, TopicUse(verb, refusal.topic))
-            self._opener.send(link.INBOX_TO_OPENER.encode(denied))
+        """Have a denial recorded; while there is no room in the opener's link, the client's next message waits."""
+        if isinstance(refusal, TopicDenied):
+            denied = link.INBOX_TO_OPENER.encode(rights.DeniedUse(client.number, TopicUse(verb, refusal.topic)))
+            if self._opener.waiting or self.unsaid:
+                self.unsaid[client.number] = client, denied
+            else:
+                self._opener.send(denied)
+
+    def say_denied(self) -> list[Client]:
+        """Say what was denied, as far as there is room in the opener's link; these clients may go on."""
+        said = []
+        while self.unsaid and not self._opener.waiting:
+            client, denied = self.unsaid.pop(next(iter(self.unsaid)))
+            self._opener.send(denied)
+            said.append(client)
+        return said
+
+    def say_slowed(self, clients: Iterable[Client]) -> None:
+        """Have it recorded whose work has begun to wait, as far as there is room in the opener's link."""
+        while self._turns.slowed and not self._opener.waiting:
+            user = self._turns.slowed.popitem()[0]
+            number = next((client.number for client in clients if client.user is user), None)
+            if number is not None:
+                self._opener.send(link.INBOX_TO_OPENER.encode(link.Slowed(number)))
 
     def deliver(self) -> Iterator[Client]:
         """Those that something waits for, of each all of it at once; also what is stored, for those who asked."""
@@ -141,6 +162,8 @@ class Messages:
 
     def forget(self, client: Client) -> None:
         """Its connection has ended."""
+        if client.number in self.unsaid:  # one of each connection can always be queued
+            self._opener.send(self.unsaid.pop(client.number)[1])
         self._uncommitted.pop(client.number, None)
         self.replaying.pop(client.number, None)
         self._subscribed.pop(client.member, None)

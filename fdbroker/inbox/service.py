@@ -93,9 +93,11 @@ class Inbox:
                 self._go_on(self._messages.commit())
                 for client in self._messages.deliver():
                     self._settle(client)
+            if self._messages.unsaid and not self._opener.waiting:
+                self._go_on(self._messages.say_denied())
             self._turns.end()
             if self._turns.slowed:
-                self._say_slowed()
+                self._messages.say_slowed(self._by_number.values())
             if self._deadlines.busy:
                 self._end_slow()
             if self._unread.waiting:
@@ -126,14 +128,6 @@ class Inbox:
             if number not in client.user.held and not self._receiver.peek(client):
                 self._close(client, SLOW)
             self._deadlines.completed(number)  # else it is we who do not read, and the rest has its time anew
-
-    def _say_slowed(self) -> None:
-        """Have it recorded whose work has begun to wait."""
-        while self._turns.slowed:
-            user = self._turns.slowed.pop()
-            number = next((client.number for client in self._by_number.values() if client.user is user), None)
-            if number is not None and not self._opener.waiting:
-                self._opener.send(_to_opener(link.Slowed(number)))
 
     # ---- the opener's link
 
@@ -273,7 +267,8 @@ class Inbox:
 
     def _awaits(self, client: Client) -> bool:
         """Whether nothing that it sent before is still to be done."""
-        return client.question is None and client.number not in self._more
+        number = client.number
+        return client.question is None and number not in self._more and number not in self._messages.unsaid
 
     def _end_asking(self, client: Client) -> None:
         """Something came after Subscribe or a watch, and must not stay: it could be the connection's own other end."""
@@ -311,7 +306,7 @@ class Inbox:
         self._more.pop(client.number, None)
         try:
             while self._turns.may_work(client.user):
-                if client.state != "idle" or client.doomed:
+                if client.state != "idle" or client.doomed or client.number in self._messages.unsaid:
                     break
                 if client.question is None and not self._take(client):
                     break
@@ -381,15 +376,10 @@ class Inbox:
                 event, message = dispatch.question(asked, client.number)
                 client.state = link.TURNS[client.state, event]
                 self._opener.send(_to_opener(message))
-        self._end_with(client)
-        return True
-
-    @staticmethod
-    def _end_with(client: Client) -> None:
-        """That was its last request: one that came with it ends the connection."""
-        if client.state in _LAST and client.decoder.partial:
+        if client.state in _LAST and client.decoder.partial:  # that was its last request, and another one came with it
             client.doomed = True
             client.reason = BROKE
+        return True
 
     def _send(self, client: Client) -> bool:
         """Send what waits; true when all of it is sent. A client that is gone is noticed when it is read."""

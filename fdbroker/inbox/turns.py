@@ -38,7 +38,7 @@ class Turns:
         self._contested_s = -float(_CONTEST_S)  # when another user than before had work
         self.resting: dict[User, None] = {}
         self.share = _SHARE_ALONE  # of each user, in one turn
-        self.slowed: list[User] = []  # who has begun to rest, to be recorded
+        self.slowed: dict[User, None] = {}  # who has begun to rest, to be recorded
 
     def join(self, owner: int, allowed: Rights) -> User:
         """The user of a connection that begins; what the policy allows it now is for all of its connections."""
@@ -117,7 +117,7 @@ class Turns:
                 self.resting[user] = None
                 if now_s >= user.quiet_until_s:
                     user.quiet_until_s = now_s + limits.AUDIT_REPEAT_SECONDS
-                    self.slowed.append(user)
+                    self.slowed[user] = None
 
     def timeout_s(self) -> float:
         """Until the first rest of those who are resting is over."""

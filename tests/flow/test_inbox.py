@@ -661,3 +661,26 @@ def test_whoever_is_not_read_for_a_while_keeps_nobody_awake(how):
             assert isinstance(opener.next(), link.Closed)
         else:
             assert len(replies(client, 1)) == 1
+
+
+def test_no_denial_is_lost_while_the_opener_reads_nothing():
+    """Each was only said when there was room, and nobody learned of the others."""
+    denied = b'{"method":"io.fdbroker.Inbox.Send","parameters":{"topic":"t%d","payload":"x"}}\0'
+    often = Rights(messages_per_second=100_000, burst=100_000)
+    with inbox() as opener, opener.client(often) as client, opener.client(often) as other:
+        opener.ends[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)  # room for some messages
+        count = 300
+        client.sendall(b"".join(denied % number for number in range(count)))
+        time.sleep(0.3)  # the link is full by now
+        other.sendall(denied % count + b'{"method":"io.fdbroker.Broker.About"}\0')
+        for end in (client, other):
+            end.shutdown(socket.SHUT_WR)
+        said = []
+        while len(said) < count + 3:
+            said.append(opener.next())
+        assert [
+            one.use.topic for one in said if getattr(one, "connection", 0) == 1 and isinstance(one, rights.DeniedUse)
+        ] == [f"t{number}" for number in range(count)]
+        assert [type(one).__name__ for one in said if one.connection == 2] == ["DeniedUse", "Closed"]
+        assert len(replies(client, count + 1)) == count
+        assert len(replies(other, 3)) == 2
