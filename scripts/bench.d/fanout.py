@@ -72,7 +72,7 @@ def main() -> None:
         if kind != "fdbroker":
             sock.recv(100)
         sock.setblocking(False)
-        poll.register(sock, selectors.EVENT_READ)
+        poll.register(sock, selectors.EVENT_READ, sock)
         missing[sock] = count
     publisher = _connected(address, begin)
     time.sleep(0.5)  # fdbroker does not answer a subscription
@@ -91,13 +91,14 @@ def main() -> None:
                     if not waiting:
                         poll.modify(publisher, selectors.EVENT_READ)
                 continue
-            data = key.fileobj.recv(1 << 18)
+            subscriber = key.data
+            data = subscriber.recv(1 << 18)
             if not data:
                 raise SystemExit("a subscriber was disconnected")
             if b'"lost":' in data:
                 raise SystemExit("messages were lost")
-            missing[key.fileobj] -= data.count(mark)
-            left -= missing[key.fileobj] == 0
+            missing[subscriber] -= data.count(mark)
+            left -= missing[subscriber] == 0
     print(time.perf_counter_ns() - began)
 
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
-_CALL = {"method": "io.fdbroker.Broker.Open"}
-_CALL["parameters"] = {"resources": [{"namespace": {"type": "net", "create": True}}]}
+_ASKED = {"resources": [{"namespace": {"type": "net", "create": True}}]}
+_CALL = {"method": "io.fdbroker.Broker.Open", "parameters": _ASKED}
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 

@@ -8,7 +8,7 @@ No library: what is drawn is lines and text, and the same numbers give the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Panel(NamedTuple):
 
     title: str
     unit: str
-    series: dict[str, Points]
+    series: Mapping[str, Points]
     x_unit: str = "s"
     log: bool = False
 
