@@ -71,7 +71,7 @@ class User:
 class Client:
     """One connection: our copy of its socket, who it is (and all its messages must come from), what waits.
 
-    `state` is one of link.TURNS, or subscribed. `uncommitted` are the answers from the first on that must wait for a
+    `state` is one of link.STATES. `uncommitted` are the answers from the first on that must wait for a
     commit: None for a message that is said to be stored, Receive for what its client then gets.
     """
 
@@ -115,6 +115,10 @@ class Client:
         self.ended = False  # it sends no more
         self.doomed = False  # close once all is sent
         self.reason = ENDED  # why it will be closed
+
+    def turn(self, event: str) -> None:
+        """Something happens on it. Raises LinkViolation when that is out of turn: the opener breaks its rules."""
+        self.state = link.turned(self.number, self.state, event)
 
     @property
     def sent(self) -> bytes:

@@ -90,7 +90,7 @@ class Messages:
             self._note(client, refusal, "subscribe")
             client.answer(client.message_refused(refusal))
         else:
-            client.state = "subscribed"
+            client.turn("Subscribe")
             self._subscribed[client.member] = client
             if client.member.replayed is not None:
                 self.replaying[client.number] = client

@@ -147,7 +147,7 @@ class Inbox:
                     if known := self._by_number.get(number):
                         known.user.allow(allowed)
                         if not self._messages.allow(known, allowed):
-                            self._end_turn(known)
+                            self._end_turn(known, "Unsubscribe")
                 case rights.Topics(topics):
                     self._topics.use(topics)
                 case rights.Users(users):
@@ -160,7 +160,7 @@ class Inbox:
                             if refusal.offends:
                                 self._turns.offend(known.user)
                         self._answered(known)
-                        self._end_turn(known)
+                        self._end_turn(known, "Outcome")
                     return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
                 case link.Offered(number, last, offers):
                     if known := self._by_number.get(number):
@@ -168,7 +168,7 @@ class Inbox:
                 case admin.Reloaded(number, findings):
                     if known := self._by_number.get(number):
                         known.out += dispatch.reloaded_reply(findings)
-                        self._end_turn(known)
+                        self._end_turn(known, "Reloaded")
                 case admin.InForce() as said:
                     self._in_force = said
                 case link.Drain():
@@ -207,7 +207,7 @@ class Inbox:
         client.offers = []
         self._answered(client)
         if not watching:
-            self._end_turn(client)
+            self._end_turn(client, "Offered")
         elif self._draining:
             self._send(client)
             self._close(client, ENDED)  # nothing more is owed to it
@@ -216,8 +216,8 @@ class Inbox:
         else:
             self._settle(client)
 
-    def _end_turn(self, client: Client) -> None:
-        client.state = "idle"
+    def _end_turn(self, client: Client, event: str) -> None:
+        client.turn(event)
         client.asked = ()
         self._work(client)
 
@@ -374,7 +374,7 @@ class Inbox:
                 if isinstance(asked, dispatch.AskOpen):
                     client.asked = asked.resources
                 event, message = dispatch.question(asked, client.number)
-                client.state = link.TURNS[client.state, event]
+                client.turn(event)
                 self._opener.send(_to_opener(message))
         if client.state in _LAST and client.decoder.partial:  # that was its last request, and another one came with it
             client.doomed = True

@@ -17,6 +17,7 @@ from fdbroker.pace import Pace
 from fdbroker.policy.decide import View, decide
 from fdbroker.refusals import ClientNotReading, Denied, LinkViolation, QuotaExceeded, RateLimited
 from fdbroker.terms import Resource, Rule, Subject
+from fdbroker.wire.link import turned
 
 # The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.
 _SKB_BYTES = 512
@@ -180,7 +181,7 @@ class Connection:
         self.view = seen  # it is judged by
         self.decided: dict[Resource, tuple[Rule, ...]] = {}  # by that view
         self.account = account
-        self.state = "idle"  # a state of link.TURNS
+        self.state = "idle"  # one of link.STATES
         self.recorded = False  # whether a record of it has been counted
         self.let_in_s = processes.boot_s()
         self._sent: deque[tuple[int, int]] = deque()  # (bytes in the socket's queue, grants) of messages maybe unread
@@ -188,6 +189,10 @@ class Connection:
         self._count = 0  # descriptors that were unread then, or were sent since
         self.flight = flight
         account.connections.add(self)
+
+    def turn(self, event: str) -> None:
+        """Something happens on it. Raises LinkViolation when that is out of turn."""
+        self.state = turned(self.number, self.state, event)
 
     def judge_by(self, seen: View, decided: dict[Resource, tuple[Rule, ...]]) -> None:
         """By this view from now on, and what was decided by it lately, for whomever."""

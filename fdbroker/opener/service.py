@@ -230,10 +230,7 @@ class Opener:
         connection = self._connections.get(number)
         if connection is None:
             raise LinkViolation(f"{event} in the name of connection {number}, which does not exist")
-        state = link.TURNS.get((connection.state, event))
-        if state is None:
-            raise LinkViolation(f"{event} on connection {number}, which is {connection.state}")
-        connection.state = state
+        connection.turn(event)
         self._door.note_work(connection.account)
         return connection
 
@@ -274,7 +271,7 @@ class Opener:
         os.eventfd_write(self._woken, 1)
 
     def _end_turn(self, connection: Connection, refusal: Refused | None) -> None:
-        connection.state = link.TURNS[connection.state, "Outcome"]
+        connection.turn("Outcome")
         self._inbox.send(_to_inbox(link.Outcome(connection.number, refusal)))
 
     def _refuse(self, connection: Connection, refusal: Refused) -> None:
@@ -347,7 +344,7 @@ class Opener:
     def _list_some(self) -> None:
         """Look at the next few nodes that somebody wants listed, and hand on what is done."""
         for connection, parts in self._lister.step(time.monotonic()):
-            connection.state = link.TURNS[connection.state, "Offered"]
+            connection.turn("Offered")
             for part in parts:
                 self._inbox.send(part)
 
@@ -376,7 +373,7 @@ class Opener:
                 case admin.Reloaded(number, _):
                     if self._state_of(number) == "reloading":
                         connection = self._connections[number]
-                        connection.state = link.TURNS[connection.state, "Reloaded"]
+                        connection.turn("Reloaded")
                         self._inbox.send(data)
                 case link.Stop():
                     self._stop()

@@ -171,7 +171,7 @@ FromLauncher = Policy | Stop | Ping | admin.Judged | admin.Reloaded
 
 # What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
 # that has no row here is out of turn. docs/protocol.md prints it.
-STATES = ("idle", "opening", "listing", "watching", "stopping", "reloading")
+STATES = ("idle", "opening", "listing", "watching", "stopping", "reloading", "subscribed")
 TURNS: Mapping[tuple[str, str], str] = {
     ("idle", "Open"): "opening",
     ("opening", "Outcome"): "idle",
@@ -187,9 +187,20 @@ TURNS: Mapping[tuple[str, str], str] = {
     ("reloading", "Outcome"): "idle",
     ("reloading", "Reloaded"): "idle",
     ("idle", "DeniedUse"): "idle",
+    ("idle", "Subscribe"): "subscribed",
+    ("subscribed", "Unsubscribe"): "idle",
     **{(state, "Slowed"): state for state in STATES},
     **{(state, "Closed"): "gone" for state in STATES},
 }
+
+
+def turned(number: int, state: str, event: str) -> str:
+    """The state of connection `number` after `event`. Raises LinkViolation when that is out of turn."""
+    after = TURNS.get((state, event))
+    if after is None:
+        raise LinkViolation(f"{event} on connection {number}, which is {state}")
+    return after
+
 
 # ---- formats
 
