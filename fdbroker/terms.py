@@ -7,7 +7,8 @@ An attacker controls: what a Resource holds, and the `comm` of a Subject; nothin
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 # A uid or gid that the kernel could not map into our user namespace shows as this number
@@ -103,25 +104,22 @@ Resource = Device | Namespace | Socket
 
 
 class Groups(Collection[int]):
-    """The groups that a process is in, up to 65,536 of them in 4 bytes each: `packed`, in no order."""
+    """The groups that a process is in, each once, up to 65,536 of them in 4 bytes each."""
 
-    __slots__ = ("_packed",)
+    __slots__ = ("_sorted",)
 
-    def __init__(self, packed: array[int]) -> None:
-        self._packed = packed.tobytes()
+    def __init__(self, gids: Iterable[int]) -> None:
+        self._sorted = array("I", sorted(set(gids)))
 
     def __contains__(self, gid: object) -> bool:
-        wanted = array("I", [gid]).tobytes() if isinstance(gid, int) else b"?"
-        at = self._packed.find(wanted)
-        while at % len(wanted) and at >= 0:  # made of the bytes of two others
-            at = self._packed.find(wanted, at + 1)
-        return at >= 0
+        at = bisect_left(self._sorted, gid) if isinstance(gid, int) else len(self._sorted)
+        return at < len(self._sorted) and self._sorted[at] == gid
 
     def __iter__(self) -> Iterator[int]:
-        return iter(array("I", self._packed))
+        return iter(self._sorted)
 
     def __len__(self) -> int:
-        return len(self._packed) // array("I").itemsize
+        return len(self._sorted)
 
 
 class Subject(NamedTuple):

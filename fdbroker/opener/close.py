@@ -5,6 +5,7 @@ Runs in: opener. An attacker controls what a descriptor of its own waits for, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -33,7 +34,7 @@ class Closing:
             if sleeps(os.fstat(descriptor)):
                 connection.account.closing += 1
                 self._jobs.put(connection.subject.owner, partial(self._close_one, connection.account, descriptor))
-            else:
+            else:  # of a driver that has nothing to report
                 os.close(descriptor)
 
     def hang_up(self, sock: socket.socket, owner: int) -> None:
@@ -63,6 +64,7 @@ class Closing:
         self._sockets.remove(sock)
 
     def _close_one(self, account: Account, descriptor: int) -> None:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # a driver may report what it could not write; it is closed
+            os.close(descriptor)
         with self._lock:  # two threads can close for one owner
             account.closed += 1

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import View, decide, view
+from fdbroker.policy.decide import View, covers, view
+from fdbroker.policy.paths import is_literal, literal
 from fdbroker.terms import TOPIC_VERBS, Resource, Rule, Subject, Topic, TopicUse
 from fdbroker.wire.rights import Rights
 
@@ -55,13 +56,16 @@ class Views:
 
 def message_rights(seen: View, topics: Sequence[Topic]) -> Rights:
     """What a connection may do with messages; the inbox judges by it, for it alone could break it."""
-    send, subscribe = (
-        frozenset(index for index, topic in enumerate(topics) if decide(seen, TopicUse(verb, topic.name)).rules)
-        for verb in TOPIC_VERBS
-    )
+    positions = {topic.name: index for index, topic in enumerate(topics)}
+    allowed: dict[str, set[int]] = {verb: set() for verb in TOPIC_VERBS}
+    for rule in seen.topics:
+        # most rules name one topic: to judge each topic by each of them took a fifth of a second for 256
+        names = positions.keys() & {literal(rule.pattern)} if is_literal(rule.pattern) else positions
+        allowed[rule.verb].update(positions[name] for name in names if covers(rule, TopicUse(rule.verb, name)))
     maxima = seen.limits
     return Rights(
-        *(send, subscribe, maxima["requests_per_second"], maxima["burst"]),
+        *(frozenset(allowed["send"]), frozenset(allowed["subscribe"])),
+        *(maxima["requests_per_second"], maxima["burst"]),
         *(maxima["subscriptions"], maxima["stored_messages"], maxima["stored_bytes"]),
         *(maxima["records_per_second"], maxima["record_burst"]),
     )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
 import struct
 import time
 from functools import partial
+from unittest import mock
 
 import pytest
 
 from fdbroker import limits
 from fdbroker.kernel import sockets
+from fdbroker.opener import close as close_module
 from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.close import Closing
 from fdbroker.policy.decide import View
@@ -67,6 +70,27 @@ def test_what_sleeps_is_closed_by_a_thread_and_counts_until_then(connection):
             time.sleep(0.01)
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(slow)
+
+
+def test_an_error_of_a_close_is_nobodys_end(monkeypatch):
+    """A driver may report then what it could not write, EIO; the descriptor is closed. It ended the service."""
+    closing, connection = Closing(), mock.Mock()
+    connection.subject.owner, connection.account = 5, Account(MAXIMA, 0.0)
+    before, close = set(os.listdir("/proc/self/fd")), os.close
+
+    def reports(number):
+        close(number)
+        raise OSError(errno.EIO, "")
+
+    number = os.open("/dev/fuse" if os.path.exists("/dev/fuse") else "/", os.O_RDONLY)
+    monkeypatch.setattr(close_module.os, "close", reports)
+    closing.close(connection, {0: number})
+    end = time.monotonic() + 5
+    while connection.account.closing != connection.account.closed:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    monkeypatch.undo()
+    assert (connection.account.closed, set(os.listdir("/proc/self/fd"))) == (1, before)
 
 
 def test_refused_clients_leave_nothing_for_the_loop_to_close():

@@ -6,9 +6,13 @@ import json
 import select
 import subprocess
 import sys
+import time
 
+import pytest
+
+from fdbroker import limits
 from fdbroker.opener.audit import Audit, Record
-from fdbroker.terms import Device, Subject
+from fdbroker.terms import Device, Namespace, Socket, Subject, TopicUse
 
 PROGRAM = """
 from fdbroker.kernel.records import Records
@@ -33,6 +37,33 @@ def test_refusals_of_other_uids_of_an_owner_and_of_other_access_are_records_of_t
         (100_002, "ro"),
         (100_002, "rw"),
     ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda text: Namespace("net", text),
+        lambda text: Socket(text, "inet", "stream"),
+        lambda text: TopicUse("send", text),
+        lambda text: Device(text, "ro"),
+    ],
+)
+def test_of_a_long_name_no_more_is_kept_or_escaped_than_a_record_has(make):
+    """65,000 characters that cannot be printed took 22 ms to escape, for each of 32 records in ten seconds."""
+    audit, written = Audit(None), []
+    audit._records.put = written.append
+    subject = Subject(5, frozenset(), 5, 1, "", "", foreign=True, owner=5)
+    began_s = time.thread_time()
+    for number in range(30):
+        record = Record("refused", "authorize", 1, subject, make(f"{number}" + "\x7f" * 65_000), "no", cause="policy")
+        audit.refuse(record, 0.0)
+        audit.refuse(record, 0.0)
+    assert time.thread_time() - began_s < 0.1
+    assert len(written) == 30
+    assert {len(json.loads(line)["FDBROKER_RESOURCE"]) for line in written} == {limits.AUDIT_VALUE_CHARACTERS}
+    kept = [record for record, _ in audit._windows[5].first.values()]
+    assert max(len(record.resource.text) for record in kept) <= limits.AUDIT_VALUE_CHARACTERS
+    assert {record.resource.access for record in kept} == {make("x").access}
 
 
 def test_a_pipe_in_the_journals_place_is_never_waited_for_and_a_long_record_is_cut():
