@@ -59,17 +59,19 @@ class Place(NamedTuple):
     session: str
 
 
+NOWHERE = Place(-1, "")
+
+
 def place(proc: int, pid: int) -> Place:
-    """The login session of process `pid`, as logind names it, and its user, by the process's control group."""
-    try:
-        lines = _read(proc, f"{pid}/cgroup").split(b"\n")
-    except OSError:
-        lines = []
-    for line in lines:
+    """The login session of process `pid`, as logind names it, and its user, by the process's control group.
+
+    Raises OSError when it has ended, or is hidden from us: proc(5), hidepid.
+    """
+    for line in _read(proc, f"{pid}/cgroup").split(b"\n"):
         if found := _SLICE.fullmatch(line):
             scope = _SCOPE.fullmatch(found[2] or b"")
             return Place(int(found[1]), scope[1].decode() if scope else "")
-    return Place(-1, "")
+    return NOWHERE
 
 
 def id_maps(proc: int, pid: int) -> tuple[bytes, bytes] | None:

@@ -5,7 +5,9 @@ Runs in: launcher, command line. Root alone makes the nodes that are looked at h
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -97,8 +99,20 @@ def needs(policy: Policy) -> Needs:
         inodes,
         None if worker is None else frozenset(worker),
         bool(stored),
-        tuple(_believing_bridges(policy)),
+        (*_believing_bridges(policy), *_hidden_processes()),
     )
+
+
+def _hidden_processes() -> Iterator[str]:
+    """Whether /proc shows the opener, which is another user than its clients, their processes. Source: proc(5)."""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        options = [line.rpartition(" ")[2].strip().split(",") for line in mounts if line.split(" ")[4] == "/proc"]
+        hides = [one for one in (options[-1] if options else []) if re.fullmatch("hidepid=(?!0|off).*", one)]
+        if hides:
+            yield (
+                f"/proc is mounted with {hides[0]}: nobody is an administrator, records have no name of a program, and "
+                "uids of no database are turned away; give the service a /proc without it"
+            )
 
 
 def _believing_bridges(policy: Policy) -> Iterator[str]:

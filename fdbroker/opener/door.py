@@ -31,7 +31,7 @@ _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
 _LINGER_S = 1.0
 _FOR_ADMINISTRATORS = limits.FOR_ADMINISTRATORS
 _KNOCKS_FREE = limits.KNOCKS_FREE
-_WHOSE = "its process has ended, and its uid alone does not say whose it was"
+_WHOSE = "its process has ended, or /proc hides it, and its uid alone does not say whose it is"
 _SLOWED = "it connects, or breaks its connections, too often: the next ones wait"
 
 

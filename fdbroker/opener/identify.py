@@ -16,7 +16,7 @@ from fdbroker.terms import OTHERS, Groups, Subject
 
 
 class WhoseUnknown(Exception):
-    """The process that connected has ended, and its uid alone does not say whose it was."""
+    """The process that connected has ended, or /proc hides it, and its uid alone does not say whose it is."""
 
 
 class Identifier:
@@ -33,8 +33,9 @@ class Identifier:
     def owner(self, sock: socket.socket, credentials: Credentials, owners: Owners) -> int:
         """The user behind the uid of an accepted connection, for whom everything is counted; borrows `sock`.
 
-        A uid that `owners` does not know counts for the user in whose slice its process is, else for OTHERS. Raises
-        OSError, and WhoseUnknown when that process has ended: nobody gets rid of a deny rule for its user by that.
+        A uid that `owners` does not know counts for the user in whose slice its process is, else for OTHERS; that of
+        a container which root started, too, for root's own account is not for others to use up. Raises OSError, and
+        WhoseUnknown when nothing can be read of that process: nobody gets rid of a deny rule for its user by that.
         Before Linux 6.5 the kernel does not say which process it was, and it is OTHERS.
         """
         owner = owners.of(credentials.uid)
@@ -49,7 +50,9 @@ class Identifier:
             place = processes.place(self._proc, credentials.pid)
             if not processes.is_alive(pidfd):
                 raise WhoseUnknown
-            return place.uid if place.uid >= 0 else OTHERS
+            return place.uid if place.uid > 0 else OTHERS
+        except OSError:
+            raise WhoseUnknown from None
         finally:
             os.close(pidfd)
 
@@ -95,7 +98,10 @@ class Identifier:
         try:
             comm = processes.comm(self._proc, subject.pid)
             maps = processes.id_maps(self._proc, subject.pid)
-            place = processes.place(self._proc, subject.pid)
+            try:
+                place = processes.place(self._proc, subject.pid)
+            except OSError:
+                place = processes.NOWHERE
             if not processes.is_alive(pidfd):  # what was read may be another process's
                 return subject
         finally:
