@@ -116,7 +116,7 @@ ACKNOWLEDGED: Annotated[int, "messages", "as many as one reply has", "InvalidPar
 
 # --- fairness: the inbox counts a user's work in units of about 5 us
 UNIT_US: Annotated[int, "microseconds", "measured: a read, or a small message", "-"] = 5
-LONG_WORK_US: Annotated[int, "microseconds", "guess: for one message", "it counts by its time"] = 300
+LONG_WORK_US: Annotated[int, "microseconds", "guess: for one message", "it counts by its time"] = 100
 UNITS_PER_REQUEST: Annotated[
     int, "units", "a read, a message and its resource, and beside it a message sent", "a user's budget: times its rate"
 ] = 6
@@ -161,6 +161,7 @@ NOTIFICATION_USERS: Annotated[int, "users", "guess: that send within a minute", 
 POLICY_FILE_BYTES: Annotated[int, "bytes", "guess: a large policy is 20 KiB; the parser is slow", "load fails"] = (
     262_144
 )
+POLICY_BYTES: Annotated[int, "bytes", "measured: of all files, loading takes 10 s", "load fails"] = 1_048_576
 POLICY_FILES: Annotated[int, "files", "guess", "load fails"] = 256
 POLICY_DEPTH: Annotated[int, "levels", "the deepest valid policy has 6", "load fails"] = 16
 POLICY_FINDINGS: Annotated[int, "errors or warnings", "guess: nobody reads more at once", "the rest is counted"] = 200

@@ -96,6 +96,7 @@ MAXIMA = {
     "NOTIFICATION_USERS": "bridges/test_notifications.py::test_so_many_users_are_known_at_once",
     # --- the policy
     "POLICY_FILE_BYTES": "test_maxima.py::test_bytes_of_a_policy_file",
+    "POLICY_BYTES": "test_maxima.py::test_bytes_of_all_files_of_a_policy",
     "POLICY_FILES": "test_maxima.py::test_files_of_a_policy",
     "POLICY_DEPTH": "test_maxima.py::test_levels_of_a_policy",
     "POLICY_FINDINGS": "test_maxima.py::test_errors_that_are_said_at_once",

@@ -849,6 +849,24 @@ def test_bytes_of_a_policy_file(tmp_path):
     assert str(found[0]) == f"{path}: is too large, expected at most {limits.POLICY_FILE_BYTES} bytes"
 
 
+def test_bytes_of_all_files_of_a_policy(tmp_path):
+    """POLICY_BYTES: with 256 files of the longest, nobody heard from the launcher for minutes."""
+    count = limits.POLICY_BYTES // limits.POLICY_FILE_BYTES
+    (tmp_path / "policy.d").mkdir()
+    paths = [tmp_path / "policy.yaml", *(tmp_path / f"policy.d/{number}.yaml" for number in range(count))]
+    for path in paths[:-1]:
+        path.write_text("version: 1\n".ljust(limits.POLICY_FILE_BYTES, "\n"))
+    for rest, wanted in (("", count + 1), ("\n", count)):
+        paths[-1].write_text(rest)
+        found: list[Finding] = []
+        load.load(str(paths[0]), found, trusted=False)
+        said = [one for one in found if "too much" in one.what]
+        assert len(said) == count + 1 - wanted
+        assert [str(one) for one in said] == [
+            f"{paths[-1]}: is too much with those before it, expected at most {limits.POLICY_BYTES} bytes"
+        ][: len(said)]
+
+
 def test_files_of_a_policy(tmp_path):
     """The first one counts."""
     policy, folder = str(tmp_path / "policy.yaml"), tmp_path / "policy.d"

@@ -40,7 +40,8 @@ def policy_files(policy: str, findings: list[Finding]) -> list[str]:
         if name.startswith(".") or name.endswith("~"):
             continue
         if name.endswith(".yaml"):
-            files.append(path)
+            if _is_text(path, findings):
+                files.append(path)
         elif not _LEFTOVER.search(name):
             if os.path.isdir(path):
                 findings.append(Finding(path, 0, 0, "is a folder", "files alone"))
@@ -50,7 +51,15 @@ def policy_files(policy: str, findings: list[Finding]) -> list[str]:
                 findings.append(Finding(path, 0, 0, "is not read", "a name that ends in .yaml", hint=hint))
     if len(files) >= limits.POLICY_FILES:
         raise PolicyError([Finding(folder, 0, 0, f"over {limits.POLICY_FILES} files")])
-    return [policy, *files]
+    return [policy, *files] if _is_text(policy, findings) else files
+
+
+def _is_text(path: str, findings: list[Finding]) -> bool:
+    """Whether a file's name can be said to clients and in records, which are UTF-8; else it is a finding."""
+    shown = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    if shown != path:
+        findings.append(Finding(shown, 0, 0, "has a name that is not UTF-8", hint="rename it"))
+    return shown == path
 
 
 def untrusted(status: os.stat_result, *, sticky_is_fine: bool) -> str:

@@ -75,9 +75,15 @@ def load(policy: str, findings: list[Finding], *, trusted: bool, digest: Digest 
     With `trusted`, every file and the folders above it must be root's and not writable by others. Raises PolicyError
     when the folder cannot be listed.
     """
-    documents = []
+    documents, size = [], 0
     for file in policy_files(policy, findings):
         text = read(file, findings, trusted=trusted)
+        size += len(text or "")
+        if size > limits.POLICY_BYTES:  # nobody hears from the launcher while it loads: systemd's watchdog waits
+            findings.append(
+                Finding(file, 0, 0, "is too much with those before it", f"at most {limits.POLICY_BYTES} bytes")
+            )
+            break
         if text is not None:
             if digest is not None:
                 digest.add(file, text)

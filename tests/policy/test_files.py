@@ -55,6 +55,18 @@ def test_whatever_else_is_there_is_an_error(place, name, said):
     assert found(place) == [f"W/policy.d/{name}: {said}"]
 
 
+def test_a_name_that_is_no_text_is_an_error(place):
+    """It could not be said to any client: a List ended the service, and grants arrived as something that is no JSON."""
+    name = os.fsdecode(b"10-caf\xe9.yaml")
+    (place / "policy.d" / name).write_text("version: 1\n")
+    assert found(place) == ["W/policy.d/10-caf\\xe9.yaml: has a name that is not UTF-8; rename it"]
+    policy = place / os.fsdecode(b"\xe9.yaml")
+    policy.write_text("version: 1\n")
+    with pytest.raises(PolicyError) as caught:
+        load_policy(str(policy), trusted=False)
+    assert f"{place}/\\xe9.yaml: has a name that is not UTF-8; rename it" in map(str, caught.value.findings)
+
+
 def test_a_name_like_a_leftover_that_ends_in_yaml_is_read(place):
     (place / "policy.d" / "x.dpkg-new.yaml").write_text("version: 1\nx: 1\n")
     assert found(place)[0].startswith("W/policy.d/x.dpkg-new.yaml:2:1: unknown key")
