@@ -46,6 +46,7 @@ NAMESPACE_SECONDS: Annotated[int, "seconds", "guess: a thousand times what it ta
 MOUNTS: Annotated[
     int, "mounts", "measured: sixteen copies take 25 MiB of the kernel's memory", "OpenFailed (ENOSPC)"
 ] = 4096
+LIVING_SECONDS: Annotated[int, "seconds", "guess: of looking for living namespaces", "all count as living"] = 1
 NAMESPACE_STOPPED_MS: Annotated[int, "milliseconds", "design: its caller has stopped the child", "OpenFailed"] = 500
 NAMESPACE_REQUESTS: Annotated[int, "requests", "guess: each is a process for a moment; one of each user", "wait"] = 16
 NAMESPACE_HELD: Annotated[int, "descriptors", "guess: one user's requests that wait for more", "RateLimited"] = 128

@@ -41,6 +41,7 @@ MAXIMA = {
     "LINK_WAITING": "test_maxima.py::test_messages_that_wait_for_a_link",
     "POLICY_LINK_BYTES": "test_maxima.py::test_a_compiled_policy",
     # --- the namespaces worker
+    "LIVING_SECONDS": "namespaces/test_living.py::test_what_is_not_found_in_time_counts_as_living",
     "NAMESPACE_SECONDS": "test_maxima.py::test_a_question_to_the_worker_has_its_time",
     "MOUNTS": "test_maxima.py::test_a_copy_of_so_many_mounts_and_not_of_one_more",
     "NAMESPACE_STOPPED_MS": "attacks/test_t30_busy_worker.py::test_a_child_that_its_caller_stops_holds_up_nobody",

@@ -60,7 +60,8 @@ _DEADLY = """
 
 # The namespaces worker and its children.
 _WORKER = """
-    readlink readlinkat getdents64 capset pread64 dup pidfd_open kill wait4 getppid bind setsockopt set_robust_list rseq
+    readlink readlinkat getdents64 capset pread64 dup pidfd_open kill wait4 getppid setpgid bind setsockopt
+    set_robust_list rseq
 """
 
 PROCESSES = {

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import time
 
 from fdbroker import limits
 from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded
@@ -25,7 +26,7 @@ from fdbroker.namespaces.living import living
 from fdbroker.terms import UNMAPPED_ID, Namespace, Socket
 from fdbroker.wire.worker import UNKNOWN, Ask, Made
 
-_ABROAD_MS = (limits.NAMESPACE_SECONDS - 1) * 1000
+_MARGIN_S = 1.0  # before the worker ends this process, its own child must have ended
 _STOPPED, _STOPPED_MS, _LOOK_MS = (b"T", b"t"), limits.NAMESPACE_STOPPED_MS, 50
 _MOUNTS = limits.MOUNTS
 _OWN = "/proc/self/ns"
@@ -35,12 +36,14 @@ _TYPES = {"stream": socket.SOCK_STREAM, "dgram": socket.SOCK_DGRAM}
 _NEW_LINKS = {"time": "time_for_children"}
 
 
-def answer(ask: Ask, pidfd: int | None, permitted: frozenset[str]) -> tuple[Made, list[int]]:
+def answer(ask: Ask, pidfd: int | None, permitted: frozenset[str], until_s: float) -> tuple[Made, list[int]]:
     """The answer and its descriptors; `pidfd`, borrowed, is the process that asks. The process ends after this.
+
+    At `until_s` the worker ends it.
 
     Raises Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, and OSError for what the kernel refuses.
     """
-    work = _Work(ask, pidfd, permitted)
+    work = _Work(ask, pidfd, permitted, until_s - _MARGIN_S)
     match ask.resource:
         case Socket() as asked:
             return Made(ask.request, 0, UNKNOWN, ()), [work.socket(asked)]
@@ -55,7 +58,8 @@ def answer(ask: Ask, pidfd: int | None, permitted: frozenset[str]) -> tuple[Made
 class _Work:
     """One question, and the capabilities that may be raised for it. What it opens is closed by the process's end."""
 
-    def __init__(self, ask: Ask, pidfd: int | None, permitted: frozenset[str]) -> None:
+    def __init__(self, ask: Ask, pidfd: int | None, permitted: frozenset[str], until_s: float) -> None:
+        self.until_s = until_s
         self.ask = ask
         self.pidfd = pidfd
         self.permitted = permitted
@@ -164,7 +168,7 @@ class _Work:
         if len(known) < maximum:
             return (True,) * len(known)
         with self.raised("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"):
-            still = living(self.ask)
+            still = living(self.ask, time.monotonic() + limits.LIVING_SECONDS)
         if len(still) >= maximum:
             raise QuotaExceeded("namespaces", maximum)
         return tuple(inode in still for inode in known)
@@ -191,7 +195,7 @@ class _Work:
         poll.register(ours, select.POLLIN)
         try:
             stopped_ms = 0
-            for _ in range(_ABROAD_MS // _LOOK_MS):
+            while time.monotonic() < self.until_s:
                 if poll.poll(_LOOK_MS):
                     break
                 stopped_ms += _LOOK_MS if state(child) in _STOPPED else 0

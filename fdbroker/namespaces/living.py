@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
 
 from fdbroker.kernel import namespaces
@@ -21,10 +22,11 @@ _LINKS = (*CLONE, "time_for_children")
 _NSFS = re.compile(rf"(?:{'|'.join(CLONE)}):\[([0-9]+)\]")
 
 
-def living(ask: Ask) -> set[int]:
+def living(ask: Ask, until_s: float) -> set[int]:
     """Those of the known namespaces, which were made for an owner, that still are: that any of its uids holds.
 
-    A number that the kernel has given to somebody else's namespace since then does not count.
+    A number that the kernel has given to somebody else's namespace since then does not count. At `until_s` all that
+    were not found yet count: it takes as long as processes hold descriptors.
     """
     wanted = set(ask.known)
     found: set[int] = set()
@@ -32,15 +34,22 @@ def living(ask: Ask) -> set[int]:
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         if wanted <= found:
             break
+        if time.monotonic() >= until_s:
+            return wanted
         with contextlib.suppress(OSError):  # it ended meanwhile
-            found |= set(_entered(pid, wanted - found, ask))
-            if any(map(ask.belongs, _uids(pid))):
-                found |= set(_opened(pid)) & wanted
+            its = any(map(ask.belongs, _uids(pid)))
+            found |= set(_entered(f"/proc/{pid}", wanted - found, ask, its=its))
+            if its:
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    if time.monotonic() >= until_s:
+                        break
+                    found |= set(_entered(f"/proc/{pid}/task/{thread}", wanted - found, ask, its=its))
+                found |= set(_opened(pid, until_s)) & wanted
                 mounted = os.readlink(f"/proc/{pid}/ns/mnt")
                 if mounted not in mounts:
                     mounts.add(mounted)
                     found |= set(_mounted(pid)) & wanted
-    return found
+    return found if time.monotonic() < until_s else wanted
 
 
 def _uids(pid: str) -> tuple[int, ...]:
@@ -54,31 +63,36 @@ def _number(link: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _entered(pid: str, wanted: set[int], ask: Ask) -> Iterator[int]:
+def _entered(folder: str, wanted: set[int], ask: Ask, *, its: bool) -> Iterator[int]:
+    """Those that a process or thread is in; `its`: it is one of the owner's."""
     for kind in _LINKS:
-        path = f"/proc/{pid}/ns/{kind}"
+        path = f"{folder}/ns/{kind}"
         try:
             number = _number(os.readlink(path))
         except FileNotFoundError:  # a kernel without that type
             continue
-        if number in wanted and _is_of(path, ask):
+        if number in wanted and _is_of(path, ask, its=its):
             yield number
 
 
-def _is_of(path: str, ask: Ask) -> bool:
-    """Whether a namespace is owned by a user namespace of that owner, or by ours."""
+def _is_of(path: str, ask: Ask, *, its: bool) -> bool:
+    """Whether a namespace is owned by a user namespace of that owner; or by ours, and `its` process is in it."""
     with contextlib.ExitStack() as owned:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         owned.callback(os.close, descriptor)
         user = namespaces.owner(descriptor)
         owned.callback(os.close, user)
         ours = os.stat("/proc/self/ns/user")
-        return ask.belongs(namespaces.owner_uid(user)) or namespaces.identity(user) == (ours.st_dev, ours.st_ino)
+        return ask.belongs(namespaces.owner_uid(user)) or (
+            its and namespaces.identity(user) == (ours.st_dev, ours.st_ino)
+        )
 
 
-def _opened(pid: str) -> Iterator[int]:
+def _opened(pid: str, until_s: float) -> Iterator[int]:
     """By the link alone: fdinfo would ask the file's driver, and an epoll's owner can make that wait for ever."""
     for name in os.listdir(f"/proc/{pid}/fd"):
+        if time.monotonic() >= until_s:
+            return
         with contextlib.suppress(FileNotFoundError):
             yield _number(os.readlink(f"/proc/{pid}/fd/{name}"))
 

@@ -47,9 +47,15 @@ class Worker:
 
     def serve(self) -> None:
         """Serve until the opener closes its end. Raises LinkViolation when it asks what it must not."""
-        poll = select.epoll()
-        poll.register(self._opener.fileno(), select.EPOLLIN)
-        self._poll = poll
+        self._poll = select.epoll()
+        self._poll.register(self._opener.fileno(), select.EPOLLIN)
+        try:
+            self._serve(self._poll)
+        finally:
+            for child in list(self._children.values()):
+                self._forget(child)
+
+    def _serve(self, poll: select.epoll) -> None:
         while True:
             # what was asked of a worker before this one may still wait, beside what the opener asks of this one
             poll.modify(self._opener.fileno(), select.EPOLLIN if len(self._children) < _CHILDREN else 0)
@@ -89,7 +95,7 @@ class Worker:
 
     def _start(self, ask: worker.Ask, caller: int | None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        parent = os.getpid()
+        parent, until_s = os.getpid(), time.monotonic() + _CHILD_S
         try:
             process = os.fork()
         except OSError as error:  # no process is left for us: a reason to fail this one question
@@ -98,14 +104,17 @@ class Worker:
             self._opener.send(_to_opener(worker.Failed(ask.request, OpenFailed(error.errno or errno.EAGAIN))))
             return
         if process == 0:
-            self._be_child(ask, caller, ours, Link(theirs), parent)
+            self._be_child(ask, caller, ours, Link(theirs), parent, until_s)
         theirs.close()
-        child = _Child(process, Link(ours), ask.request, time.monotonic() + _CHILD_S)
+        os.setpgid(process, process)
+        child = _Child(process, Link(ours), ask.request, until_s)
         self._children[child.link.fileno()] = child
         self._poll.register(child.link.fileno(), select.EPOLLIN)
 
-    def _be_child(self, ask: worker.Ask, caller: int | None, ours: socket.socket, out: Link, parent: int) -> None:
-        """Answer one question in this forked process; never returns."""
+    def _be_child(
+        self, ask: worker.Ask, caller: int | None, ours: socket.socket, out: Link, parent: int, until_s: float
+    ) -> None:
+        """Answer one question in this forked process, before `until_s`; never returns."""
         code = 1
         try:
             confine.die_with(parent)
@@ -116,7 +125,7 @@ class Worker:
             for other in self._children.values():
                 other.link.close()
             try:
-                made, descriptors = answer(ask, caller, self._permitted)
+                made, descriptors = answer(ask, caller, self._permitted, until_s)
                 message = _to_opener(made)
             except Refused as refusal:
                 message, descriptors = _to_opener(worker.Failed(ask.request, refusal)), []
@@ -150,12 +159,12 @@ class Worker:
         self._opener.send(_to_opener(worker.Failed(child.request, OpenFailed(number))))
 
     def _forget(self, child: _Child) -> None:
-        """End a child, if it has not ended by itself."""
+        """End a child, if it has not ended by itself, and its own: the group is theirs, and nobody can leave it."""
         del self._children[child.link.fileno()]
         self._poll.unregister(child.link.fileno())
         child.link.close()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child.process, signal.SIGKILL)
+            os.killpg(child.process, signal.SIGKILL)
         self._ended.append(child.process)  # waited for without waiting: it may be stuck in the kernel
 
 

@@ -94,7 +94,7 @@ def test_a_process_that_ended_meanwhile_is_no_reason_for_a_grant(alive):
 
 
 def test_process_1_is_nobodys_to_ask_for_whatever_the_kernel_would_show_of_it():
-    work = _Work(Ask(1, 0, Namespace("net", pid=1), 0), None, frozenset())
+    work = _Work(Ask(1, 0, Namespace("net", pid=1), 0), None, frozenset(), 0.0)
     with pytest.raises(Denied, match="process 1"):
         work.pid_here(1, None)
     assert work.pid_here(2, None) == 2
