@@ -86,7 +86,7 @@ def bus_address(bus: str, environment: Mapping[str, str]) -> str:
 
 async def _run(bus: str, matches: Sequence[tuple[str, str]], notify: Sequence[str], address: str | None) -> None:
     losses = Losses()
-    parts: list[Coroutine[Any, Any, None]] = []
+    parts: list[Coroutine[Any, Any, None]] = [losses.run()]
     if matches:
         outbox = Outbox(address, losses)
         parts.append(outbox.run())

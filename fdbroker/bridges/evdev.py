@@ -97,7 +97,7 @@ async def _run(device: str, topic: str, chosen: Chosen, address: str | None) -> 
                 outbox.add(topic, text)
 
         say(f"{len(chosen)} events of {device} go to the topic {topic}")
-        await until_one_ends(outbox.run(), read_all(descriptor.fileno(), device, received))
+        await until_one_ends(outbox.run(), losses.run(), read_all(descriptor.fileno(), device, received))
 
 
 def mask(device_fd: int, chosen: Chosen) -> None:

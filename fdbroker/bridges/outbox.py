@@ -28,7 +28,10 @@ def say(text: str) -> None:
 
 
 class Losses:
-    """Counts what was dropped, by reason, and says so: the first at once, then one line for each some seconds."""
+    """Counts what was dropped, by reason, and says so: the first at once, then one line for each some seconds.
+
+    What is still to be said when nothing more is dropped is said by `run`.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, tell: Callable[[str], None] = say) -> None:
         self._clock = clock
@@ -40,10 +43,20 @@ class Losses:
         """So many messages were dropped, and why: words of ours, never of a sender's."""
         self._counts[why] += count
         if self._clock() >= self._next_s:
-            self._next_s = self._clock() + limits.BRIDGE_LOSSES_SECONDS
-            for reason, lost in self._counts.items():
-                self._tell(f"{lost} {'message was' if lost == 1 else 'messages were'} dropped: {reason}")
-            self._counts.clear()
+            self.say_all()
+
+    def say_all(self) -> None:
+        """Say what has been counted."""
+        self._next_s = self._clock() + limits.BRIDGE_LOSSES_SECONDS
+        for reason, lost in self._counts.items():
+            self._tell(f"{lost} {'message was' if lost == 1 else 'messages were'} dropped: {reason}")
+        self._counts.clear()
+
+    async def run(self) -> None:
+        """Say what is left, from time to time, without end."""
+        while True:
+            await asyncio.sleep(limits.BRIDGE_LOSSES_SECONDS)
+            self.say_all()
 
 
 class Outbox:

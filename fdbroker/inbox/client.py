@@ -6,6 +6,7 @@ Runs in: inbox. An attacker controls what is in `decoder`, and whether `out` is 
 from __future__ import annotations
 
 import errno
+import re
 import select
 import socket
 from collections import deque
@@ -16,7 +17,7 @@ from fdbroker.errors import Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.decode import Decoder
-from fdbroker.inbox.topics import Member
+from fdbroker.inbox.topics import BEGIN, Member
 from fdbroker.kernel import sockets
 from fdbroker.pace import Pace
 from fdbroker.terms import Offer, Resource
@@ -24,6 +25,7 @@ from fdbroker.wire import link
 from fdbroker.wire.rights import Rights, Sender
 
 _UNITS_PER_REQUEST = limits.UNITS_PER_REQUEST
+_LOST = re.compile(re.escape(BEGIN) + rb'"lost":([0-9]+),')  # as Member.take says it
 ENDED, BROKE, FOREIGN, SLOW, DEAF, NOT_TAKEN = range(len(link.CLOSED_REASONS))
 
 
@@ -43,6 +45,7 @@ class User:
         "rests",
         "rests_until_s",
         "size",
+        "stalled_s",
         "used",
         "waiting",
     )
@@ -55,6 +58,7 @@ class User:
         self.used = 0  # units of work, in this turn
         self.owed = 0  # units that are not yet taken from the budget
         self.rests_until_s = 0.0  # 0 while it does not rest
+        self.stalled_s = 0.0  # what took longest of all that nobody could come between, since the last rest
         self.rests = 0  # how often it had to, each time twice as long, until that is forgiven
         self.forgiven_s = 0.0
         self.held: dict[int, Client] = {}  # that have something to read, or to do, when the rest is over
@@ -152,8 +156,10 @@ class Client:
     def shed(self) -> None:
         """Lose the messages whose descriptors could not be sent at once: they count for who sent them."""
         for at, _ in reversed(self.attached):
-            del self.out[at : self.out.index(0, at) + 1]  # nothing of it is sent, for they go with its first byte
-            self.member.lost += 1
+            end = self.out.index(0, at) + 1
+            told = _LOST.match(self.out[at:end])  # of those before it
+            self.member.lost += 1 + (int(told[1]) if told else 0)
+            del self.out[at:end]  # nothing of it is sent, for they go with its first byte
         self.attached.clear()
         self.member.shed()
 

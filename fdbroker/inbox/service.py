@@ -24,7 +24,7 @@ from fdbroker.inbox.memory import Memory
 from fdbroker.inbox.messages import Messages
 from fdbroker.inbox.receive import READ_BYTES, Receiver
 from fdbroker.inbox.topics import Topics
-from fdbroker.inbox.turns import Turns, clock
+from fdbroker.inbox.turns import Turns, timed
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.terms import Offer
@@ -36,10 +36,8 @@ _LAST = ("watching", "subscribed")
 _to_opener = link.INBOX_TO_OPENER.encode
 _UNSENT_BYTES = limits.UNSENT_BYTES
 _MESSAGES_PER_TURN = 64
-_LONG_BYTES = 256  # of a message: what takes long to decode has more
 _LINGER_S = 1.0  # how often we look whether descriptors that were unread still are
-_BYTES_PER_UNIT = limits.BYTES_PER_UNIT
-_UNITS_PER_RESOURCE = limits.UNITS_PER_RESOURCE
+_BYTES_PER_UNIT, _UNITS_PER_RESOURCE = limits.BYTES_PER_UNIT, limits.UNITS_PER_RESOURCE
 
 
 class Inbox:
@@ -52,8 +50,8 @@ class Inbox:
         closing = Jobs(limits.CLOSING_THREADS, limits.STUCK_THREADS)
         self._receiver = Receiver(closing)
         self._unread = Unread(closing)
-        self._turns = Turns()
-        self._messages = Messages(topics, opener, self._unread, self._turns)
+        self.turns = Turns()
+        self._messages = Messages(topics, opener, self._unread, self.turns)
         self._opener_full = False
         self._by_number: dict[int, Client] = {}
         self._by_descriptor: dict[int, Client] = {}
@@ -87,16 +85,16 @@ class Inbox:
             for descriptor, client_events in ready.items():
                 if (known := self._by_descriptor.get(descriptor)) is not None:
                     self._client_event(known, client_events)
-            if self._turns.resting or self._more:
-                self._go_on((*self._turns.rested(), *self._more.values()))
+            if self.turns.resting or self._more:
+                self._go_on((*self.turns.rested(), *self._more.values()))
             if self._messages.due or self._messages.replaying:
                 self._go_on(self._messages.commit())
                 for client in self._messages.deliver():
-                    self._settle(client)
+                    self._settle_timed(client)
             if self._messages.unsaid and not self._opener.waiting:
                 self._go_on(self._messages.say_denied())
-            self._turns.end()
-            if self._turns.slowed:
+            self.turns.end()
+            if self.turns.slowed:
                 self._messages.say_slowed(self._by_number.values())
             if self._deadlines.busy:
                 self._end_slow()
@@ -107,14 +105,14 @@ class Inbox:
     def _go_on(self, clients: Iterable[Client]) -> None:
         for client in clients:
             if client.number in self._by_number:
-                self._work(client)
+                self._work_timed(client)
 
     def _timeout_s(self) -> float:
         if self._more or self._messages.due or (self._messages.replaying and self._messages.pressing):
             return 0
         ends_s = [_LINGER_S] if self._unread.waiting else []
-        if self._turns.resting:
-            ends_s.append(self._turns.timeout_s())
+        if self.turns.resting:
+            ends_s.append(self.turns.timeout_s())
         if self._deadlines.busy:
             ends_s.append(self._deadlines.timeout_s())
         return min(ends_s, default=-1)
@@ -158,7 +156,7 @@ class Inbox:
                             known.out += known.refused(refusal)
                             known.doomed |= isinstance(refusal, ClientNotReading)
                             if refusal.offends:
-                                self._turns.offend(known.user)
+                                self.turns.offend(known.user)
                         self._answered(known)
                         self._end_turn(known, "Outcome")
                     return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
@@ -187,7 +185,7 @@ class Inbox:
         if not descriptors:
             raise LinkViolation("Connected without a socket")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0])
-        client = Client(number, sender, sock, self._turns.join(sender.owner, allowed))
+        client = Client(number, sender, sock, self.turns.join(sender.owner, allowed))
         self._topics.allow(client.member, allowed)
         self._by_number[client.number] = client
         self._by_descriptor[client.sock.fileno()] = client
@@ -198,7 +196,7 @@ class Inbox:
     def _offered(self, client: Client, offers: list[Offer], *, last: bool) -> None:
         client.offers += offers
         if client.state != "watching":  # else somebody changed a node, who may be another
-            self._turns.work(client.user, len(offers) * _UNITS_PER_RESOURCE)
+            self.turns.work(client.user, len(offers) * _UNITS_PER_RESOURCE)
         if not last:
             return
         watching = client.state == "watching"
@@ -216,6 +214,7 @@ class Inbox:
         else:
             self._settle(client)
 
+    @timed
     def _end_turn(self, client: Client, event: str) -> None:
         client.turn(event)
         client.asked = ()
@@ -223,7 +222,7 @@ class Inbox:
 
     def _answered(self, client: Client) -> None:
         """The opener needs to answer this one no more: another of the same user may ask."""
-        after = self._turns.answered(client.user, client)
+        after = self.turns.answered(client.user, client)
         if after is not None:
             self._work(after)
 
@@ -241,6 +240,7 @@ class Inbox:
 
     # ---- clients
 
+    @timed
     def _client_event(self, client: Client, events: int) -> None:
         if events & select.EPOLLOUT:
             self._work(client)
@@ -254,7 +254,7 @@ class Inbox:
             if client.number in client.user.held:
                 return
             if client.state == "idle" and not client.out and not client.ended and self._awaits(client):
-                if self._turns.may_work(client.user):
+                if self.turns.may_work(client.user):
                     self._read(client)
                 elif client.user.rests_until_s:
                     client.user.held[client.number] = client
@@ -289,7 +289,7 @@ class Inbox:
         except OSError:
             self._close(client, ENDED)
             return
-        self._turns.work(client.user, 1 + len(received.data) // _BYTES_PER_UNIT + received.descriptors * 2)
+        self.turns.work(client.user, 1 + len(received.data) // _BYTES_PER_UNIT + received.descriptors * 2)
         if received.broken:
             self._close(client, BROKE)
         elif not received.data:
@@ -305,7 +305,7 @@ class Inbox:
         """Take the client's whole messages in order, until one waits for the opener or for the client to read."""
         self._more.pop(client.number, None)
         try:
-            while self._turns.may_work(client.user):
+            while self.turns.may_work(client.user):
                 if client.state != "idle" or client.doomed or client.number in self._messages.unsaid:
                     break
                 if client.question is None and not self._take(client):
@@ -320,12 +320,12 @@ class Inbox:
         except TooLong:
             if client.decoder.framed:
                 client.answer(frame.encode_status(errno.EMSGSIZE))
-            client.doomed = True
-            client.reason = BROKE
+            client.doomed, client.reason = True, BROKE
         except ProtocolViolation:
-            client.doomed = True  # what was answered before is still sent
-            client.reason = BROKE
+            client.doomed, client.reason = True, BROKE  # what was answered before is still sent
         self._settle(client)
+
+    _work_timed = timed(_work)
 
     def _take(self, client: Client) -> bool:
         """Decode and dispatch one message; false when no whole one is there."""
@@ -334,7 +334,6 @@ class Inbox:
             return False
         message, attached = received
         self._deadlines.completed(client.number)
-        began_s = clock() if len(message) >= _LONG_BYTES else None
         dispatched = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
         action = dispatched(message, attached)
         match action:
@@ -345,14 +344,14 @@ class Inbox:
             case dispatch.Publish():
                 self._messages.publish(client, action, attached)
             case dispatch.Receive(_, acknowledge):
-                self._turns.work(client.user, len(acknowledge))
+                self.turns.work(client.user, len(acknowledge))
                 client.question = action
             case dispatch.AskOpen(resources):
-                self._turns.work(client.user, len(resources) * _UNITS_PER_RESOURCE)
+                self.turns.work(client.user, len(resources) * _UNITS_PER_RESOURCE)
                 client.question = action
             case _:
                 client.question = action
-        self._turns.spend(client.user, began_s, dispatch.units(message))
+        self.turns.work(client.user, dispatch.units(message))
         return True
 
     def _put(self, client: Client) -> bool:
@@ -360,7 +359,7 @@ class Inbox:
         if client.uncommitted or (client.out and not self._send(client)):
             return False
         weight = dispatch.weight(client.question)
-        if weight and not self._turns.may_ask(client.user, client, weight):
+        if weight and not self.turns.may_ask(client.user, client, weight):
             return False
         asked, client.question = client.question, None
         match asked:
@@ -377,8 +376,7 @@ class Inbox:
                 client.turn(event)
                 self._opener.send(_to_opener(message))
         if client.state in _LAST and client.decoder.partial:  # that was its last request, and another one came with it
-            client.doomed = True
-            client.reason = BROKE
+            client.doomed, client.reason = True, BROKE
         return True
 
     def _send(self, client: Client) -> bool:
@@ -424,6 +422,8 @@ class Inbox:
         readable = (idle and sent) or client.state in _LAST or bool(client.events & select.EPOLLIN)
         self._interest(client, readable=readable and not client.ended)
 
+    _settle_timed = timed(_settle)
+
     def _interest(self, client: Client, *, readable: bool) -> None:
         events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if client.out else 0)
         if client.number in client.user.held:  # and do not tell again and again that it has hung up
@@ -439,12 +439,12 @@ class Inbox:
         self._deadlines.forget(client.number)
         self._memory.forget(client.user.owner, client.number)
         self._messages.forget(client)
-        self._turns.leave(client.user, client)
+        self.turns.leave(client.user, client)
         # taken out by hand: epoll would keep it for as long as the opener's copy is open
         self._epoll.unregister(client.sock.fileno())
         client.let_go()
         self._unread.end(client.user.owner, client.sock)
         self._opener.send(_to_opener(link.Closed(client.number, reason)))
         if reason:
-            self._turns.offend(client.user)
+            self.turns.offend(client.user)
         self._answered(client)

@@ -39,7 +39,7 @@ _BUCKETS_KEPT = 4096
 MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a08"
 STORE_MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a09"
 # how every message begins: where `lost` is put, when there is something to say
-_BEGIN = b'{"parameters":{"message":{'
+BEGIN = b'{"parameters":{"message":{'
 _IDENTIFIER = "fdbroker-inbox"
 
 Waiting = tuple[bytes, Attached | None]  # bytes to send, and the descriptors that go with the first of them
@@ -112,7 +112,7 @@ class Member:
                 continue
             data = self.queue.popleft()[0]
             if self.lost:
-                data = b'%s"lost":%d,%s' % (_BEGIN, self.lost, data[len(_BEGIN) :])
+                data = b'%s"lost":%d,%s' % (BEGIN, self.lost, data[len(BEGIN) :])
                 self.lost = 0
             if attached is None:
                 together.append(data)

@@ -148,6 +148,20 @@ def test_losses_are_said_at_once_and_then_summed_up():
     assert said[1:] == ["6 messages were dropped: a", "1 message was dropped: b"]
 
 
+def test_what_is_left_is_said_although_nothing_more_is_lost(monkeypatch):
+    monkeypatch.setattr(limits, "BRIDGE_LOSSES_SECONDS", 0.01)
+    said = []
+    losses = Losses(tell=said.append)
+    losses.add("a")
+    losses.add("a", 999)
+
+    async def a_while():
+        await asyncio.sleep(0.2)
+
+    asyncio.run(until_one_ends(losses.run(), a_while()))
+    assert said == ["1 message was dropped: a", "999 messages were dropped: a"]
+
+
 def test_what_is_said_is_one_line_whatever_is_in_it(capsys):
     module.say("a\nb\x1b[31m")
     assert capsys.readouterr().err == "fdbroker: a\\nb\\x1b[31m\n"

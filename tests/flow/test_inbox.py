@@ -17,6 +17,8 @@ import pytest
 
 from fdbroker.errors import ClientNotReading, Denied, RateLimited
 from fdbroker.inbox import deadlines, dispatch
+from fdbroker.inbox.client import Client
+from fdbroker.inbox.client import User as Somebody
 from fdbroker.inbox.reserve import Reserve
 from fdbroker.inbox.service import Inbox
 from fdbroker.inbox.store import Store
@@ -25,7 +27,7 @@ from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
 from fdbroker.terms import Device, Offer, Topic, User
-from fdbroker.wire import admin, link, rights
+from fdbroker.wire import admin, link, rights, varlink
 from fdbroker.wire.rights import Rights, Sender
 
 NOTHING = Rights()
@@ -315,7 +317,7 @@ def test_a_user_is_slowed_for_its_own_rate_and_not_for_a_full_journal(cause, off
         client.sendall(OPEN)
         assert isinstance(opener.next(), link.Open)
         (one,) = opener.inbox._by_number.values()
-        with mock.patch.object(opener.inbox._turns, "offend") as offend:
+        with mock.patch.object(opener.inbox.turns, "offend") as offend:
             opener.send(link.OPENER_TO_INBOX.encode(link.Outcome(1, RateLimited(1000, cause))))
             assert replies(client, 1)[0]["parameters"] == {"retryAfterMilliseconds": 1000}
         assert offend.call_args_list == [mock.call(one.user)] * offends
@@ -646,11 +648,11 @@ def test_whoever_is_not_read_for_a_while_keeps_nobody_awake(how):
     with inbox() as opener, opener.client() as client:
         client.sendall(INFO)
         assert len(replies(client, 1)) == 1
-        (user,) = opener.inbox._turns._by_owner.values()
+        (user,) = opener.inbox.turns._by_owner.values()
         events, taken = [], opener.inbox._client_event
         opener.inbox._client_event = lambda *event: (events.append(event), taken(*event))
         user.rests_until_s = time.monotonic() + 1
-        opener.inbox._turns.resting[user] = None
+        opener.inbox.turns.resting[user] = None
         client.sendall(INFO)
         if how == "hangs up":
             client.shutdown(socket.SHUT_WR)
@@ -684,3 +686,19 @@ def test_no_denial_is_lost_while_the_opener_reads_nothing():
         assert [type(one).__name__ for one in said if one.connection == 2] == ["DeniedUse", "Closed"]
         assert len(replies(client, count + 1)) == count
         assert len(replies(other, 3)) == 2
+
+
+def test_messages_that_are_shed_give_back_the_losses_that_they_tell_of():
+    """Nine were lost, and the client was told of one."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client = Client(1, Sender(5, 5, 1, "", 5), theirs, Somebody(5, MAY, 0.0))
+        attached = mock.Mock(numbers=(0,))
+        client.member.lost = 7
+        for _ in range(2):
+            client.member.put(varlink.encode_reply({"message": {"payload": "x"}}, continues=True), attached)
+        for data, one in client.member.take(lambda _: True):
+            client.push(data, one)
+        assert b'"lost":7,' in client.out
+        client.shed()
+        assert (client.member.lost, client.out) == (9, b"")
