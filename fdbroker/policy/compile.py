@@ -45,7 +45,7 @@ from fdbroker.terms import (
 from fdbroker.typed import parse_asked
 
 # What a class's devices can do at all, where that is less than everything. Source: the drivers' file_operations.
-_CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
+CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
 
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -242,7 +242,7 @@ class _Compiler:
         access = node.get("access") or "ro"
         kernel_class = node.get("class") or ""
         dangerous = bool(node.get("dangerous"))
-        most = _CLASS_ACCESS.get(kernel_class, "rw")
+        most = CLASS_ACCESS.get(kernel_class, "rw")
         if access not in ACCESS_COVERS[most]:
             place = node.value.get("access", node)
             self.findings.append(place.finding(f"access of class {kernel_class}", most, access))

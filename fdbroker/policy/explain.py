@@ -13,6 +13,7 @@ import re
 from typing import NamedTuple
 
 from fdbroker.policy import names
+from fdbroker.policy.compile import CLASS_ACCESS
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import Decision, View, covers, decide, denying_rule, rules_of, view, well_formed
 from fdbroker.policy.fit import Facts, dangerous_node, is_device, misfit
@@ -23,6 +24,7 @@ from fdbroker.policy.rules import all_rules
 from fdbroker.terms import (
     ACCESS_COVERS,
     NOBODY,
+    OWN_TERMINAL,
     DenyRule,
     Device,
     DeviceRule,
@@ -146,7 +148,8 @@ def _denied(
         change = "run the program as a user of this machine, or in a user namespace whose ids are mapped"
     elif not well_formed(resource) and isinstance(resource, Device):
         reason = "no rule can name this path: it is not the plain spelling of a path below /dev"
-        change = "ask for the path without .., ., // or a slash at its end"
+        plain = resource.path.isprintable()
+        change = f"ask for the path without {'.., ., // or a slash at its end' if plain else 'what cannot be printed'}"
     elif isinstance(resource, TopicUse) and resource.topic not in {topic.name for topic in policy.topics}:
         reason = "the policy has no such topic"
         change = "declare it under `topics:`, and allow it"
@@ -160,6 +163,9 @@ def _denied(
         change = f"narrow or remove the deny rule at {rule.where}"
         if not decide(view(policy._replace(deny=()), subject), resource).rules:
             change += f", and {near[0].change if near else new_rule}"
+    elif (never := _never(resource, node)) is not None:
+        reason, change = never
+        near = ()
     elif near:
         access = f"{resource.access} of " if isinstance(resource, Device) else ""
         reason = f"no rule allows {access}this {_KINDS[type(resource)]} to {user}"
@@ -169,6 +175,18 @@ def _denied(
         change = new_rule
     now = f"now {_there(node)}" if node else ""
     return Explanation(False, (), decision.denied_by, reason, near, change, now)
+
+
+def _never(resource: Resource | TopicUse, node: Facts | None) -> tuple[str, str] | None:
+    """The reason for which no rule can allow the node that is there now, and what to do instead."""
+    if not isinstance(resource, Device) or node is None or not is_device(node):
+        return None
+    if node.number == OWN_TERMINAL:
+        return f"it is {OWN_TERMINAL}, the terminal of the process that opens it", "the program opens its own by itself"
+    most = CLASS_ACCESS.get(node.kernel_class, "rw")
+    if resource.access in ACCESS_COVERS[most]:
+        return None
+    return f"a device of class {node.kernel_class} can be opened {most} only", f"ask for {most}"
 
 
 def _new_rule(resource: Resource | TopicUse, user: str, node: Facts | None) -> str:

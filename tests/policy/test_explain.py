@@ -56,6 +56,28 @@ def test_allowed_names_the_rule_and_its_conditions(policy):
 
 
 @pytest.mark.parametrize(
+    ("path", "number", "kernel_class", "access", "reason", "change"),
+    [
+        ("/dev/tty", "5:0", "tty", "rw", "it is 5:0, the terminal of", "the program opens its own by itself"),
+        ("/dev/rtc0", "253:0", "rtc", "rw", "a device of class rtc can be opened ro only", "ask for ro"),
+        ("/dev/watchdog", "10:130", "watchdog", "ro", "a device of class watchdog can be opened wo only", "ask for wo"),
+    ],
+)
+def test_what_no_rule_can_allow_is_not_suggested(policy, path, number, kernel_class, access, reason, change):
+    """The rule that was suggested did not load, or was refused."""
+    node = Facts(path, stat.S_IFCHR, number, kernel_class, path[5:])
+    subject = Subject(9, frozenset(), 1, 0, "", "", foreign=False)
+    said = explain(policy, subject, Device(path, access), "u9", Look((path,), node, ""))
+    assert (said.allowed, said.near, said.change) == (False, (), change)
+    assert said.reason.startswith(reason)
+
+
+def test_a_path_that_cannot_be_printed_is_called_that(policy):
+    said = _explain(policy, 4, [29], "/dev/snd/\u200bx")
+    assert said.change == "ask for the path without what cannot be printed"
+
+
+@pytest.mark.parametrize(
     ("uid", "gids", "path", "access", "reason", "change"),
     [
         (
