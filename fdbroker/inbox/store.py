@@ -23,13 +23,15 @@ from typing import Any, NamedTuple, TypeVar
 from fdbroker import limits
 from fdbroker.errors import QueueFull
 from fdbroker.inbox.reserve import Reserve
+from fdbroker.terms import INVALID_ID
 
 _NAME = "messages.sqlite"
 _T = TypeVar("_T")
 _VERSION = 1
 _PAGE_BYTES = 4096
 _EXPIRE_S = 0.1  # how often we look for messages whose time is over,
-_EXPIRE_AT_ONCE = 1000  # and for how many recipients they are removed then
+_OWN_TIMES = 10  # as often, one after the other, of a sender that has no room
+_EXPIRE_AT_ONCE = 100  # and for how many recipients they are removed then: all others wait for that
 _RETRY_S = 1.0  # without a reserve: how often we try to have it again
 _PIECE = 16  # messages that are removed at once there: of the longest, 2 MiB are written first
 # One connection in exclusive mode needs no shared memory file; FULL: a commit is on the disk, not only in the kernel.
@@ -79,7 +81,7 @@ _REMOVE = """
 """
 _OLD = """
     SELECT messages.number, uid FROM messages LEFT JOIN waiting ON waiting.number = messages.number
-    WHERE expires_us <= ? ORDER BY expires_us LIMIT ?
+    WHERE expires_us <= ? AND sender BETWEEN ? AND ? ORDER BY expires_us LIMIT ?
 """
 _WAITING = """
     SELECT number, data FROM waiting JOIN messages USING (number)
@@ -181,11 +183,17 @@ class Store:
         if time.monotonic() >= self._expire_at_s:
             self._expire_at_s = time.monotonic() + _EXPIRE_S
             self._expire()
+        times = 0
+        while (full := self._full(sender, size, messages_max, bytes_max)) is not None:
+            if times == _OWN_TIMES or not self._expire(sender):
+                raise full
+            times += 1
+
+    def _full(self, sender: int, size: int, messages_max: int, bytes_max: int) -> QueueFull | None:
         messages, used = self._used.get(sender, (0, 0))
         if messages >= messages_max:
-            raise QueueFull("stored_messages", messages_max)
-        if used + size > bytes_max:
-            raise QueueFull("stored_bytes", bytes_max)
+            return QueueFull("stored_messages", messages_max)
+        return QueueFull("stored_bytes", bytes_max) if used + size > bytes_max else None
 
     def put(self, message: Stored, recipients: frozenset[int]) -> None:
         """Store a message, with the next commit, for these users."""
@@ -223,11 +231,16 @@ class Store:
             for one in done:
                 self._acknowledged(one)
 
-    def _expire(self) -> None:
-        """Remove what has not been acknowledged in time, some of it: nobody should wait for all."""
-        gone = self._database.execute(_OLD, (time.time_ns() // 1000, _EXPIRE_AT_ONCE)).fetchall()
+    def _expire(self, sender: int | None = None) -> int:
+        """Remove what has not been acknowledged in time, of one sender or of all, some of it: nobody waits for all.
+
+        Returns for how many recipients.
+        """
+        of = (0, INVALID_ID) if sender is None else (sender, sender)
+        gone = self._database.execute(_OLD, (time.time_ns() // 1000, *of, _EXPIRE_AT_ONCE)).fetchall()
         with contextlib.suppress(NotStored):
             self._remove_all(gone, self._expired)
+        return len(gone)
 
     def _acknowledged(self, one: _Done) -> None:
         topic = self._database.execute("SELECT topic FROM messages WHERE number = ?", (one.number,)).fetchone()
