@@ -304,7 +304,10 @@ class Opener:
         try:
             authorize_request(connection, time.monotonic())
             authorize_administrator(connection)
-            pidfd = self._door.identifier.process(connection.sock, connection.subject, connection.let_in_s)
+            try:
+                pidfd = self._door.identifier.process(connection.sock, connection.subject, connection.let_in_s)
+            except OSError:  # no descriptor is left for it
+                raise RateLimited(_RETRY_MS, "busy") from None
             if pidfd is None:
                 raise Denied("the kernel does not say which process it is")
             try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fdbroker import limits
-from fdbroker.errors import LinkViolation, OpenFailed
+from fdbroker.errors import LinkViolation, OpenFailed, RateLimited
 from fdbroker.kernel import memfd
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.link import Link
@@ -25,7 +25,7 @@ from fdbroker.opener.service import Opener
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
 from fdbroker.terms import Device
-from fdbroker.wire import link
+from fdbroker.wire import admin, link
 from fdbroker.wire.admin import InForce
 from fdbroker.wire.rights import Topics
 
@@ -317,3 +317,20 @@ def test_one_ping_speaks_for_both(tmp_path):
         assert one.hear() == link.Ping()
         one.inbox.send(link.PONG)
         assert one.launcher.recv(10) == link.PONG
+
+
+def test_without_a_descriptor_for_an_administrators_process_it_is_told_to_come_again(tmp_path, monkeypatch):
+    """EMFILE ended the service."""
+    with world(tmp_path) as one:
+        _, connected = one.connect()
+        (connection,) = one.opener._connections.values()
+        connection.view = connection.view._replace(administrator=True)
+
+        def process(*_):
+            raise OSError(errno.EMFILE, "")
+
+        monkeypatch.setattr(one.opener._door.identifier, "process", process)
+        one.inbox.send(link.INBOX_TO_OPENER.encode(admin.Reload(connected.connection)))
+        said = one.hear()
+        assert isinstance(said.refusal, RateLimited)
+        assert one.thread.is_alive()
