@@ -27,8 +27,6 @@ _EXPOSED = (
     b"fdbroker: the namespaces worker does not start: fs.suid_dumpable is 1, so clients could trace its children: "
     b"sysctl fs.suid_dumpable=0, or 2\n"
 )
-# Forking for each question takes longer than all that the opener does: it must not take the CPU from it.
-_NICE = 10
 _PAUSE_S = 0.1  # between an end and the next start: a worker that cannot live must not keep the machine busy
 
 
@@ -38,7 +36,6 @@ def main() -> int:
     if new_identity_exposes(order.uid):
         os.write(2, _EXPOSED)
         return errors.EX_CONFIG
-    os.nice(_NICE)
     orders.obey(order, descriptors["filter"])
     launcher = Link(socket.socket(fileno=descriptors["launcher"]))
     opener = Link(socket.socket(fileno=descriptors["opener"]))

@@ -104,7 +104,7 @@ def judge_call(message: bytes) -> None:
         call = varlink.decode_call(message)
     except (ProtocolViolation, varlink.VarlinkError):
         return
-    value = json.loads(message)
+    value = json.loads(message, parse_float=lambda _: 0.5)  # we never look for a float's value
     assert f"{call.interface}.{call.method}".removeprefix(".") == value["method"].removeprefix(".")
     assert call.parameters == (value.get("parameters") or {})
     assert (call.oneway, call.more) == (bool(value.get("oneway")), bool(value.get("more")))
