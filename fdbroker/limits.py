@@ -118,8 +118,6 @@ ACKNOWLEDGED: Annotated[int, "messages", "as many as one reply has", "InvalidPar
 # --- fairness: the inbox counts a user's work in units of about 5 us
 UNIT_US: Annotated[int, "microseconds", "measured: a read, or a small message", "-"] = 5
 LONG_WORK_US: Annotated[int, "microseconds", "guess: for one message", "it counts by its time"] = 300
-STALL_MS: Annotated[int, "milliseconds", "guess: of work for one message", "the user pauses"] = 5
-STALL_PAUSE: Annotated[int, "times", "guess: what it took, so that it is one percent of the time", "-"] = 100
 UNITS_PER_REQUEST: Annotated[
     int, "units", "a read, a message and its resource, and beside it a message sent", "a user's budget: times its rate"
 ] = 6

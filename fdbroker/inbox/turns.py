@@ -10,8 +10,6 @@ who is alone never has to rest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 from fdbroker import limits
 from fdbroker.inbox.client import Client, User
@@ -24,26 +22,10 @@ _DEBT_S, _FORGOTTEN_S = limits.DEBT_SECONDS, limits.OFFENCES_SECONDS
 _CONTEST_S = limits.CONTEST_SECONDS
 _ASKED = limits.ASKED_AT_ONCE
 _USERS_KEPT = 4096
-_UNIT_S, _LONG_S, _STALL_S = limits.UNIT_US / 1e6, limits.LONG_WORK_US / 1e6, limits.STALL_MS / 1e3
-_Method = TypeVar("_Method", bound=Callable[..., None])
+_UNIT_S, _LONG_S = limits.UNIT_US / 1e6, limits.LONG_WORK_US / 1e6
 clock = time.thread_time  # of this thread's own work: what other processes do meanwhile counts for nobody
 # Units are taken from the budget in lots: looking at the clock for each message would cost as much as some messages.
 _LOT = 64
-
-
-def timed(method: _Method) -> _Method:
-    """What this method of the inbox does for a client counts by the time that it takes, where that is long.
-
-    However a client makes it long: with a message that is hard to decode, or with thousands of epoll(7) watches of its
-    own socket, all of which each read and write of ours has to wake.
-    """
-
-    def measured(inbox: Any, client: Client, *arguments: Any) -> None:
-        began_s, before = clock(), client.user.used
-        method(inbox, client, *arguments)
-        inbox.turns.count(client.user, began_s, before)
-
-    return cast("_Method", measured)
 
 
 class Turns:
@@ -94,15 +76,6 @@ class Turns:
         spent_s = 0.0 if began_s is None else clock() - began_s
         self.work(user, max(units, int(spent_s / _UNIT_S)) if spent_s > _LONG_S else units)
 
-    def count(self, user: User, began_s: float, before: int) -> None:
-        """What was done for the user since `began_s` of `clock`, when `before` units of this turn had been counted."""
-        # a unit takes several times as long on a busy or a slow machine
-        more_s = clock() - began_s - (user.used - before) * _UNIT_S * _UNDIVIDED
-        if more_s > _LONG_S:
-            self.work(user, int(more_s / _UNIT_S))
-            if more_s > _STALL_S:
-                user.stalled_s = max(user.stalled_s, more_s)
-
     def may_work(self, user: User) -> bool:
         """Whether the user has something left of its share of this turn."""
         return user.used < self.share and not user.rests_until_s
@@ -136,8 +109,7 @@ class Turns:
         contested = now_s - self._contested_s < _CONTEST_S
         self.share = _SHARE if contested else _SHARE_ALONE
         if contested and not user.rests_until_s:
-            wait_s = max(user.pace.wait_s(user.rate, size, now_s), user.stalled_s * limits.STALL_PAUSE)
-            user.stalled_s = 0.0
+            wait_s = user.pace.wait_s(user.rate, size, now_s)
             if wait_s:
                 user.rests_until_s = now_s + max(wait_s, min(_REST_S * (1 << user.rests), _DEBT_S))
                 user.forgiven_s = user.rests_until_s + _FORGOTTEN_S

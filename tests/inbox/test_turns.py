@@ -157,18 +157,3 @@ def test_one_user_has_few_questions_with_the_opener_while_others_have_work(clock
         for ours, theirs in pairs:
             ours.close()
             theirs.close()
-
-
-def test_who_stalls_the_loop_pauses_a_hundred_times_as_long(clock, monkeypatch):
-    """STALL_MS, STALL_PAUSE: nobody comes between, and the longest rest otherwise is a second."""
-    spent = iter([limits.STALL_MS * 0.9 / 1000, limits.STALL_MS * 5 / 1000])
-    for stalls in (False, True):
-        turns = Turns()
-        one = turns.join(1, ALLOWED)
-        contest(turns)
-        monkeypatch.setattr(module, "clock", lambda: next(spent))
-        turns.count(one, 0.0, one.used)
-        turns.end()
-        rest_s = one.rests_until_s - clock.now_s
-        assert (rest_s >= limits.STALL_MS * 5 / 1000 * limits.STALL_PAUSE) == stalls
-        assert one.stalled_s == 0.0
