@@ -323,6 +323,9 @@ def test_without_a_descriptor_for_an_administrators_process_it_is_told_to_come_a
     """EMFILE ended the service."""
     with world(tmp_path) as one:
         _, connected = one.connect()
+        end_s = time.monotonic() + 5
+        while not one.opener._connections:  # the inbox hears of it first
+            assert time.monotonic() < end_s
         (connection,) = one.opener._connections.values()
         connection.view = connection.view._replace(administrator=True)
 
