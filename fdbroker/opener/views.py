@@ -46,7 +46,8 @@ class Views:
                 self._by_subject.clear()
                 self._by_view.clear()
             made = view(self.policy, subject)
-            what = (*made[:4], tuple(made.limits.items()), made.administrator)
+            # every field of it: two that differ in one that comes later must not be one either
+            what = tuple([tuple(one.items()) if isinstance(one, dict) else one for one in made])
             seen = self._by_view.get(what)
             if seen is None:
                 seen = self._by_view[what] = Seen(made, message_rights(made, self.policy.topics), {})

@@ -230,6 +230,7 @@ def _with_relatives(subject):
         st.builds(subject._replace, label=LABELS),
         st.builds(subject._replace, owner=IDS),
         st.builds(subject._replace, foreign=st.booleans()),
+        st.builds(subject._replace, session=st.sampled_from(["", "1", "2"])),
         st.builds(subject._replace, pid=st.integers(1, 9)),
     ]
     return st.lists(st.one_of(each), max_size=6).map(lambda others: [subject, *others])
