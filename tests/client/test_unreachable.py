@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from harness import ALICE, BOB, CAROL, GROUP, MS_BIND, OTHER_GROUP, as_user, command, folder, mount, unmount
+from harness import ALICE, BOB, CAROL, GROUP, MS_BIND, OTHER_GROUP, as_user, command, folder, mount, need_root, unmount
 
 import fdbroker
 import fdbroker.aio
@@ -28,8 +28,7 @@ GROUPS = f"fdbroker-test:x:{GROUP}:fdbalice\nfdbaudio:x:{OTHER_GROUP}:\n"
 @pytest.fixture(scope="module")
 def people():
     """Alice is a member of a group by the database, Bob is not, Carol has no account."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
+    need_root()
     with folder() as where:
         for name, lines in (("passwd", USERS), ("group", GROUPS)):
             others = [line for line in Path("/etc", name).read_text().splitlines() if line.split(":")[2] not in TAKEN]

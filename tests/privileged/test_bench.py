@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from harness import need_root
 
 TOP = Path(__file__).resolve().parents[2]
 # a stage of each process that no open can do without
@@ -21,8 +22,7 @@ ESSENTIAL |= {("opener", stage) for stage in ("link", "authorize", "open", "audi
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """The quick run: what it printed, and its JSON."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
+    need_root()
     out = tmp_path_factory.mktemp("bench") / "bench.json"
     command = [sys.executable, str(TOP / "scripts/bench"), "--quick", "--json", str(out)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
