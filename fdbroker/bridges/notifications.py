@@ -45,7 +45,7 @@ def notification(payload: bytes, sender: str, *, trusted: bool) -> Notification:
     `trusted`: whether the sender may ask for a critical one, which stays on the screen until somebody closes it.
     """
     try:
-        asked = msgspec.json.decode(payload, type=_Asked)
+        asked: _Asked = msgspec.json.decode(payload, type=_Asked)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         first, _, rest = payload.decode(errors="replace").partition("\n")
         asked = _Asked(first, rest)
