@@ -116,8 +116,10 @@ RECEIVED_BYTES: Annotated[int, "bytes", "guess: four of the longest; one always 
 ACKNOWLEDGED: Annotated[int, "messages", "as many as one reply has", "InvalidParameter"] = 1000
 
 # --- fairness: the inbox counts a user's work in units of about 5 us
-UNIT_US: Annotated[int, "microseconds", "measured: a read, or a small message", "-"] = 5
-LONG_WORK_US: Annotated[int, "microseconds", "guess: for one message", "it counts by its time"] = 300
+UNIT_US: Annotated[int, "microseconds", "measured: a read, or a small message", "a slow machine's own measure"] = 5
+LONG_UNITS: Annotated[int, "units", "guess: for one message, 0.3 ms", "it counts by its time"] = 60
+STALL_UNITS: Annotated[int, "units", "guess: for one message, 5 ms", "the user pauses"] = 1000
+STALL_PAUSE: Annotated[int, "times", "guess: what it took, so that it is one percent of the time", "-"] = 100
 UNITS_PER_REQUEST: Annotated[
     int, "units", "a read, a message and its resource, and beside it a message sent", "a user's budget: times its rate"
 ] = 6

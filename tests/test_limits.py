@@ -107,8 +107,13 @@ MAXIMA = {
 # No maximum of what somebody may do or have: why, and the test that shows what it does.
 OTHERS = {
     "OPENING_THREADS": ("threads of ours", "kernel/test_jobs.py::test_no_more_threads_than_allowed"),
+    "STALL_UNITS": (
+        "a measure of ours",
+        "inbox/test_turns.py::test_who_stalls_the_loop_pauses_a_hundred_times_as_long",
+    ),
+    "STALL_PAUSE": ("a factor", "inbox/test_turns.py::test_who_stalls_the_loop_pauses_a_hundred_times_as_long"),
     "UNIT_US": ("a measure of ours", "test_maxima.py::test_a_message_that_takes_long_counts_by_its_time"),
-    "LONG_WORK_US": ("a measure of ours", "test_maxima.py::test_a_message_that_takes_long_counts_by_its_time"),
+    "LONG_UNITS": ("a measure of ours", "test_maxima.py::test_a_message_that_takes_long_counts_by_its_time"),
     "RECORDS_PER_CONNECTION": (
         "what a first record costs",
         "attacks/test_t55_uncharged.py::test_records_have_a_rate",

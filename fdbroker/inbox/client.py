@@ -45,6 +45,7 @@ class User:
         "rests",
         "rests_until_s",
         "size",
+        "stalled_s",
         "used",
         "waiting",
     )
@@ -57,6 +58,7 @@ class User:
         self.used = 0  # units of work, in this turn
         self.owed = 0  # units that are not yet taken from the budget
         self.rests_until_s = 0.0  # 0 while it does not rest
+        self.stalled_s = 0.0  # what took longest of all that nobody could come between, since the last rest
         self.rests = 0  # how often it had to, each time twice as long, until that is forgiven
         self.forgiven_s = 0.0
         self.held: dict[int, Client] = {}  # that have something to read, or to do, when the rest is over

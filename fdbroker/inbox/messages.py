@@ -149,7 +149,9 @@ class Messages:
         while self._topics.fresh:
             member, _ = self._topics.fresh.popitem()
             client = self._subscribed.get(member)
-            if client is not None:
+            if client is not None and client.user.rests_until_s:
+                client.user.held[client.number] = client
+            elif client is not None:
                 yield client
         for client in list(self.replaying.values()):
             if not client.out and self._turns.may_work(client.user):

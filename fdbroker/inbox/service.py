@@ -24,7 +24,7 @@ from fdbroker.inbox.memory import Memory
 from fdbroker.inbox.messages import Messages
 from fdbroker.inbox.receive import READ_BYTES, Receiver
 from fdbroker.inbox.topics import Topics
-from fdbroker.inbox.turns import Turns, clock
+from fdbroker.inbox.turns import Turns, measured_unit_s, timed
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.terms import Offer
@@ -36,7 +36,6 @@ _LAST = ("watching", "subscribed")
 _to_opener = link.INBOX_TO_OPENER.encode
 _UNSENT_BYTES = limits.UNSENT_BYTES
 _MESSAGES_PER_TURN = 64
-_LONG_BYTES = 1024  # of a message: what takes long to decode has more
 _LINGER_S = 1.0  # how often we look whether descriptors that were unread still are
 _BYTES_PER_UNIT, _UNITS_PER_RESOURCE = limits.BYTES_PER_UNIT, limits.UNITS_PER_RESOURCE
 
@@ -51,7 +50,7 @@ class Inbox:
         closing = Jobs(limits.CLOSING_THREADS, limits.STUCK_THREADS)
         self._receiver = Receiver(closing)
         self._unread = Unread(closing)
-        self.turns = Turns()
+        self.turns = Turns(measured_unit_s())
         self._messages = Messages(topics, opener, self._unread, self.turns)
         self._opener_full = False
         self._by_number: dict[int, Client] = {}
@@ -91,7 +90,7 @@ class Inbox:
             if self._messages.due or self._messages.replaying:
                 self._go_on(self._messages.commit())
                 for client in self._messages.deliver():
-                    self._settle(client)
+                    self._settle_timed(client)
             if self._messages.unsaid and not self._opener.waiting:
                 self._go_on(self._messages.say_denied())
             self.turns.end()
@@ -106,7 +105,7 @@ class Inbox:
     def _go_on(self, clients: Iterable[Client]) -> None:
         for client in clients:
             if client.number in self._by_number:
-                self._work(client)
+                self._work_timed(client)
 
     def _timeout_s(self) -> float:
         if self._more or self._messages.due or (self._messages.replaying and self._messages.pressing):
@@ -215,6 +214,7 @@ class Inbox:
         else:
             self._settle(client)
 
+    @timed
     def _end_turn(self, client: Client, event: str) -> None:
         client.turn(event)
         client.asked = ()
@@ -240,6 +240,7 @@ class Inbox:
 
     # ---- clients
 
+    @timed
     def _client_event(self, client: Client, events: int) -> None:
         if events & select.EPOLLOUT:
             self._work(client)
@@ -324,6 +325,8 @@ class Inbox:
             client.doomed, client.reason = True, BROKE  # what was answered before is still sent
         self._settle(client)
 
+    _work_timed = timed(_work)
+
     def _take(self, client: Client) -> bool:
         """Decode and dispatch one message; false when no whole one is there."""
         received = client.decoder.next_message()
@@ -331,7 +334,6 @@ class Inbox:
             return False
         message, attached = received
         self._deadlines.completed(client.number)
-        began_s = clock() if len(message) >= _LONG_BYTES else None
         dispatched = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
         action = dispatched(message, attached)
         match action:
@@ -349,7 +351,7 @@ class Inbox:
                 client.question = action
             case _:
                 client.question = action
-        self.turns.spend(client.user, began_s, dispatch.units(message))
+        self.turns.work(client.user, dispatch.units(message))
         return True
 
     def _put(self, client: Client) -> bool:
@@ -419,6 +421,8 @@ class Inbox:
         )
         readable = (idle and sent) or client.state in _LAST or bool(client.events & select.EPOLLIN)
         self._interest(client, readable=readable and not client.ended)
+
+    _settle_timed = timed(_settle)
 
     def _interest(self, client: Client, *, readable: bool) -> None:
         events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if client.out else 0)

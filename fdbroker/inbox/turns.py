@@ -3,16 +3,22 @@
 Runs in: inbox. An attacker controls how much it sends, on how many connections, and what of it is refused.
 
 A user is an owner: all connections of all its uids together. Work is counted in units of about 5 us: a read, a
-message, a row that is stored. A user above its budget is not read for a while, and nothing else happens to it; a user
-who is alone never has to rest.
+message, a row that is stored; what takes long, by its time. A user above its budget is not read for a while, and
+nothing else happens to it; a user who is alone never has to rest.
 """
 
 from __future__ import annotations
 
+import select
+import statistics
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from fdbroker import limits
 from fdbroker.inbox.client import Client, User
+from fdbroker.inbox.decode import Decoder
+from fdbroker.wire import frame
 from fdbroker.wire.rights import Rights
 
 _SHARE, _SHARE_ALONE = limits.TURN_UNITS, limits.TURN_UNITS_ALONE
@@ -22,16 +28,50 @@ _DEBT_S, _FORGOTTEN_S = limits.DEBT_SECONDS, limits.OFFENCES_SECONDS
 _CONTEST_S = limits.CONTEST_SECONDS
 _ASKED = limits.ASKED_AT_ONCE
 _USERS_KEPT = 4096
-_UNIT_S, _LONG_S = limits.UNIT_US / 1e6, limits.LONG_WORK_US / 1e6
+_LONG, _STALL, _STALL_PAUSE = limits.LONG_UNITS, limits.STALL_UNITS, limits.STALL_PAUSE
+_Method = TypeVar("_Method", bound=Callable[..., None])
 clock = time.thread_time  # of this thread's own work: what other processes do meanwhile counts for nobody
 # Units are taken from the budget in lots: looking at the clock for each message would cost as much as some messages.
 _LOT = 64
 
 
-class Turns:
-    """All users that were here lately."""
+def timed(method: _Method) -> _Method:
+    """What this method of the inbox does for a client counts by the time that it takes, where that is long.
 
-    def __init__(self) -> None:
+    However a client makes it long: with a message that is hard to decode, or with thousands of epoll(7) watches of its
+    own socket, all of which each read and write of ours has to wake.
+    """
+
+    def measured(inbox: Any, client: Client, *arguments: Any) -> None:
+        began_s, before = clock(), client.user.used
+        method(inbox, client, *arguments)
+        inbox.turns.count(client.user, began_s, before)
+
+    return cast("_Method", measured)
+
+
+def measured_unit_s() -> float:
+    """How long a unit takes on this machine, at least UNIT_US: a system call, and a small message that is decoded.
+
+    An emulated machine takes fifty times as long, and would find all work long.
+    """
+    times_s, small = [], frame.encode_frame(frame.PING)
+    with select.epoll() as poll:
+        for _ in range(32):
+            began_s = clock()
+            poll.poll(0)
+            decoder = Decoder()
+            decoder.feed(small)
+            decoder.next_message()
+            times_s.append(clock() - began_s)
+    return max(limits.UNIT_US / 1e6, statistics.median(times_s))
+
+
+class Turns:
+    """All users that were here lately. `unit_s` is how long a unit takes."""
+
+    def __init__(self, unit_s: float = limits.UNIT_US / 1e6) -> None:
+        self._unit_s = unit_s
         self._by_owner: dict[int, User] = {}
         self._worked: dict[User, None] = {}  # in this turn
         self._latest: User | None = None
@@ -68,13 +108,19 @@ class Turns:
         user.used += units if units <= _SHARE else units * _UNDIVIDED
         self._worked[user] = None
 
-    def spend(self, user: User, began_s: float | None, units: int) -> None:
-        """So much was done for the user; what took long since `began_s` of `clock` counts by its time instead.
+    def spend(self, user: User, began_s: float, units: int) -> None:
+        """So much was done for the user; what took long since `began_s` of `clock` counts by its time instead."""
+        spent = int((clock() - began_s) / self._unit_s)
+        self.work(user, spent if spent > max(units, _LONG) else units)
 
-        However a client makes its message, or what waits for it, expensive: nothing but small work goes by numbers.
-        """
-        spent_s = 0.0 if began_s is None else clock() - began_s
-        self.work(user, max(units, int(spent_s / _UNIT_S)) if spent_s > _LONG_S else units)
+    def count(self, user: User, began_s: float, before: int) -> None:
+        """What was done for the user since `began_s` of `clock`, when `before` units of this turn had been counted."""
+        # a unit takes several times as long on a busy machine
+        more = int((clock() - began_s) / self._unit_s) - (user.used - before) * _UNDIVIDED
+        if more > _LONG:
+            self.work(user, more)
+            if more > _STALL:
+                user.stalled_s = max(user.stalled_s, more * self._unit_s)
 
     def may_work(self, user: User) -> bool:
         """Whether the user has something left of its share of this turn."""
@@ -109,7 +155,8 @@ class Turns:
         contested = now_s - self._contested_s < _CONTEST_S
         self.share = _SHARE if contested else _SHARE_ALONE
         if contested and not user.rests_until_s:
-            wait_s = user.pace.wait_s(user.rate, size, now_s)
+            wait_s = max(user.pace.wait_s(user.rate, size, now_s), user.stalled_s * _STALL_PAUSE)
+            user.stalled_s = 0.0
             if wait_s:
                 user.rests_until_s = now_s + max(wait_s, min(_REST_S * (1 << user.rests), _DEBT_S))
                 user.forgiven_s = user.rests_until_s + _FORGOTTEN_S

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
+import select
+import socket
 import statistics
 import time
 
 import floods
 import pytest
-from harness import ALICE, BOB, CAROL, EVERYONE_NULL, MEM, NO_RATES, Raw, as_user, ask, node, outcome, running
+from harness import ALICE, BOB, CAROL, EVERYONE_NULL, MEM, NO_RATES, RATES, Raw, as_user, ask, node, outcome, running
 
 from fdbroker import limits
 
@@ -143,3 +146,67 @@ def test_messages_for_the_journal_have_the_same_rate(dev):
         exactly = limits.BYTES_PER_RECORD * (40 - limits.RECORDS_PER_MESSAGE)
         assert as_user(CAROL, [], sends, exactly) == 1
         assert as_user(BOB, [], sends, 60_000) == 1
+
+
+def _watched(watches, message):
+    """One connection, one request after the other; its end has so many watches, all of which each answer wakes."""
+
+    def flood(address):
+        sock = floods.connected(address)
+        sock.settimeout(60)
+        poll = select.epoll()
+        for _ in range(watches):
+            poll.register(os.dup(sock.fileno()), select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+        while True:
+            sock.sendall(message)
+            data, numbers, _, _ = socket.recv_fds(sock, 65536, 64)
+            for number in numbers:
+                os.close(number)
+            if not data:
+                return
+
+    return flood
+
+
+def _ping_s(address):
+    """The time of nine of ten PINGs."""
+    times = []
+    with floods.connected(address) as sock:
+        sock.settimeout(30)
+        for _ in range(200):
+            began_s = time.monotonic()
+            sock.sendall(floods.PING)
+            assert sock.recv(100)
+            times.append(time.monotonic() - began_s)
+            time.sleep(0.002)
+    return sorted(times)[len(times) * 9 // 10]
+
+
+def _open_s(address):
+    times = []
+    with Raw(address) as client:
+        for _ in range(200):
+            began_s = time.monotonic()
+            assert outcome(client.open("/dev/null")) == "granted"
+            times.append(time.monotonic() - began_s)
+            os.close(client.take())
+            time.sleep(0.002)
+    return sorted(times)[len(times) * 9 // 10]
+
+
+@pytest.mark.parametrize(("message", "asked"), [(floods.PING, _ping_s), (floods.OPEN, _open_s)], ids=["PING", "Open"])
+def test_watches_of_ones_own_socket_cost_others_nothing(dev, monkeypatch, message, asked):
+    """Ten thousand made each answer of ours take 5 to 10 ms, and one such user made others wait as long each time."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    watches = min(hard - 100, 19_000)
+    monkeypatch.setitem(floods.FLOODS, "watched", _watched(watches, message))
+    with running(EVERYONE_NULL + f"users: {{{BOB}: {{limits: {{{RATES}}}}}}}\n") as broker:
+        ratios = []
+        for _ in range(3):
+            quiet_s = as_user(BOB, [], asked, broker.socket)
+            with floods.flooding(broker.socket, "watched"):
+                time.sleep(1)  # until the watches are there, and the first pause has begun
+                ratios.append(as_user(BOB, [], asked, broker.socket) / quiet_s)
+            if ratios[-1] < 2:
+                break
+        assert ratios[-1] < 2, ratios

@@ -157,3 +157,28 @@ def test_one_user_has_few_questions_with_the_opener_while_others_have_work(clock
         for ours, theirs in pairs:
             ours.close()
             theirs.close()
+
+
+def test_who_stalls_the_loop_pauses_a_hundred_times_as_long(clock, monkeypatch):
+    """STALL_UNITS, STALL_PAUSE: nobody comes between, and the longest rest otherwise is a second."""
+    unit_s = 7 * limits.UNIT_US / 1e6  # a slow machine's own
+    stall_s = limits.STALL_UNITS * unit_s
+    spent = iter([stall_s * 0.9, stall_s * 5])
+    for stalls in (False, True):
+        turns = Turns(unit_s)
+        one = turns.join(1, ALLOWED)
+        contest(turns)
+        monkeypatch.setattr(module, "clock", lambda: next(spent))
+        turns.count(one, 0.0, one.used)
+        turns.end()
+        rest_s = one.rests_until_s - clock.now_s
+        assert (rest_s >= stall_s * 5 * limits.STALL_PAUSE * 0.99) == stalls
+        assert one.stalled_s == 0.0
+
+
+def test_a_unit_is_measured_and_never_less_than_its_limit(monkeypatch):
+    """UNIT_US: on an emulated machine all work takes fifty times as long, and none of it is a stall."""
+    assert module.measured_unit_s() >= limits.UNIT_US / 1e6
+    ticks = iter(range(1000))
+    monkeypatch.setattr(module, "clock", lambda: next(ticks) / 1000)
+    assert module.measured_unit_s() == pytest.approx(0.001)
