@@ -1,0 +1,106 @@
+"""`fdbroker reload` and both clients against a running broker: what a script is told, and when; and `explain` beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from harness import ALICE, BOB, EVERYONE_NULL, as_user, command, running
+
+import fdbroker.aio
+from fdbroker.errors import PolicyError
+
+BROKEN = "version: 1\nevrybody: {}\n"
+# net:new needs the namespaces worker, which this broker did not start
+BEYOND = "version: 1\neveryone: {namespaces: [{type: net, create: true}]}\n"
+ADMINISTRATOR = f"administrators: {{users: [{BOB}]}}\n"
+
+
+def generation(address):
+    with fdbroker.connect(address) as client:
+        return client.about().generation
+
+
+def by_sync(address):
+    with fdbroker.connect(address) as client:
+        try:
+            client.reload()
+        except PolicyError as error:
+            return [str(finding) for finding in error.findings]
+    return []
+
+
+def by_asyncio(address):
+    async def ask():
+        async with await fdbroker.aio.connect(address) as client:
+            try:
+                await client.reload()
+            except PolicyError as error:
+                return [str(finding) for finding in error.findings]
+        return []
+
+    return asyncio.run(ask())
+
+
+def test_the_command_ends_when_the_new_policy_is_in_force(dev):
+    """And not before: the next request is judged by it."""
+    with running(EVERYONE_NULL + ADMINISTRATOR) as broker:
+        for number, uid in ((2, 0), (3, BOB)):
+            broker.policy.write_text(EVERYONE_NULL + ADMINISTRATOR + f"# {number}\n")
+            code, out, err = as_user(uid, [], command, broker.socket, "reload")
+            assert (code, err, generation(broker.socket)) == (0, "", number)
+            assert f"the number {number} since" in out
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [(BROKEN, ["policy.yaml:2:1", "evrybody"]), (BEYOND, ["needs the namespaces worker", "restart fdbroker"])],
+    ids=["broken", "needs-a-restart"],
+)
+def test_a_policy_that_is_refused_ends_the_command_with_78_and_all_that_is_wrong(dev, policy, said):
+    with running(EVERYONE_NULL) as broker:
+        broker.policy.write_text(policy)
+        code, out, err = command(broker.socket, "reload")
+        assert (code, out) == (78, "")
+        assert all(word in err for word in said), err
+        for client in (by_sync, by_asyncio):
+            (finding,) = client(broker.socket)
+            assert all(word in finding for word in said)
+        assert generation(broker.socket) == 1
+
+
+def test_who_is_no_administrator_is_told_so_and_nothing_is_loaded(dev):
+    with running(EVERYONE_NULL) as broker:
+        code, out, err = as_user(ALICE, [], command, broker.socket, "reload")
+        assert (code, out, generation(broker.socket)) == (77, "", 1)
+        assert "administrator" in err
+
+
+@pytest.mark.parametrize("client", [by_sync, by_asyncio], ids=lambda client: client.__name__)
+def test_a_client_may_reload_again_and_again(dev, client):
+    with running(EVERYONE_NULL) as broker:
+        for number in (2, 3):
+            assert client(broker.socket) == []
+            assert generation(broker.socket) == number
+
+
+def test_explain_says_when_the_broker_uses_another_policy(dev):
+    """It reads the files, and the broker may not have loaded these; after a reload it has."""
+    with running(EVERYONE_NULL) as broker:
+
+        def explained(*options):
+            return command(broker.socket, "policy", "explain", "--policy", str(broker.policy), *options, "/dev/null")
+
+        def other():
+            return [
+                json.loads(explained("--json")[1])[0]["otherPolicyInForce"],
+                "does not use these files" in explained()[1],
+            ]
+
+        assert other() == [False, False]
+        broker.policy.write_text(EVERYONE_NULL + "# changed\n")
+        assert other() == [True, True]
+        assert "fdbroker reload" in explained()[1]
+        assert command(broker.socket, "reload")[0] == 0
+        assert other() == [False, False]
