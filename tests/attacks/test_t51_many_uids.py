@@ -106,58 +106,74 @@ def test_all_uids_of_a_user_have_its_connections_together(dev):
         assert record["FDBROKER_CAUSE"] == "limit connections"
 
 
-def _p98_s(address):
+def _asks(address):
+    assert ask(address, "/dev/null") == "granted"
+
+
+def _sends(address):
+    """A message with a descriptor, on a connection of its own."""
+    with floods.connected(address) as sock:
+        sock.settimeout(30)
+        socket.send_fds(sock, [floods.SEND], [1])
+        assert sock.recv(4) == bytes(4)
+
+
+def _p98_s(address, action):
     """Of connecting, asking and closing; whoever is not served has no time at all."""
     times = []
     for _ in range(100):
         began_s = time.monotonic()
-        assert ask(address, "/dev/null") == "granted"
+        action(address)
         times.append(time.monotonic() - began_s)
     return sorted(times)[len(times) * 98 // 100 - 1]
+
+
+def _is_served(broker, quiet, uids, action):
+    """Another user, ten of ten times, and hardly slower than at a broker that nobody attacks, while the attack goes on.
+
+    What the machine does may hit one of the two alone: the best of three counts.
+    """
+    for _ in range(10):
+        as_user(BOB, [], action, broker.socket)
+    ratios = []
+    while not ratios or (ratios[-1] >= 2 and len(ratios) < 3):
+        with floods.flooding(broker.socket, f"Open, as {uids} uids"):
+            pairs = [[as_user(BOB, [], _p98_s, one.socket, action) for one in (broker, quiet)] for _ in range(5)]
+        ratios.append(statistics.median(felt_s / quiet_s for felt_s, quiet_s in pairs))
+    print(f"{uids} uids, {action.__name__}: p98 of another user {ratios[-1]:.2f} times that in quiet")
+    assert ratios[-1] < 2, (ratios, pairs)
 
 
 @pytest.mark.parametrize("descriptors", DESCRIPTORS)
 @pytest.mark.parametrize("uids", floods.MANY_UIDS)
 def test_all_uids_of_a_user_have_its_unread_grants_together(dev, descriptors, uids):
     """99 uids with 95 each took everything that the kernel lets be in flight, and nobody could even connect."""
-    policy = EVERYONE_NULL + f"limits: {{connections: 2000}}\nusers: {{{BOB}: {{limits: {{{RATES}}}}}}}\n"
+    policy = EVERYONE_NULL + f"limits: {{connections: 5000}}\nusers: {{{BOB}: {{limits: {{{RATES}}}}}}}\n"
     # another one, that nobody attacks: what else the machine does slows both
     calm = running(policy, descriptors=descriptors)
     with calm as quiet, running(policy, descriptors=descriptors) as broker, Many(broker.socket) as mallory:
         for number in range(uids):
             uid = FIRST + number
-            mallory.send(mallory.connect(uid), uid, BATCH)
-        assert as_user(BOB, [], _ten, broker.socket) == ["granted"] * 10
-        ratios = []
-        while not ratios or (ratios[-1] >= 2 and len(ratios) < 3):  # what the machine does may hit one of the two alone
-            pairs = [[as_user(BOB, [], _p98_s, one.socket) for one in (broker, quiet)] for _ in range(5)]
-            ratios.append(statistics.median(felt_s / quiet_s for felt_s, quiet_s in pairs))
-        assert ratios[-1] < 2, (ratios, pairs)
+            mallory.send(mallory.connect(uid), uid, BATCH * 12)
         broker.wait_for("limit unread_grants")
         its = [one for one in broker.records("granted") if one["FDBROKER_OWNER"] == str(MALLORY)]
         assert 0 < sum(int(one.get("FDBROKER_COUNT", 1)) for one in its) <= UNREAD
+        _is_served(broker, quiet, uids, _asks)
 
 
-def test_all_uids_of_a_user_have_its_held_descriptors_together(dev):
-    """Half a message with 16 descriptors on 16 connections of six uids: nobody else could send a descriptor."""
-    policy = "version: 1\n" + INBOX + "everyone: {send: [inbox], subscribe: [inbox]}\n"
-    with running(policy, descriptors=8192) as broker, Many(broker.socket) as mallory:
-        for number in range(60):
-            uid = FIRST + number // 10
+@pytest.mark.parametrize("descriptors", DESCRIPTORS)
+@pytest.mark.parametrize("uids", floods.MANY_UIDS)
+def test_all_uids_of_a_user_have_its_held_descriptors_together(dev, descriptors, uids):
+    """Half a message with 16 descriptors on each connection, as six uids: nobody else could send a descriptor."""
+    rights = f"users: {{{BOB}: {{limits: {{{RATES}}}}}}}\nlimits: {{connections: 5000}}\n"
+    policy = EVERYONE_NULL.rstrip()[:-1] + ", send: [inbox], subscribe: [inbox]}\n" + INBOX + rights
+    calm = running(policy, descriptors=descriptors)
+    with calm as quiet, running(policy, descriptors=descriptors) as broker, Many(broker.socket) as mallory:
+        for number in range(max(uids, 100)):
+            uid = FIRST + number % uids
             mallory.send(mallory.connect(uid), uid, b"\0\0\0\x09half", [0] * 16)
         time.sleep(0.5)
-        assert as_user(BOB, [], _send_with_descriptor, broker.socket) == [0] * 10
-
-
-def _send_with_descriptor(address):
-    found = []
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-        sock.settimeout(5)
-        sock.connect(address)
-        for _ in range(10):
-            socket.send_fds(sock, [b"\0\0\0\1x"], [1])
-            found.append(int.from_bytes(sock.recv(4), "big"))
-    return found
+        _is_served(broker, quiet, uids, _sends)
 
 
 def test_refusals_of_all_uids_of_a_user_are_counted_together(dev):

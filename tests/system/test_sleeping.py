@@ -53,9 +53,9 @@ def test_first_opens(facts):
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_what_sleeps_delays_nobody_else(facts, attack):
-    """The same requests are felt alike for nodes that sleep and for nodes that do not; the best of three rounds counts.
+    """Hardly felt, and no more for nodes that sleep than for nodes that do not; the best of three rounds counts.
 
-    Even 64 quick ones are felt: judging them takes the emulated CPU as long as ten opens, and the CPU is shared.
+    "unrecorded" can grant nothing to anybody: what the other user waits for there is to be denied.
     """
     rounds = facts[attack]["rounds"]
     p98 = {name: [one[name]["p98"] for one in rounds] for name in ("quiet", "quick", "slow")}
@@ -66,7 +66,7 @@ def test_what_sleeps_delays_nobody_else(facts, attack):
     assert sum(one["slow"]["attack"].get(got, 0) for one in rounds) > 0
     assert sum(one["slow"]["answers"].get(other, 0) for one in rounds) > 0
     assert to_quick < 2
-    assert to_quiet < 20
+    assert to_quiet < 2
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -76,7 +76,7 @@ def test_no_loop_sleeps_in_a_driver(facts, attack, process):
     seen = [one["slow"][process] for one in facts[attack]["rounds"]]
     asleep = sum(sum(one["asleep"].values()) for one in seen)
     looks = sum(one["looks"] for one in seen)
-    assert looks > 100
+    assert looks > 20  # each sees one moment; how many there are depends on how fast the other user is served
     assert asleep <= looks * 0.02, [one["asleep"] for one in seen]
 
 
