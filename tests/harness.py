@@ -235,7 +235,7 @@ class Broker:
         self.policy.write_text(policy)
         before = self.text().count("reloaded")
         self.process.send_signal(signal.SIGHUP)
-        self._wait(lambda: self.text().count("reloaded") > before, "no word of the reload", 10)
+        self._wait(lambda: self.text().count("reloaded") > before, "no word of the reload", PATIENCE_S)
 
     def stop(self) -> int:
         if self.process.poll() is None:

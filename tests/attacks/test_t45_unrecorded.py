@@ -28,7 +28,7 @@ def run_folder():
 def journal():
     """A journal in its place, where anybody may write."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock.settimeout(5)
+    sock.settimeout(30)
     sock.bind(JOURNAL)
     os.chmod(JOURNAL, 0o666)
     return sock

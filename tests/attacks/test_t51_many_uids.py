@@ -244,7 +244,7 @@ def _connect_and_end(address):
     answers = []
     for number in numbers:
         with socket.socket(fileno=number) as sock, contextlib.suppress(BrokenPipeError):
-            sock.settimeout(5)
+            sock.settimeout(30)
             sock.sendall(floods.OPEN)
             answers.append(sock.recv(1000).decode(errors="replace"))
     return answers

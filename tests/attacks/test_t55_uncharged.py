@@ -134,7 +134,7 @@ def test_messages_for_the_journal_have_the_same_rate(dev):
 
         def sends(size):
             with floods.connected(broker.socket) as sock:
-                sock.settimeout(5)
+                sock.settimeout(30)
                 said = []
                 for _ in range(12):
                     sock.sendall(floods.frame(b"x" * size))

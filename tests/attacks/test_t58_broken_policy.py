@@ -12,7 +12,7 @@ import time
 from unittest import mock
 
 import pytest
-from harness import ALICE, EVERYONE_NULL, as_user, ask, folder
+from harness import ALICE, EVERYONE_NULL, PATIENCE_S, as_user, ask, folder
 from lingering import Lingering
 
 from fdbroker import limits
@@ -101,7 +101,7 @@ def test_every_client_is_told_and_a_mended_policy_serves_the_next(activated):
     assert as_user(ALICE, [], ask, activated.address, "/dev/null") == "granted"
     assert activated.process.poll() is None
     activated.process.terminate()
-    assert activated.process.wait(10) == 0
+    assert activated.process.wait(PATIENCE_S) == 0
     assert "Traceback" not in activated.text()
 
 
@@ -123,7 +123,7 @@ def test_it_can_be_stopped_meanwhile(activated):
     activated.start(BROKEN)
     assert "PolicyBroken" in _refused(activated.address)
     activated.process.send_signal(signal.SIGTERM)
-    assert activated.process.wait(10) == 0
+    assert activated.process.wait(PATIENCE_S) == 0
 
 
 def test_what_refuses_everybody_holds_no_right(activated):
@@ -181,7 +181,7 @@ def test_what_a_client_sent_that_is_slow_to_close_holds_up_nobody_else(activated
         time.sleep(LOOK_S)
         assert as_user(ALICE, [], ask, activated.address, "/dev/null") == "granted"
         activated.process.terminate()
-        assert activated.process.wait(10) == 0
+        assert activated.process.wait(PATIENCE_S) == 0
 
 
 def test_a_policy_that_was_mended_after_the_last_client_is_served(activated):

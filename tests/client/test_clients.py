@@ -117,7 +117,7 @@ def _evil(data, count):
         thread = threading.Thread(target=serve)
         thread.start()
         yield path
-        thread.join(5)
+        thread.join(30)
 
 
 @pytest.mark.parametrize("kind", EVIL)
@@ -321,7 +321,7 @@ def test_a_subscription_outlives_a_policy_that_is_broken_for_a_while(dev):
                     assert next(client.subscribe(["t"])).payload == b"x"
             else:
                 assert asyncio.run(talk(address)) == b"x"
-            thread.join(5)
+            thread.join(30)
 
 
 def test_at_the_limit_of_connections_every_command_says_so(dev):

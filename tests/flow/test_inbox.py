@@ -42,8 +42,8 @@ class Opener:
     def __init__(self, store=None):
         pair = lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         (self.launcher, launcher_end), (self.sock, opener_end) = pair(), pair()
-        self.sock.settimeout(5)
-        self.launcher.settimeout(5)
+        self.sock.settimeout(30)
+        self.launcher.settimeout(30)
         self.inbox = Inbox(Link(launcher_end), Link(opener_end), Topics(Records(None), store))
         self.error = None
         self.thread = threading.Thread(target=self._run)
@@ -59,7 +59,7 @@ class Opener:
     def client(self, allowed=NOTHING):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         sockets.ask_credentials(theirs)
-        ours.settimeout(5)
+        ours.settimeout(30)
         self.number += 1
         socket.send_fds(
             self.sock,
@@ -89,7 +89,7 @@ def inbox(store=None):
         yield opener
     finally:
         opener.launcher.close()
-        opener.thread.join(5)
+        opener.thread.join(30)
         opener.sock.close()
         for end in opener.ends:
             end.close()
@@ -122,7 +122,7 @@ def test_nothing_is_written_between_a_question_and_its_outcome():
         client.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.recv(1)
-        client.settimeout(5)
+        client.settimeout(30)
         opener.send(link.OPENER_TO_INBOX.encode(link.Outcome(1, Denied("x", index=0))))
         got = replies(client, 2)
         assert [reply.get("error", "").rpartition(".")[2] for reply in got] == ["Denied", ""]
@@ -204,7 +204,7 @@ def test_who_does_not_read_its_listings_is_closed():
         sender = threading.Thread(target=lambda: [opener.send(part) for part in messages])
         sender.start()
         assert link.INBOX_TO_OPENER.decode(opener.sock.recv(100)) == link.Closed(1, 4)
-        sender.join(5)
+        sender.join(30)
 
 
 def test_draining_answers_what_is_in_flight_and_ends():
@@ -220,7 +220,7 @@ def test_draining_answers_what_is_in_flight_and_ends():
         left = [opener.next() for _ in range(4)]
         assert {message.connection for message in left[:3]} == {1, 2, 3}
         assert left[3] == link.Drained()
-        opener.thread.join(5)
+        opener.thread.join(30)
         assert not opener.thread.is_alive()
 
 
@@ -242,14 +242,14 @@ def test_a_flood_of_pings_is_answered_whole_and_others_are_served_between():
         data = b""
         while len(data) < 8 * count:
             data += client.recv(65536)
-        sender.join(5)
+        sender.join(30)
         assert data == b"\0\0\0\4PONG" * count
 
 
 def test_a_broken_opener_is_noticed():
     with inbox() as opener:
         opener.send(b"\xff")
-        opener.thread.join(5)
+        opener.thread.join(30)
         assert "unknown message type" in str(opener.error)
 
 
@@ -276,7 +276,7 @@ def test_a_listing_that_is_asked_for_while_draining_is_answered_and_closed():
             opener.send(part)
         assert len(replies(client, 1)) == 1
         assert client.recv(1) == b""
-        opener.thread.join(5)
+        opener.thread.join(30)
         assert not opener.thread.is_alive()
 
 
@@ -289,7 +289,7 @@ def test_a_long_first_listing_reaches_a_client_that_reads():
         sender = threading.Thread(target=lambda: [opener.send(part) for part in link.split_offers(1, offers)])
         sender.start()
         (reply,) = replies(client, 1)
-        sender.join(5)
+        sender.join(30)
         assert len(reply["parameters"]["resources"]) == 3000
 
 
@@ -365,7 +365,7 @@ class Slow(Store):
 
     def commit(self):
         if self._new or self._done:
-            assert self.go.acquire(timeout=5)
+            assert self.go.acquire(timeout=30)
             self.sizes.append(len(self._new))
         self._database.execute(f"PRAGMA query_only = {self.broken}")
         super().commit()
@@ -395,7 +395,7 @@ def test_answers_wait_for_the_commit_and_keep_their_order(stored_inbox):
         client.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.recv(1)
-        client.settimeout(5)
+        client.settimeout(30)
         store.go.release()
         got = replies(client, 5)
         assert [reply.get("error", "").rpartition(".")[2] for reply in got] == ["", "", "Denied", "", ""]
@@ -462,7 +462,7 @@ def test_receive_answers_once_its_acknowledgement_is_committed(stored_inbox):
         client.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.recv(1)
-        client.settimeout(5)
+        client.settimeout(30)
         store.go.release()
         assert replies(client, 2) == [{"parameters": {"messages": []}}] * 2
 

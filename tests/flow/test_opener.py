@@ -38,8 +38,8 @@ class World:
     def __init__(self, folder: Path):
         pair = lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         (self.launcher, launcher_end), (self.inbox, inbox_end) = pair(), pair()
-        self.launcher.settimeout(5)
-        self.inbox.settimeout(5)
+        self.launcher.settimeout(30)
+        self.inbox.settimeout(30)
         self.journal, journal_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.path = str(folder / "s")
         listener = socket.socket(socket.AF_UNIX)
@@ -70,7 +70,7 @@ class World:
     def connect(self):
         """A client, its number and uid as the inbox hears them, and the inbox's copy of its socket."""
         client = socket.socket(socket.AF_UNIX)
-        client.settimeout(5)
+        client.settimeout(30)
         client.connect(self.path)
         data, (number,), _, _ = socket.recv_fds(self.inbox, 1000, 2)
         copy = socket.socket(fileno=number)
@@ -81,7 +81,7 @@ class World:
         return link.OPENER_TO_INBOX.decode(self.inbox.recv(200000))
 
     def violated(self):
-        self.thread.join(5)
+        self.thread.join(30)
         assert isinstance(self.error, LinkViolation), self.error
         return str(self.error)
 
@@ -97,7 +97,7 @@ def world(tmp_path):
         yield one
     finally:
         one.launcher.close()
-        one.thread.join(5)
+        one.thread.join(30)
         assert not one.thread.is_alive()
         for sock in (one.inbox, one.journal, *one.ends, *one.clients):
             sock.close()
@@ -284,7 +284,7 @@ def test_a_request_of_a_client_that_has_left_while_draining_is_no_fault(tmp_path
         one.inbox.send(link.INBOX_TO_OPENER.encode(link.List(1, watch=False)))
         one.inbox.send(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)))
         one.inbox.close()
-        one.thread.join(5)
+        one.thread.join(30)
         assert not one.thread.is_alive()
         assert one.error is None
 
@@ -306,7 +306,7 @@ def test_stop_drains_the_inbox_and_ends_in_order(tmp_path):
         one.inbox.send(link.INBOX_TO_OPENER.encode(link.Closed(connected.connection, 0)))
         one.inbox.send(link.DRAINED)
         one.inbox.close()
-        one.thread.join(5)
+        one.thread.join(30)
         assert not one.thread.is_alive()
         assert one.error is None
 

@@ -200,7 +200,7 @@ def test_a_message_has_them_from_one_place(ledger):
 @pytest.fixture
 def pair():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    theirs.settimeout(5)
+    theirs.settimeout(30)
     with ours, theirs:
         yield Client(1, Sender(5, 5, 5, "", 5), ours, User(5, Rights(), 0)), theirs
 

@@ -69,7 +69,7 @@ def test_a_thread_that_has_entered_one_holds_it(network):
     thread = threading.Thread(target=enter)
     thread.start()
     try:
-        assert entered.wait(5)
+        assert entered.wait(30)
         with mock.patch.object(living, "_opened", return_value=()):
             assert living.living(ask(inode, 0), time.monotonic() + 60) == {inode}
     finally:

@@ -449,7 +449,7 @@ def _server_inside(address, port):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("10.88.0.1", 9))
         own = probe.getsockname()[0]
-    with socket.create_server((own, 8080)) as server, socket.create_connection(("10.88.0.1", port), timeout=10) as home:
+    with socket.create_server((own, 8080)) as server, socket.create_connection(("10.88.0.1", port), timeout=30) as home:
         server.settimeout(10)
         home.sendall(own.encode() + b"\n")
         connection, _ = server.accept()
@@ -477,7 +477,7 @@ def test_a_connected_namespace_is_reached_from_the_host_and_leaves_nothing(broke
             assert port["linkinfo"]["info_slave_data"]["guard"] is True
             assert port["linkinfo"]["info_slave_data"]["learning"] is False
             assert port["linkinfo"]["info_slave_data"]["flood"] is False
-            with socket.create_connection((own, 8080), timeout=10) as inside:
+            with socket.create_connection((own, 8080), timeout=30) as inside:
                 assert inside.recv(100) == b"hello from inside"
         assert os.waitpid(child, 0)[1] == 0
     end = time.monotonic() + 10
@@ -554,7 +554,7 @@ def _reach(address):
     with socket.create_server(("127.0.0.1", 0)) as server, Raw(address) as asking:
         grant_of(asking.ask(in_namespace("vpn-a")))
         with socket.socket(fileno=asking.take()) as sock:
-            sock.settimeout(5)
+            sock.settimeout(30)
             return sock.connect_ex(server.getsockname())
 
 
