@@ -13,6 +13,7 @@ from typing import Self
 
 from fdbroker import limits
 from fdbroker.errors import FdbrokerError
+from fdbroker.kernel import lifeline
 from fdbroker.launcher import start
 from fdbroker.wire import link
 
@@ -38,7 +39,9 @@ class Refuser:
         """Whether somebody waits, and the child asks if it is to refuse. Raises RefuserFailed."""
         data = self._child.link.receive()
         if data == b"":
-            raise RefuserFailed(f"the process that refuses everybody ended with {self._child.process.wait()}")
+            process = self._child.process
+            how = lifeline.how_ended(process.pid, process.wait())
+            raise RefuserFailed(f"the process that refuses everybody {how}")
         return data is not None and isinstance(link.REFUSER_TO_LAUNCHER.decode(data), link.Look)
 
     def go_on(self) -> None:
