@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import socket
 import statistics
@@ -16,6 +15,7 @@ from pathlib import Path
 import floods
 import pytest
 from harness import ALICE, BOB, CLONE_NEWNET, EVERYONE_NULL, GROUP, LIBC, RATES, as_user, ask, replaced_file, running
+from subordinate import Many, being
 
 from fdbroker import limits
 from fdbroker.namespaces.living import living
@@ -36,45 +36,6 @@ def subordinate(root):
     """MALLORY has the uids from FIRST on."""
     with replaced_file("/etc/subuid", floods.SUBUID):
         yield
-
-
-@contextlib.contextmanager
-def being(uid):
-    """Root's process is a user's for a moment."""
-    os.setresuid(uid, uid, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
-
-
-class Many:
-    """Connections of many uids, in this process: each is used as the uid that made it."""
-
-    def __init__(self, address):
-        self.address = address
-        self.socks = []
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-    def connect(self, uid):
-        with being(uid):
-            sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(10)
-            sock.connect(self.address)
-            self.socks.append(sock)
-            return sock
-
-    def send(self, sock, uid, data, descriptors=()):
-        with being(uid), contextlib.suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
-            socket.send_fds(sock, [data], descriptors)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for sock in self.socks:
-            sock.close()
 
 
 def _let_in(sock):
