@@ -43,10 +43,12 @@ def world(dev):
         accounts: dict[int, Account] = {}
 
         def connect(self, owner, rule=FITS, state="listing"):
+            """Each connection of an owner is one of another uid."""
             pair = socket.socketpair()
             made.extend(pair)
             account = self.accounts.setdefault(owner, Account(MAXIMA, 0.0))
-            subject = Subject(owner, frozenset(), owner, 1, "", "", foreign=True, owner=owner)
+            uid = owner * 1000 + len(made)
+            subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=owner)
             seen = View((rule,), (), (), (), MAXIMA, administrator=False)
             connection = Connection(len(made), pair[0], subject, seen, account, Flight(9))
             connection.state = state
@@ -193,6 +195,21 @@ def test_listings_that_name_processes_are_shared_by_none_but_the_same(world):
         found |= {connection: offers(parts) for connection, parts in world.lister.step(0.0)}
     assert [found[each][-1].resource.pid for each in (one, same, other)] == [1, 1, 2]
     assert world.nodes.looked == COUNT * 2
+
+
+def test_a_change_while_a_listing_is_made_begins_it_anew(world):
+    """The watch waits once, and the new listing looks again at the nodes that the old one had seen."""
+    world.lister.add(world.connect(5, state="watching"))
+    while world.lister.busy:
+        list(world.lister.step(0.0))
+    for name in ("0", "1"):
+        os.unlink(f"/dev/many/{name}")
+        world.lister.list_again()
+        list(world.lister.step(0.0))
+    told = []
+    while world.lister.busy:
+        told += [len(offers(parts)) for _, parts in world.lister.step(0.0)]
+    assert told == [COUNT - 2]
 
 
 def test_who_goes_is_not_listed(world):
