@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ALICE, BOB, CAROL, GROUP, as_user, ask, replaced_file, running
+from harness import ALICE, BOB, CAROL, GROUP, OTHER_GROUP, as_user, ask, replaced_file, running
 
 FIRST = 300_000
 PATHS = ("/dev/null", "/dev/zero", "/dev/first")
@@ -43,6 +43,27 @@ def test_a_denied_group_is_all_of_its_members_and_all_their_uids(dev, uid, group
     with running(POLICY + f"deny: [{{groups: [{GROUP}], devices: [/dev/null]}}]\n") as broker:
         assert as_user(uid, groups, ask, broker.socket, "/dev/null") == wanted
         assert as_user(uid, groups, ask, broker.socket, "/dev/zero") == "granted"
+
+
+@pytest.mark.parametrize(
+    ("uid", "gid", "wanted"),
+    [
+        (ALICE, OTHER_GROUP, "Denied"),
+        (ALICE, ALICE, "Denied"),  # it left the group by setgid(2), or newgrp(1)
+        (FIRST + 100_000, FIRST, "Denied"),
+        (BOB, BOB, "granted"),
+        (BOB, OTHER_GROUP, "Denied"),  # whatever the database says, the process has it
+        (FIRST, FIRST, "granted"),
+    ],
+)
+def test_a_denied_primary_group_is_all_users_whose_it_is(dev, uid, gid, wanted):
+    """passwd(5) alone says that the group is ALICE's: group(5) has neither it nor her."""
+    passwd = Path("/etc/passwd").read_text()
+    assert f":{ALICE}:{ALICE}:" in passwd
+    with replaced_file("/etc/passwd", passwd.replace(f":{ALICE}:{ALICE}:", f":{ALICE}:{OTHER_GROUP}:")):
+        with running(POLICY + f"deny: [{{groups: [{OTHER_GROUP}], devices: [/dev/null]}}]\n") as broker:
+            assert as_user(uid, [], ask, broker.socket, "/dev/null", gid=gid) == wanted
+            assert as_user(uid, [], ask, broker.socket, "/dev/zero", gid=gid) == "granted"
 
 
 @pytest.mark.parametrize(

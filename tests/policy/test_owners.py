@@ -100,9 +100,12 @@ def test_subuid_is_read_as_newuidmap_reads_it(root):
     assert table != names.owners() or not Path("/etc/subuid").exists()
 
 
-def test_a_changed_file_is_seen(root):
-    with replaced_file("/etc/subuid", ""):
+@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/group", "/etc/subuid"])
+def test_a_changed_file_is_seen(root, path):
+    """Each of the three alone: who is a user, who is in a group, and whose the subordinate uids are."""
+    with replaced_file(path, Path(path).read_text() if os.path.exists(path) else ""):
         before = names.databases()
         assert names.databases() == before
-        with replaced_file("/etc/subuid", "x:1:1\n"):
+        with replaced_file(path, "x:1:1\n"):
             assert names.databases() != before
+        assert names.databases() == before
