@@ -11,11 +11,26 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import harness
 import pytest
-from harness import ALICE, Raw, as_user, folder, ip, need_root, outcome, own_network, private_dev, running
+from harness import (
+    ALICE,
+    BOB,
+    GROUP,
+    Raw,
+    as_user,
+    folder,
+    ip,
+    need_root,
+    outcome,
+    own_network,
+    private_dev,
+    replaced_file,
+    running,
+)
 from messaging import SEND, SUBSCRIBE, temporary
 
 from fdbroker import limits
@@ -47,6 +62,7 @@ class Feature(NamedTuple):
     grants: tuple[str, ...] = ()
     deliver: tuple[str, ...] = ()
     journal: bool = False  # records go to a journal, and not to standard error
+    administrator: int = 0  # who has the policy loaded again, and stops the service
 
 
 def _rule(text: str, *grants: str) -> Feature:
@@ -68,6 +84,9 @@ FEATURES = {
     "the caller's namespaces": _rule(
         f"namespaces: [{{type: [{', '.join(TYPES)}], of: caller}}]", *(f"{kind} of" for kind in TYPES)
     ),
+    "connected namespaces": _rule(
+        "namespaces: [{type: net, create: true, link: {bridge: br0, address: 10.88.0.0/24}}]", "net new"
+    ),
     "named namespaces": _rule("namespaces: [{type: net, name: vpn}]", "net named"),
     "sockets": _rule("sockets: [{namespace: vpn}]", "socket"),
     "bound sockets": _rule("sockets: [{namespace: vpn, bind: [443]}]", "socket", "socket bound"),
@@ -75,11 +94,28 @@ FEATURES = {
     "standard error": _topic("journal"),
     "subscribers": _topic("subscribers"),
     "a queue": _topic("queue"),
+    # the group database has ALICE in it, her processes have not
+    "a group of the database": Feature(
+        f"groups: {{{GROUP}: {{devices: [{{path: /dev/null, access: rw, class: mem, membership: nss}}]}}}}", ("device",)
+    ),
+    # whatever confines this machine's programs, none of it is called so
+    "labels": Feature(
+        "topics: {inbox: {}}\n"
+        "everyone: {devices: [{path: /dev/null, access: rw, label: nobody}], namespaces: [{type: uts, create: true, "
+        "label: nobody}], sockets: [{namespace: vpn, label: nobody}], send: [{topic: inbox, label: nobody}]}"
+    ),
+    # a program without a label is denied, and so is one with any
+    "denied labels": Feature(
+        "everyone: {devices: [{path: /dev/null, access: rw, class: mem}], namespaces: [{type: net, name: vpn}]}\n"
+        'deny: [{everyone: true, label: ["*", "*/*", "/*/*", "/*/*/*"], devices: [/dev/null]}]',
+        ("net named",),
+    ),
+    "an administrator": Feature(f"administrators: {{users: [{BOB}]}}", administrator=BOB),
 }
 # what this machine's subscribers and journals are given must not be refused for its rate or for what waits
 LIMITS = (
     "limits: {requests_per_second: 1000000, burst: 1000000, records_per_second: 1000000, record_burst: 1000000, "
-    "stored_bytes: 1073741824, stored_messages: 1000000}\n"
+    "stored_bytes: 1073741824, stored_messages: 1000000, namespaces: 64}\n"
 )
 
 
@@ -88,7 +124,13 @@ def machine():
     need_root()
     with own_network(), private_dev():
         ip("netns", "add", "vpn")
-        yield
+        ip("link", "add", "br0", "type", "bridge")
+        ip("addr", "add", "10.88.0.1/24", "dev", "br0")
+        ip("link", "set", "br0", "up")
+        with replaced_file(
+            "/etc/group", Path("/etc/group").read_text() + f"fdbroker-test:x:{GROUP}:fdbroker-test-{ALICE}\n"
+        ):
+            yield
 
 
 @contextlib.contextmanager
@@ -101,6 +143,8 @@ def _journal():
             os.makedirs(os.path.dirname(JOURNAL))
             os.mkdir("/run/netns")
             harness.mount(f"/proc/self/fd/{netns}", "/run/netns", "none", harness.MS_BIND | harness.MS_REC)
+            # ip-netns(8) shares its folder: the end of this view would unmount the namespaces everywhere
+            harness.mount("none", "/run/netns", "none", harness.MS_REC | harness.MS_PRIVATE)
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.bind(JOURNAL)
                 taken = []
@@ -131,12 +175,27 @@ def test_each_answer_is_the_documented_one_and_the_service_lives(machine, name):
             assert broker.process.poll() is None, broker.text()
             if turn == "before a reload":
                 broker.reload(policy)
+                assert as_user(feature.administrator, [], _reload, broker.socket) == {"applied": True, "findings": []}
             if journal is not None:
                 assert any(b"FDBROKER_PAYLOAD" in record for record in journal)
                 journal.clear()
         assert not [record for record in broker.records("refused") if "FDBROKER_CAUSE" not in record]
         for process, pid in broker.pids.items():
             assert not harness.status_of(pid)["State"].startswith("Z"), (process, broker.text())
+        assert as_user(feature.administrator, [], _shut_down, broker.socket) == ""
+        assert broker.process.wait(harness.PATIENCE_S) == 0, broker.text()
+
+
+def _reload(address):
+    with Raw(address) as client:
+        return client.call("io.fdbroker.Admin.Reload")["parameters"]
+
+
+def _shut_down(address):
+    """What comes until the end of the connection."""
+    with Raw(address) as client:
+        client.sock.sendall(struct.pack("!I", 0))
+        return _exactly(client.sock, 4).decode(errors="replace")
 
 
 def _take(sock, taken):
@@ -226,7 +285,9 @@ def _frames(address, feature):
                 status = errno.EOPNOTSUPP
             if size > limits.MESSAGE_BYTES:
                 status = errno.EMSGSIZE
-            yield f"a frame of {size}, {count} descriptors", _frame(address, b"x" * size, count, sends), status
+            for kind, letter in LETTERS.items():
+                what = f"a frame of {size} bytes of {kind}, {count} descriptors"
+                yield what, _frame(address, letter * size, count, sends), status
 
 
 def _messages(address, feature):
