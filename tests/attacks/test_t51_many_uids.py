@@ -190,6 +190,20 @@ def test_uids_that_nobody_is_known_for_share_one_account(dev):
         assert {one["FDBROKER_OWNER"] for one in broker.records("turned-away")} == {"others"}
 
 
+@pytest.mark.parametrize("hidepid", ["1", "2"])
+def test_a_process_that_proc_hides_is_nobody_elses(dev, hidepid):
+    """Its slice could not be read, so that it was one of no user: a deny rule for its user did not hold."""
+    subprocess.run(["mount", "-t", "proc", "-o", f"hidepid={hidepid}", "proc", "/proc"], check=True)
+    try:
+        with running(EVERYONE_NULL) as broker:
+            assert as_user(900_000, [], ask, broker.socket, "/dev/null") == "QuotaExceeded"
+            assert as_user(ALICE, [], ask, broker.socket, "/dev/null") == "granted"  # who needs no slice
+            assert "/proc hides it" in broker.records("turned-away")[0]["FDBROKER_REASON"]
+            assert "/proc is mounted with hidepid=" in broker.text()
+    finally:
+        subprocess.run(["umount", "/proc"], check=True)
+
+
 def _connect_and_end(address):
     """What a child that has ended has connected: how each of these is answered."""
     ours, theirs = socket.socketpair()
@@ -225,20 +239,6 @@ def test_nobody_gets_rid_of_its_owner_by_ending_after_connect(dev):
         turned_away = broker.records("turned-away")
         assert {(one["FDBROKER_UID"], one["FDBROKER_OWNER"]) for one in turned_away} == {("900000", "others")}
         assert "its process has ended" in turned_away[0]["FDBROKER_REASON"]
-
-
-@pytest.mark.parametrize("hidepid", ["1", "2"])
-def test_a_process_that_proc_hides_is_nobody_elses(dev, hidepid):
-    """Its slice could not be read, so that it was one of no user: a deny rule for its user did not hold."""
-    subprocess.run(["mount", "-t", "proc", "-o", f"hidepid={hidepid}", "proc", "/proc"], check=True)
-    try:
-        with running(EVERYONE_NULL) as broker:
-            assert as_user(900_000, [], ask, broker.socket, "/dev/null") == "QuotaExceeded"
-            assert as_user(ALICE, [], ask, broker.socket, "/dev/null") == "granted"  # who needs no slice
-            assert "/proc hides it" in broker.records("turned-away")[0]["FDBROKER_REASON"]
-            assert "/proc is mounted with hidepid=" in broker.text()
-    finally:
-        subprocess.run(["umount", "/proc"], check=True)
 
 
 def test_the_owner_is_known_anew_when_subuid_changes(dev):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdbroker.kernel import processes, sockets
-from fdbroker.opener.identify import Identifier
+from fdbroker.opener.identify import Identifier, WhoseUnknown
 from fdbroker.policy.owners import Owners
 from fdbroker.terms import OTHERS, Groups
 
@@ -62,6 +62,17 @@ def test_a_container_of_roots_session_is_not_root(accepted, monkeypatch):
     for uid, owner in ((0, OTHERS), (-1, OTHERS), (1000, 1000)):
         monkeypatch.setattr(processes, "place", lambda *_, uid=uid: processes.Place(uid, ""))
         assert identifier.owner(accepted, credentials, Owners()) == owner
+    identifier.close()
+
+
+def test_the_slice_of_a_process_that_has_the_pid_by_now_is_nobodys(accepted, monkeypatch):
+    """The one that connected has ended meanwhile: what was read in /proc may be another process's."""
+    identifier = Identifier()
+    credentials = sockets.peer_credentials(accepted)
+    monkeypatch.setattr(processes, "place", lambda *_: processes.Place(1000, ""))
+    monkeypatch.setattr(processes, "is_alive", lambda _: False)
+    with pytest.raises(WhoseUnknown):
+        identifier.owner(accepted, credentials, Owners())
     identifier.close()
 
 
