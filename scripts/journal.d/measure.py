@@ -17,6 +17,7 @@ from fdbroker.wire.journal import encode_fields
 COUNT, LENGTHS = 30_000, (0, 1024, 32_768)
 BYTES = 30_000_000  # of long messages fewer are written
 DAY_S = 86_400
+_PATIENCE_S = 60  # a journald that hangs is said, not waited for
 GIB = 2**30
 RULE = "/etc/fdbroker/policy.yaml:10"
 
@@ -26,7 +27,7 @@ def size() -> int:
 
     Source: systemd, src/libsystemd/sd-journal/journal-def.h, struct Header.
     """
-    subprocess.run(["journalctl", "--sync"], check=True)
+    subprocess.run(["journalctl", "--sync"], check=True, timeout=_PATIENCE_S)
     places = [Path(place) for place in ("/var/log/journal", "/run/log/journal")]
     return sum(_used(file) for place in places for file in place.rglob("*.journal"))
 
@@ -88,6 +89,7 @@ def message(length: int, *, first: bool) -> Callable[[int], bytes]:
 def main() -> int:
     """Write the table to the file that is named. Returns 1 when a day is over the 4 GiB that journald keeps at most."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.settimeout(_PATIENCE_S)
     sock.connect("/run/systemd/journal/socket")
     rate, burst = (limits.USER_LIMITS[name].default for name in ("records_per_second", "record_burst"))
     records = rate * DAY_S + burst

@@ -33,7 +33,16 @@ def owners() -> dict[str, Any]:
         "no:cacheprovider",
     )
     done = subprocess.run(
-        [*command, "--no-header", "-q", "--show-capture=no", TESTS, "-k", "(unread or held) and not 8192"],
+        [
+            *command,
+            "--no-header",
+            "-q",
+            "--show-capture=no",
+            TESTS,
+            "-k",
+            "(unread or held) and not 8192 and 700",
+            "--durations=0",
+        ],
         capture_output=True,
         text=True,
         timeout=540,
