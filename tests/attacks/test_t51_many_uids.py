@@ -27,6 +27,7 @@ CONNECTIONS = limits.USER_LIMITS["connections"].default
 UNREAD = limits.USER_LIMITS["unread_grants"].default
 # of the broker's table; 0 for as many as there can be, where 65,536 is the unit's
 DESCRIPTORS = (0, 8192)
+SECONDS = 40  # of one measurement, where an emulated machine takes that long
 BATCH = floods.call("Broker.Open", resources=[{"device": "/dev/null"}] * 8)
 INBOX = "topics: {inbox: {deliver: [subscribers]}}\n"
 
@@ -82,7 +83,7 @@ def _sends(address):
 def _p98_s(address, action):
     """Of connecting, asking and closing; whoever is not served has no time at all."""
     times = []
-    for _ in range(100):
+    for _ in range(50):
         began_s = time.monotonic()
         action(address)
         times.append(time.monotonic() - began_s)
@@ -98,8 +99,11 @@ def _is_served(broker, quiet, uids, action):
         as_user(BOB, [], action, broker.socket)
     ratios = []
     while not ratios or (ratios[-1] >= 2 and len(ratios) < 3):
+        pairs: list[list[float]] = []
+        end_s = time.monotonic() + SECONDS
         with floods.flooding(broker.socket, f"Open, as {uids} uids"):
-            pairs = [[as_user(BOB, [], _p98_s, one.socket, action) for one in (broker, quiet)] for _ in range(5)]
+            while len(pairs) < 5 and not (pairs and time.monotonic() > end_s):
+                pairs.append([as_user(BOB, [], _p98_s, one.socket, action) for one in (broker, quiet)])
         ratios.append(statistics.median(felt_s / quiet_s for felt_s, quiet_s in pairs))
     print(f"{uids} uids, {action.__name__}: p98 of another user {ratios[-1]:.2f} times that in quiet")
     assert ratios[-1] < 2, (ratios, pairs)
