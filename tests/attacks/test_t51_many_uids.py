@@ -14,7 +14,20 @@ from pathlib import Path
 
 import floods
 import pytest
-from harness import ALICE, BOB, CLONE_NEWNET, EVERYONE_NULL, GROUP, LIBC, RATES, as_user, ask, replaced_file, running
+from harness import (
+    ALICE,
+    BOB,
+    CLONE_NEWNET,
+    EVERYONE_NULL,
+    GROUP,
+    LIBC,
+    RATES,
+    as_user,
+    ask,
+    command,
+    replaced_file,
+    running,
+)
 from subordinate import Many, being
 
 from fdbroker import limits
@@ -168,6 +181,22 @@ def test_many_users_cannot_use_up_what_is_kept_for_those_without_anything(dev):
                     many.send(many.connect(uid), uid, BATCH)
             assert as_user(BOB, [], _ten, broker.socket) == ["granted"] * 10
             broker.wait_for("too many descriptors are on their way")
+
+
+def test_administrators_are_served_while_others_have_all_that_there_is(dev):
+    """Every connection is somebody's, and as many descriptors as can be are in flight: root and BOB reload."""
+    users, most = range(60_000, 60_220), 200
+    passwd = Path("/etc/passwd").read_text() + "".join(f"u{uid}:x:{uid}:{uid}::/:/usr/sbin/nologin\n" for uid in users)
+    policy = EVERYONE_NULL + f"administrators: {{users: [{BOB}]}}\n"
+    with replaced_file("/etc/passwd", passwd):
+        with running(policy, descriptors=limits.DESCRIPTORS_RESERVED + most) as broker, Many(broker.socket) as many:
+            for uid in users:
+                many.send(many.connect(uid), uid, BATCH)
+            assert as_user(ALICE, [], ask, broker.socket, "/dev/null") == "QuotaExceeded"
+            for number, uid in enumerate((0, BOB, BOB, 0), 2):
+                code, out, err = as_user(uid, [], command, broker.socket, "reload")
+                assert (code, err) == (0, "")
+                assert f"the number {number} since" in out
 
 
 def test_an_owner_of_an_own_limit_has_it_with_all_its_uids(dev):

@@ -18,6 +18,7 @@ from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.close import Closing
 from fdbroker.opener.request import Opening
 from fdbroker.policy.decide import View
+from fdbroker.policy.owners import Owners
 from fdbroker.terms import Device, Namespace, NamespaceRule, Socket, SocketRule, Subject, Uplink
 from fdbroker.wire import link, worker
 
@@ -313,3 +314,15 @@ def test_the_end_of_the_link_is_the_end_of_the_service(machine):
 def test_without_a_worker_there_is_nothing_to_wait_for():
     assert (Asking(None).fileno(), Asking(None).timeout_s, Asking(None).ready()) == (-1, -1, [])
     Asking(None).read()
+
+
+def test_an_owner_with_more_ranges_than_a_question_has_is_not_cut_short(machine):
+    """What one of its later uids holds would count as gone: the last range spans all that are left."""
+    ranges = tuple((first, first + 9, 5) for first in range(1000, 3000, 100))
+    machine.asking.owners = Owners(frozenset(), ranges)
+    opening = machine.opening(5, NEW)
+    machine.asking.ask(opening)
+    (asked,) = machine.asked()
+    assert len(asked.uids) == worker.RANGES
+    assert all(asked.belongs(uid) for first, last, _ in ranges for uid in (first, last))
+    assert not asked.belongs(999)
