@@ -39,7 +39,12 @@ def main() -> NoReturn:
         Link(socket.socket(fileno=descriptors["opener"])),
         topics,
     )
-    inbox.serve()
+    try:
+        inbox.serve()
+    except ConnectionError:
+        if not inbox.draining:
+            raise
+        # the time for stopping is over, and the opener was ended before us
     if store is not None:
         store.close()
     orders.end(errors.EX_OK)

@@ -58,7 +58,7 @@ class Inbox:
         self._deadlines = Deadlines()
         self._memory = Memory()
         self._more: dict[int, Client] = {}  # whose whole messages wait for the next turn
-        self._draining = False
+        self.draining = False  # told to take nothing more
         self._in_force = admin.InForce(0, "", 0)
         self._epoll = select.epoll()
 
@@ -68,7 +68,7 @@ class Inbox:
         poll.register(launcher, select.EPOLLIN)
         poll.register(opener, select.EPOLLIN)
         self._launcher.send(link.READY)
-        while not (self._draining and not self._by_number):
+        while not (self.draining and not self._by_number):
             full = bool(self._opener.waiting)
             if full != self._opener_full:
                 self._opener_full = full
@@ -190,7 +190,7 @@ class Inbox:
         self._by_number[client.number] = client
         self._by_descriptor[client.sock.fileno()] = client
         self._epoll.register(client.sock.fileno(), client.events)
-        if self._draining:
+        if self.draining:
             self._close(client, ENDED)
 
     def _offered(self, client: Client, offers: list[Offer], *, last: bool) -> None:
@@ -206,7 +206,7 @@ class Inbox:
         self._answered(client)
         if not watching:
             self._end_turn(client, "Offered")
-        elif self._draining:
+        elif self.draining:
             self._send(client)
             self._close(client, ENDED)  # nothing more is owed to it
         elif deaf:
@@ -228,7 +228,7 @@ class Inbox:
 
     def _drain(self) -> None:
         """Answer what has been asked, read nothing more."""
-        self._draining = True
+        self.draining = True
         for client in list(self._by_number.values()):
             if client.state in ("watching", "stopping", "reloading", "subscribed"):  # nothing more is owed to them
                 self._close(client, ENDED)
@@ -367,7 +367,7 @@ class Inbox:
                 self._messages.subscribe(client, topics, after)
             case dispatch.Receive():
                 self._messages.receive(client, asked)
-            case dispatch.AskShutdown() if self._draining:
+            case dispatch.AskShutdown() if self.draining:
                 client.doomed = True  # it stops already
             case dispatch.AskOpen() | dispatch.AskList() | dispatch.AskReload() | dispatch.AskShutdown():
                 if isinstance(asked, dispatch.AskOpen):
@@ -406,7 +406,7 @@ class Inbox:
         if not sent or client.member.replayed is not None:
             client.shed()
         idle = client.state == "idle" and self._awaits(client) and client.number not in client.user.held
-        ends = client.doomed or client.ended or self._draining
+        ends = client.doomed or client.ended or self.draining
         if (sent and idle and ends) or (client.state in _LAST and client.doomed):
             self._close(client, client.reason)
             return

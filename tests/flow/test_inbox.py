@@ -271,7 +271,7 @@ def test_a_listing_that_is_asked_for_while_draining_is_answered_and_closed():
     with inbox() as opener, opener.client() as client:
         client.sendall(LIST)
         opener.next()
-        opener.inbox._draining = True
+        opener.inbox.draining = True
         for part in link.split_offers(1, [Offer(Device("/dev/x", "ro"), "f:1")]):
             opener.send(part)
         assert len(replies(client, 1)) == 1
@@ -702,3 +702,19 @@ def test_messages_that_are_shed_give_back_the_losses_that_they_tell_of():
         assert b'"lost":7,' in client.out
         client.shed()
         assert (client.member.lost, client.out) == (9, b"")
+
+
+def test_an_opener_that_ends_while_we_drain_is_no_fault():
+    """On a slow machine the time for stopping is over before all is drained: the launcher ends the opener first."""
+    ended = []
+    with inbox() as opener, opener.client() as client:
+        client.sendall(OPEN)
+        assert isinstance(opener.next(), link.Open)
+        assert not opener.inbox.draining
+        opener.send(link.DRAIN)
+        opener.send(link.OPENER_TO_INBOX.encode(link.Outcome(1, Denied("x", index=0))))
+        opener.sock.shutdown(socket.SHUT_RDWR)
+        opener.thread.join(30)
+        ended.append(opener.error)
+    assert isinstance(ended[0], ConnectionError)
+    assert opener.inbox.draining
