@@ -144,7 +144,7 @@ class Asking:
         if isinstance(rule, NamespaceRule) and rule.create:
             maximum = opening.view.limits["namespaces"]
             known = connection.account.namespaces[-worker.KNOWN :]
-            uids = _at_most(((question.uid, question.uid), *self.owners.uids(question.owner)))
+            uids = ((question.uid, question.uid), *self.owners.uids(question.owner))[: worker.RANGES]
             question = question._replace(known=known, maximum=maximum, uplink=rule.uplink, uids=uids)
         self._asked[self._last] = _Question(opening, index, time.monotonic(), until_s)
         if not self._send(self._link, worker.TO_WORKER.encode(question), connection):
@@ -266,11 +266,3 @@ class Asking:
             return False
         self._stuck = True  # until it says that it was started again
         return True
-
-
-def _at_most(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """As many as a question may have: the last one spans those that are left, for too many may count, too few not."""
-    last = ranges[worker.RANGES - 1 :]
-    if len(last) > 1:
-        return (*ranges[: worker.RANGES - 1], (min(first for first, _ in last), max(end for _, end in last)))
-    return ranges

@@ -13,7 +13,7 @@ from fdbroker.terms import Namespace, Socket, Uplink
 from fdbroker.wire import codec, link, resources
 
 KNOWN = limits.USER_LIMITS["namespaces"].most
-RANGES = 8  # of uids of one owner; subuid(5) has one for a user, as useradd(8) makes it
+RANGES = 1024  # of uids of one owner; subuid(5) has one for a user, as useradd(8) makes it, and root alone adds more
 
 
 class Ask(NamedTuple):

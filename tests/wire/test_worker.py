@@ -78,7 +78,7 @@ def test_lost_has_no_more_to_say():
         (28, bytes([0, KNOWN + 1])),  # how many are known
         (30, bytes([KNOWN + 1])),  # the maximum
         (31, b"\x02"),  # whether there is an uplink
-        (32, bytes([0, RANGES + 1])),  # how many ranges of uids
+        (32, (RANGES + 1).to_bytes(2, "big")),  # how many ranges of uids
     ],
 )
 def test_a_question_with_a_wrong_value_is_a_violation(offset, value):
