@@ -116,7 +116,10 @@ RECEIVED_BYTES: Annotated[int, "bytes", "guess: four of the longest; one always 
 ACKNOWLEDGED: Annotated[int, "messages", "as many as one reply has", "InvalidParameter"] = 1000
 
 # --- fairness: the inbox counts a user's work in units of about 5 us
-UNIT_US: Annotated[int, "microseconds", "measured: a read, or a small message", "a slow machine's own measure"] = 5
+UNIT_US: Annotated[int, "microseconds", "measured: a read, or a small message", "-"] = 5
+UNITS_OF_START: Annotated[int, "units", "measured: of CPU time, until the inbox serves", "a slow machine's unit"] = (
+    20_000
+)
 LONG_UNITS: Annotated[int, "units", "guess: for one message, 0.3 ms", "it counts by its time"] = 60
 STALL_UNITS: Annotated[int, "units", "guess: for one message, 5 ms", "the user pauses"] = 1000
 STALL_PAUSE: Annotated[int, "times", "guess: what it took, so that it is one percent of the time", "-"] = 100

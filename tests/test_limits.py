@@ -113,6 +113,10 @@ OTHERS = {
     ),
     "STALL_PAUSE": ("a factor", "inbox/test_turns.py::test_who_stalls_the_loop_pauses_a_hundred_times_as_long"),
     "UNIT_US": ("a measure of ours", "test_maxima.py::test_a_message_that_takes_long_counts_by_its_time"),
+    "UNITS_OF_START": (
+        "a measure of ours",
+        "inbox/test_turns.py::test_a_unit_is_as_long_as_this_machine_is_slow_and_never_less_than_its_limit",
+    ),
     "LONG_UNITS": ("a measure of ours", "test_maxima.py::test_a_message_that_takes_long_counts_by_its_time"),
     "RECORDS_PER_CONNECTION": (
         "what a first record costs",

@@ -14,6 +14,7 @@ from fdbroker import errors
 from fdbroker.inbox.service import Inbox
 from fdbroker.inbox.store import opened
 from fdbroker.inbox.topics import Topics
+from fdbroker.inbox.turns import unit_of_this_machine_s
 from fdbroker.kernel import orders
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
@@ -38,6 +39,7 @@ def main() -> NoReturn:
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["opener"])),
         topics,
+        unit_of_this_machine_s(),
     )
     try:
         inbox.serve()

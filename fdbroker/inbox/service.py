@@ -24,7 +24,7 @@ from fdbroker.inbox.memory import Memory
 from fdbroker.inbox.messages import Messages
 from fdbroker.inbox.receive import READ_BYTES, Receiver
 from fdbroker.inbox.topics import Topics
-from fdbroker.inbox.turns import Turns, measured_unit_s, timed
+from fdbroker.inbox.turns import Turns, timed
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.terms import Offer
@@ -41,16 +41,19 @@ _BYTES_PER_UNIT, _UNITS_PER_RESOURCE = limits.BYTES_PER_UNIT, limits.UNITS_PER_R
 
 
 class Inbox:
-    """All that the inbox holds. `serve` returns when it has drained, or the opener or the launcher is gone."""
+    """All that the inbox holds. `serve` returns when it has drained, or the opener or the launcher is gone.
 
-    def __init__(self, launcher: Link, opener: Link, topics: Topics) -> None:
+    `unit_s` is how long a unit of work takes on this machine.
+    """
+
+    def __init__(self, launcher: Link, opener: Link, topics: Topics, unit_s: float = limits.UNIT_US / 1e6) -> None:
         self._launcher = launcher
         self._opener = opener
         self._topics = topics
         closing = Jobs(limits.CLOSING_THREADS, limits.STUCK_THREADS)
         self._receiver = Receiver(closing)
         self._unread = Unread(closing)
-        self.turns = Turns(measured_unit_s())
+        self.turns = Turns(unit_s)
         self._messages = Messages(topics, opener, self._unread, self.turns)
         self._opener_full = False
         self._by_number: dict[int, Client] = {}

@@ -14,6 +14,7 @@ from fdbroker.wire.rights import Rights, Sender
 
 ALLOWED = Rights(messages_per_second=10, burst=20)
 SIZE = ALLOWED.burst * limits.UNITS_PER_REQUEST
+UNIT_S = limits.UNIT_US / 1e6
 RATE = ALLOWED.messages_per_second * limits.UNITS_PER_REQUEST
 
 
@@ -46,7 +47,7 @@ def contest(turns):
 
 
 def test_of_each_turn_a_user_gets_its_share_over_all_connections(clock):
-    turns = Turns()
+    turns = Turns(UNIT_S)
     one, other = turns.join(1, ALLOWED), turns.join(2, ALLOWED)
     assert turns.join(1, ALLOWED) is one
     turns.work(one, turns.share)
@@ -57,7 +58,7 @@ def test_of_each_turn_a_user_gets_its_share_over_all_connections(clock):
 
 
 def test_shares_are_small_while_others_have_work(clock):
-    turns = Turns()
+    turns = Turns(UNIT_S)
     one = turns.join(1, ALLOWED)
     work(turns, one, 64)
     assert turns.share == limits.TURN_UNITS_ALONE
@@ -67,7 +68,7 @@ def test_shares_are_small_while_others_have_work(clock):
 
 
 def test_who_is_alone_never_rests(clock):
-    turns = Turns()
+    turns = Turns(UNIT_S)
     one = turns.join(1, ALLOWED)
     work(turns, one, 100 * SIZE)
     assert not one.rests_until_s
@@ -79,7 +80,7 @@ def test_who_is_alone_never_rests(clock):
 
 
 def test_who_goes_on_above_its_budget_rests_twice_as_long_each_time(clock):
-    turns = Turns()
+    turns = Turns(UNIT_S)
     one = turns.join(1, Rights(messages_per_second=1000, burst=20))  # so the debt of a lot is shorter than any rest
     rests = []
     while len(rests) < 12:
@@ -96,7 +97,7 @@ def test_who_goes_on_above_its_budget_rests_twice_as_long_each_time(clock):
 
 
 def test_within_its_budget_nobody_rests(clock):
-    turns = Turns()
+    turns = Turns(UNIT_S)
     one = turns.join(1, ALLOWED)
     contest(turns)
     work(turns, one, SIZE - limits.TURN_UNITS)
@@ -108,7 +109,7 @@ def test_within_its_budget_nobody_rests(clock):
 
 
 def test_rests_are_forgotten(clock):
-    turns = Turns()
+    turns = Turns(UNIT_S)
     one = turns.join(1, ALLOWED)
     for _ in range(2):
         while not one.rests_until_s:
@@ -123,7 +124,7 @@ def test_rests_are_forgotten(clock):
 
 
 def test_work_that_cannot_be_divided_counts_as_more(clock):
-    turns = Turns()
+    turns = Turns(UNIT_S)
     one = turns.join(1, ALLOWED)
     turns.work(one, limits.TURN_UNITS)
     assert one.used == limits.TURN_UNITS
@@ -133,7 +134,7 @@ def test_work_that_cannot_be_divided_counts_as_more(clock):
 
 def test_one_user_has_few_questions_with_the_opener_while_others_have_work(clock):
     """The others come in their order, and a question that is larger than that alone."""
-    turns = Turns()
+    turns = Turns(UNIT_S)
     one = turns.join(1, ALLOWED)
     pairs = [socket.socketpair() for _ in range(4)]
     try:
@@ -176,9 +177,8 @@ def test_who_stalls_the_loop_pauses_a_hundred_times_as_long(clock, monkeypatch):
         assert one.stalled_s == 0.0
 
 
-def test_a_unit_is_measured_and_never_less_than_its_limit(monkeypatch):
-    """UNIT_US: on an emulated machine all work takes fifty times as long, and none of it is a stall."""
-    assert module.measured_unit_s() >= limits.UNIT_US / 1e6
-    ticks = iter(range(1000))
-    monkeypatch.setattr(module, "clock", lambda: next(ticks) / 1000)
-    assert module.measured_unit_s() == pytest.approx(0.001)
+def test_a_unit_is_as_long_as_this_machine_is_slow_and_never_less_than_its_limit(monkeypatch):
+    """UNITS_OF_START, UNIT_US: on an emulated machine all work takes fifty times as long, and none of it is a stall."""
+    for came_up_s, unit_s in ((0.0, limits.UNIT_US / 1e6), (5.0, 5.0 / limits.UNITS_OF_START)):
+        monkeypatch.setattr(module.time, "process_time", lambda came_up_s=came_up_s: came_up_s)
+        assert module.unit_of_this_machine_s() == unit_s
