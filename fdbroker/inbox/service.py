@@ -41,10 +41,7 @@ _BYTES_PER_UNIT, _UNITS_PER_RESOURCE = limits.BYTES_PER_UNIT, limits.UNITS_PER_R
 
 
 class Inbox:
-    """All that the inbox holds. `serve` returns when it has drained, or the opener or the launcher is gone.
-
-    `unit_s` is how long a unit of work takes on this machine.
-    """
+    """All that the inbox holds. `serve` returns when it has drained, or the opener or the launcher is gone."""
 
     def __init__(self, launcher: Link, opener: Link, topics: Topics, unit_s: float = limits.UNIT_US / 1e6) -> None:
         self._launcher = launcher
@@ -53,7 +50,7 @@ class Inbox:
         closing = Jobs(limits.CLOSING_THREADS, limits.STUCK_THREADS)
         self._receiver = Receiver(closing)
         self._unread = Unread(closing)
-        self.turns = Turns(unit_s)
+        self.turns = Turns(unit_s)  # how long a unit of work takes here
         self._messages = Messages(topics, opener, self._unread, self.turns)
         self._opener_full = False
         self._by_number: dict[int, Client] = {}
