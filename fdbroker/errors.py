@@ -114,7 +114,7 @@ class TopicDenied(Refused):
     """No rule allows to send to, or to subscribe to, that topic. The same answer whether it exists or not."""
 
     wire_name, errno, exit_code = "Denied", errno.EACCES, EX_NOPERM
-    cause = "policy"
+    cause, said = "policy", (("topic", "topic", str),)
 
     def __init__(self, topic: str) -> None:
         super().__init__(f"topic {topic}: denied: no rule of the policy allows it")
@@ -125,7 +125,7 @@ class MessageTooLong(Refused):
     """The message is longer than its topic allows; `maximum` is in bytes."""
 
     wire_name, errno, exit_code = "TooLong", errno.EMSGSIZE, EX_DATAERR
-    cause = "too long"
+    cause, said = "too long", (("maximum", "maximum", int),)
 
     def __init__(self, maximum: int) -> None:
         super().__init__(f"the message is longer than the topic allows: at most {maximum} bytes")
@@ -136,7 +136,7 @@ class DescriptorsRefused(Refused):
     """The descriptors that came with a message cannot go with it; `reason` says why."""
 
     wire_name, errno, exit_code = "DescriptorsRefused", errno.EOPNOTSUPP, EX_DATAERR
-    cause = "descriptors"
+    cause, said = "descriptors", (("reason", "reason", str),)
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the descriptors cannot go with the message: {reason}")
@@ -147,7 +147,7 @@ class NoSuchRecipient(Refused):
     """`to` names nobody who may subscribe to the topic."""
 
     wire_name, errno, exit_code = "NoSuchRecipient", errno.ENXIO, EX_DATAERR
-    cause = "no recipient"
+    cause, said = "no recipient", (("to", "to", str),)
 
     def __init__(self, to: str) -> None:
         super().__init__(f"{to}: no user of that name or number may subscribe to the topic")

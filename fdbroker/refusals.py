@@ -1,7 +1,7 @@
 """What the broker answers instead of a descriptor, and how its processes break with each other.
 
-Runs in: every process; imports nothing of ours. An expected outcome has one wire name, one errno and one exit code,
-all in the class that stands for it.
+Runs in: every process; imports nothing of ours. An expected outcome has one wire name, one errno, one exit code, and
+what its answer says beside the name, all in the class that stands for it: whoever writes or reads it goes by that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ RETRY_CAUSES = {
 class Refused(FdbrokerError):
     """A request that is answered with an error. The connection stays usable unless the class says otherwise.
 
-    `wire_name` is the Varlink error's name below its interface, `errno` what the inbox framing would answer.
+    `wire_name` is the Varlink error's name below its interface, `errno` what the inbox framing would answer. `said` are
+    the arguments that it is made of, of which at most one is a number and one a text: the attribute, the parameter's
+    name on the wire, "" for what clients are not told, and the type. `of_resource`: the answer names a resource.
     `index` is the position of the refused resource in the request; None where the request as a whole is meant.
     `cause` is the reason in one or two words, for the record alone: several causes can have one name on the wire.
     `offends`: the client asked too often or too much, and is served more slowly if others wait.
@@ -46,6 +48,8 @@ class Refused(FdbrokerError):
 
     wire_name: ClassVar[str]
     errno: ClassVar[int]
+    said: ClassVar[tuple[tuple[str, str, type[int | str]], ...]] = ()
+    of_resource = False
     index: int | None
     cause: str
     offends = False
@@ -59,9 +63,9 @@ class Denied(Refused):
     """No rule allows it, or a deny rule forbids it. The same answer whether the path exists or not."""
 
     wire_name, errno, exit_code = "Denied", errno.EACCES, EX_NOPERM
-    cause = "policy"
+    cause, of_resource = "policy", True
 
-    def __init__(self, message: str, *, index: int | None = None, rule: str = "") -> None:
+    def __init__(self, message: str = "no rule allows it", *, index: int | None = None, rule: str = "") -> None:
         super().__init__(message, index=index)
         self.rule = rule  # FILE:LINE of the deny rule, for the record only: the client is not told
 
@@ -70,14 +74,18 @@ class NoSuchResource(Refused):
     """The policy allows it, and it is not there now."""
 
     wire_name, errno, exit_code = "NoSuchResource", errno.ENOENT, EX_NOINPUT
-    cause = "not there"
+    cause, of_resource = "not there", True
+
+    def __init__(self, message: str = "it is not there now", *, index: int | None = None) -> None:
+        super().__init__(message, index=index)
 
 
 class NotWhatItWas(Refused):
     """The node that was found is not what the rule says: its type, number, class, or the links that led to it."""
 
     wire_name, errno, exit_code = "NotWhatItWas", errno.ENODEV, EX_PROTOCOL
-    cause = "not what the rule says"
+    cause, of_resource = "not what the rule says", True
+    said = (("reason", "reason", str),)
 
     def __init__(self, reason: str, *, index: int | None = None) -> None:
         super().__init__(f"not what the policy names: {reason}", index=index)
@@ -91,7 +99,8 @@ class OpenFailed(Refused):
     """
 
     wire_name, errno, exit_code = "OpenFailed", errno.EIO, EX_IOERR
-    cause = "kernel"
+    cause, of_resource = "kernel", True
+    said = (("number", "errno", int),)
 
     def __init__(self, number: int, *, index: int | None = None, rdev: str = "") -> None:
         name = errno.errorcode.get(number, str(number))
@@ -105,6 +114,7 @@ class QuotaExceeded(Refused):
     """A limit is reached; `limit` is its name in the policy, or descriptors, or reply_bytes, `maximum` its value."""
 
     wire_name, errno, exit_code = "QuotaExceeded", errno.EDQUOT, EX_TEMPFAIL
+    said = (("limit", "limit", str), ("maximum", "maximum", int))
 
     def __init__(self, limit: str, maximum: int) -> None:
         super().__init__(f"limit {limit} is reached, maximum {maximum}")
@@ -120,8 +130,9 @@ class RateLimited(Refused):
     """
 
     wire_name, errno, exit_code = "RateLimited", errno.EAGAIN, EX_TEMPFAIL
+    said = (("retry_after_ms", "retryAfterMilliseconds", int), ("cause", "", str))
 
-    def __init__(self, retry_after_ms: int, cause: str = "rate") -> None:
+    def __init__(self, retry_after_ms: int, cause: str = "unknown") -> None:
         super().__init__(f"{RETRY_CAUSES[cause]}, try again in {retry_after_ms} ms")
         self.retry_after_ms = retry_after_ms
         self.cause = cause

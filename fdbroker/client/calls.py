@@ -18,22 +18,12 @@ from fdbroker.errors import (
     ADMIN_REFUSALS,
     MESSAGE_REFUSALS,
     REFUSALS,
-    ClientNotReading,
     Denied,
-    DescriptorsRefused,
     FdbrokerError,
     Finding,
-    MessageTooLong,
-    NoSuchRecipient,
     NoSuchResource,
-    NotWhatItWas,
-    OpenFailed,
-    PolicyBroken,
     ProtocolViolation,
-    QuotaExceeded,
-    RateLimited,
     Refused,
-    TopicDenied,
 )
 from fdbroker.terms import ACCESS_NAMES, INVALID_ID, OTHERS, Offer, Resource
 from fdbroker.typed import parse
@@ -251,31 +241,13 @@ def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
     kind = _REFUSALS.get(interface, {}).get(name)
     if kind is None:
         return CallFailed(error, parameters)
-    made: Refused
-    if kind is NotWhatItWas:
-        made = NotWhatItWas(str(parameters.get("reason", "")))
-    elif kind is OpenFailed:
-        made = OpenFailed(_integer(parameters, "errno"))
-    elif kind is QuotaExceeded:
-        made = QuotaExceeded(str(parameters.get("limit", "")), _integer(parameters, "maximum"))
-    elif kind is RateLimited:
-        made = RateLimited(_integer(parameters, "retryAfterMilliseconds"), "unknown")
-    elif kind is ClientNotReading:
-        made = ClientNotReading()
-    elif kind is PolicyBroken:
-        made = PolicyBroken()
-    elif kind is TopicDenied:
-        made = TopicDenied(str(parameters.get("topic", "")))
-    elif kind is MessageTooLong:
-        made = MessageTooLong(_integer(parameters, "maximum"))
-    elif kind is DescriptorsRefused:
-        made = DescriptorsRefused(str(parameters.get("reason", "")))
-    elif kind is NoSuchRecipient:
-        made = NoSuchRecipient(str(parameters.get("to", "")))
-    elif interface == _ADMIN:
-        made = Denied("denied: that is for those whom the policy's `administrators` names")
+    if interface == _ADMIN and kind is Denied:
+        said: list[Any] = ["denied: that is for those whom the policy's `administrators` names"]
+    elif kind in _TEXTS:
+        said = [_TEXTS[kind]]
     else:
-        made = kind(_TEXTS[kind])
+        said = [_value(parameters.get(name), of) for _, name, of in kind.said if name]
+    made = kind(*said)
     resource = parameters.get("resource")
     if isinstance(resource, dict):
         with contextlib.suppress(WrongMember):  # a broker that says more than we know: the error alone
@@ -283,9 +255,8 @@ def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
     return made
 
 
-def _integer(parameters: Mapping[str, Any], name: str) -> int:
-    value = parameters.get(name)
-    return value if isinstance(value, int) else 0
+def _value(value: Any, kind: type[int | str]) -> int | str:
+    return value if isinstance(value, kind) else kind()
 
 
 def answer(reply: varlink.Reply) -> varlink.Reply:

@@ -12,18 +12,9 @@ from typing import Any, NamedTuple, TypedDict, TypeGuard, assert_never
 
 from fdbroker import __version__, limits
 from fdbroker.errors import (
-    ClientNotReading,
     Denied,
-    DescriptorsRefused,
     Finding,
-    MessageTooLong,
-    NoSuchRecipient,
-    NotWhatItWas,
-    OpenFailed,
-    QuotaExceeded,
-    RateLimited,
     Refused,
-    TopicDenied,
 )
 from fdbroker.inbox.attached import Attached
 from fdbroker.terms import FRAMED_TOPIC, Device, Offer, Resource
@@ -361,30 +352,10 @@ def refusal_reply(refusal: Refused, resources: Sequence[Resource]) -> bytes:
 
 def _parameters(refusal: Refused, resources: Sequence[Resource] = ()) -> dict[str, Any]:
     """What the interface says of an error."""
-    match refusal:
-        case QuotaExceeded():
-            return {"limit": refusal.limit, "maximum": refusal.maximum}
-        case RateLimited():
-            return {"retryAfterMilliseconds": refusal.retry_after_ms}
-        case ClientNotReading():
-            return {}
-        case Denied() if not resources:
-            return {}
-        case TopicDenied():
-            return {"topic": refusal.topic}
-        case MessageTooLong():
-            return {"maximum": refusal.maximum}
-        case NoSuchRecipient():
-            return {"to": refusal.to}
-        case DescriptorsRefused():
-            return {"reason": refusal.reason}
-    parameters: dict[str, Any] = {"resource": to_json(resources[refusal.index or 0])}
-    match refusal:
-        case NotWhatItWas():
-            parameters["reason"] = refusal.reason
-        case OpenFailed():
-            parameters["errno"] = refusal.number
-    return parameters
+    said = {name: getattr(refusal, attribute) for attribute, name, _ in refusal.said if name}
+    if refusal.of_resource and resources:
+        said["resource"] = to_json(resources[refusal.index or 0])
+    return said
 
 
 def about_reply(said: admin.InForce) -> bytes:

@@ -390,7 +390,7 @@ class Topics:
         rate, burst = member.maxima.messages_per_second, member.maxima.burst
         wait_ms = _bucket(self._buckets, member.sender.owner, burst).take(rate, burst, time.monotonic(), cost)
         if wait_ms:
-            raise RateLimited(wait_ms)
+            raise RateLimited(wait_ms, "rate")
 
     def _take_records(self, member: Member, size: int) -> None:
         """Count a record of a message against its owner's records: a long one is as much as several."""

@@ -272,7 +272,7 @@ def authorize_request(connection: Connection, now_s: float, cost: int = 1) -> No
     maxima = connection.view.limits
     wait_ms = connection.account.bucket.take(maxima["requests_per_second"], maxima["burst"], now_s, cost)
     if wait_ms:
-        raise RateLimited(wait_ms)
+        raise RateLimited(wait_ms, "rate")
 
 
 def authorize_list(connection: Connection, now_s: float) -> None:
@@ -281,7 +281,7 @@ def authorize_list(connection: Connection, now_s: float) -> None:
     maxima = connection.view.limits
     wait_ms = connection.account.lists.take(maxima["requests_per_second"], maxima["burst"], now_s)
     if wait_ms:
-        raise RateLimited(wait_ms)
+        raise RateLimited(wait_ms, "rate")
 
 
 def authorize_presence(connection: Connection, count: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fdbroker import limits
 from fdbroker.refusals import (
@@ -212,39 +212,22 @@ _REFUSALS = (Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, Ra
 
 def _told(refusal: Refused, *, why: bool = False) -> tuple[int, int | None, int, str]:
     """Code, index of the resource, number, text; with `why` also that of a denial, which only a record may say."""
-    number, text = 0, ""
-    match refusal:
-        case Denied() if why:
-            text = str(refusal)
-        case NotWhatItWas():
-            text = refusal.reason
-        case OpenFailed():
-            number = refusal.number
-        case QuotaExceeded():
-            number, text = refusal.maximum, refusal.limit
-        case RateLimited():
-            number, text = refusal.retry_after_ms, refusal.cause
-    return _REFUSALS.index(type(refusal)), refusal.index, number, text
+    told: dict[type[int | str], Any] = {kind: getattr(refusal, attribute) for attribute, _, kind in refusal.said}
+    text = str(refusal) if why and isinstance(refusal, Denied) else told.get(str, "")
+    return _REFUSALS.index(type(refusal)), refusal.index, told.get(int, 0), text
 
 
 def _refusal(told: tuple[int, int | None, int, str]) -> Refused:
     code, index, number, text = told
-    match _REFUSALS[code].__name__:
-        case "Denied":
-            return Denied(text or "no rule allows it", index=index)
-        case "NoSuchResource":
-            return NoSuchResource("it is not there now", index=index)
-        case "NotWhatItWas":
-            return NotWhatItWas(text, index=index)
-        case "OpenFailed":
-            return OpenFailed(number, index=index)
-        case "QuotaExceeded":
-            return QuotaExceeded(text, number)
-        case "RateLimited" if text in RETRY_CAUSES:
-            return RateLimited(number, text)
-        case "ClientNotReading":
-            return ClientNotReading()
-    raise LinkViolation(f"no refusal: {told}")
+    kind: type[Any] = _REFUSALS[code]
+    arguments: list[int | str] = [number if one is int else text for _, _, one in kind.said]
+    if kind is Denied and text:
+        arguments = [text]
+    if kind is RateLimited and text not in RETRY_CAUSES:
+        raise LinkViolation(f"no refusal: {told}")
+    made: Refused = kind(*arguments)
+    made.index = index
+    return made
 
 
 _TOLD = codec.Record(
