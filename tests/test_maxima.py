@@ -34,9 +34,10 @@ from fdbroker.inbox import deadlines, dispatch, service, topics
 from fdbroker.inbox import store as store_module
 from fdbroker.inbox.attached import Ledger, Unread
 from fdbroker.inbox.client import User
+from fdbroker.inbox.member import Member
 from fdbroker.inbox.reserve import Reserve
 from fdbroker.inbox.store import NotStored, Store, Stored
-from fdbroker.inbox.topics import Member, Topics
+from fdbroker.inbox.topics import Topics
 from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link

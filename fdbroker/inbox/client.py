@@ -17,7 +17,7 @@ from fdbroker.errors import Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.decode import Decoder
-from fdbroker.inbox.topics import BEGIN, Member
+from fdbroker.inbox.member import BEGIN, Member
 from fdbroker.kernel import sockets
 from fdbroker.pace import Pace
 from fdbroker.terms import Offer, Resource

@@ -13,7 +13,8 @@ from fdbroker.errors import RateLimited, Refused, TopicDenied
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.client import Client
-from fdbroker.inbox.topics import Member, Topics
+from fdbroker.inbox.member import Member
+from fdbroker.inbox.topics import Topics
 from fdbroker.inbox.turns import Turns, clock
 from fdbroker.kernel.link import Link
 from fdbroker.terms import TopicUse

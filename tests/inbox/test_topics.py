@@ -10,8 +10,9 @@ from fdbroker import limits
 from fdbroker.errors import MessageTooLong, NoSuchRecipient, QueueFull, QuotaExceeded, RateLimited, TopicDenied
 from fdbroker.inbox import topics as module
 from fdbroker.inbox.dispatch import Publish
+from fdbroker.inbox.member import Member
 from fdbroker.inbox.store import Store, Stored
-from fdbroker.inbox.topics import Member, Topics
+from fdbroker.inbox.topics import Topics
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.terms import Topic, User
 from fdbroker.wire.rights import Rights, Sender

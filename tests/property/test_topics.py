@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fdbroker.errors import MessageTooLong, NoSuchRecipient, QuotaExceeded, TopicDenied
-from fdbroker.inbox import topics as module
+from fdbroker.inbox import member as module
 from fdbroker.inbox.dispatch import Publish
-from fdbroker.inbox.topics import Member, Topics
+from fdbroker.inbox.member import Member
+from fdbroker.inbox.topics import Topics
 from fdbroker.terms import Topic
 from fdbroker.wire.rights import Rights, Sender
 
