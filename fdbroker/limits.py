@@ -128,8 +128,9 @@ UNITS_PER_REQUEST: Annotated[
 ] = 6
 UNITS_PER_RESOURCE: Annotated[int, "units", "measured: the opener's part of one of a batch", "-"] = 2
 BYTES_PER_UNIT: Annotated[int, "bytes", "guess: reading and decoding them", "counts as more"] = 8192
+DELIVERED_BYTES_PER_UNIT: Annotated[int, "bytes", "measured: to subscribers, joined and sent", "likewise"] = 16_384
 DELIVERIES_PER_UNIT: Annotated[
-    int, "deliveries", "measured: to subscribers, several of them in one send", "likewise"
+    int, "deliveries", "measured: a send to each subscriber for all of a turn", "likewise"
 ] = 16
 VALUES_PER_UNIT: Annotated[int, "values", "measured: objects and arrays of JSON, 0.1 us each", "counts as more"] = 64
 TURN_UNITS: Annotated[int, "units", "guess: what one user may delay others by", "next turn"] = 8

@@ -153,6 +153,7 @@ OTHERS = {
     "UNITS_PER_REQUEST": ("a factor: a budget is made with it", "test_maxima.py::test_a_users_budget"),
     "UNITS_PER_RESOURCE": ("a weight of work", "test_maxima.py::test_resources_that_are_asked_for_count"),
     "BYTES_PER_UNIT": ("a weight of work", "test_maxima.py::test_bytes_that_are_read_count"),
+    "DELIVERED_BYTES_PER_UNIT": ("a weight of work", "test_maxima.py::test_delivered_bytes_count"),
     "DELIVERIES_PER_UNIT": ("a weight of work", "test_maxima.py::test_deliveries_count"),
     "TURN_UNITS_ALONE": (
         "TURN_UNITS while nobody else has work: another share, judged by the same line",

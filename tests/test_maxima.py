@@ -806,7 +806,7 @@ def test_what_others_change_costs_a_watching_client_nothing(desk):
 
 
 def test_deliveries_count():
-    """So many subscribers are a unit, one less is none."""
+    """So many subscribers are a unit, one less is none; what comes for the same in that turn goes with it."""
     made = Topics(Records(None))
     made.use((Topic("news", ("subscribers",), 100),))
     sender = reader(made)
@@ -819,7 +819,21 @@ def test_deliveries_count():
         made.subscribe(reader(made), ["news"], None, 0)
     assert work() == 0
     made.subscribe(reader(made), ["news"], None, 0)
-    assert work() == 1
+    assert [work(), work()] == [1, 0]
+    assert list(made.take_shared(lambda _: False)) == []
+    assert [work(), work()] == [1, 0]
+
+
+def test_delivered_bytes_count():
+    """DELIVERED_BYTES_PER_UNIT: of each message, for each subscriber."""
+    made = Topics(Records(None))
+    made.use((Topic("news", ("subscribers",), limits.MESSAGE_BYTES),))
+    sender = reader(made)
+    made.subscribe(reader(made), ["news"], None, 0)
+    made.subscribe(reader(made), ["news"], None, 0)
+    for size, units in ((limits.DELIVERED_BYTES_PER_UNIT // 2 - 500, 0), (limits.DELIVERED_BYTES_PER_UNIT // 2, 1)):
+        made.publish(sender, dispatch.Publish("news", b"x" * size, "x" * size, "text"))
+        assert made.take_work() == units
 
 
 def test_a_users_budget():

@@ -50,6 +50,11 @@ class Member:
         self.holding = 0  # messages in the queue that have descriptors
         self.lost = 0
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether what comes now may be sent at once: nothing waits or is to be told before."""
+        return not self.queue and not self.lost and self.replayed is None
+
     def put(self, data: bytes, attached: Attached | None = None) -> None:
         """One message more that waits; the oldest ones go where there are too many."""
         self.queue.append((data, attached))

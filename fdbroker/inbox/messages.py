@@ -147,6 +147,10 @@ class Messages:
 
     def deliver(self) -> Iterator[Client]:
         """Those that something waits for, of each all of it at once; also what is stored, for those who asked."""
+        for member, data in self._topics.take_shared(self._is_ready):
+            subscriber = self._subscribed[member]
+            subscriber.push(data, None)
+            yield subscriber
         while self._topics.fresh:
             member, _ = self._topics.fresh.popitem()
             client = self._subscribed.get(member)
@@ -162,6 +166,11 @@ class Messages:
                 if client.member.replayed is None:
                     del self.replaying[client.number]
                 yield client
+
+    def _is_ready(self, member: Member) -> bool:
+        """Whether a subscriber can be sent something now: it may have less than its queue has room for."""
+        client = self._subscribed.get(member)
+        return client is not None and not client.out and not client.user.rests_until_s and not client.doomed
 
     def forget(self, client: Client) -> None:
         """Its connection has ended."""

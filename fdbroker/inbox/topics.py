@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fdbroker import limits
@@ -30,7 +30,7 @@ from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Topic, User, owner_text
 from fdbroker.wire import varlink
 from fdbroker.wire.rights import Rights
 
-_MESSAGES = limits.SUBSCRIBER_MESSAGES
+_MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
 _UIDS_HERE = limits.RECIPIENTS_OF_OWNER
 _ROWS = limits.ROWS_PER_MESSAGE
@@ -48,6 +48,14 @@ class _Delivery(NamedTuple):
     to: int | None
     data: bytes
     attached: Attached | None
+    stored: bool
+
+
+class _Shared(NamedTuple):
+    """A message that all subscribers of a topic get, as they are sent it."""
+
+    topic: str
+    reply: bytes
     stored: bool
 
 
@@ -91,7 +99,8 @@ class Topics:
         # larger than any before a restart, as long as no more than a million came in a second
         self._number = max(time.time_ns() // 1000, store.last_number if store else 0)
         self._say_at_s = 0.0
-        self.fresh: dict[Member, None] = {}  # for whom something has come
+        self._shared: list[_Shared] = []  # what this turn has brought for all subscribers of a topic
+        self.fresh: dict[Member, None] = {}  # in whose own queue something has come
 
     def use(self, topics: tuple[Topic, ...]) -> None:
         """The policy's topics, and the users that were told before them, from now on."""
@@ -181,7 +190,9 @@ class Topics:
             self._record(message, asked.payload)
         self._number += 1
         copies = len(self._subscribers.get(topic.name, ()))
-        self._work += copies // _DELIVERIES_PER_UNIT + copies * len(delivery.data) // limits.BYTES_PER_UNIT
+        if to is not None or attached is not None or all(one.topic != topic.name for one in self._shared[-1:]):
+            self._work += copies // _DELIVERIES_PER_UNIT  # what comes behind another one goes with it
+        self._work += copies * len(delivery.data) // limits.DELIVERED_BYTES_PER_UNIT
         if stored is None:
             if self._uncommitted:  # behind those with smaller numbers
                 self._uncommitted.append(delivery)
@@ -254,14 +265,49 @@ class Topics:
         if topic is None or "subscribers" not in topic.deliver:
             return
         reply = _reply(delivery.data)
+        if delivery.to is None and delivery.attached is None:
+            self._shared.append(_Shared(delivery.topic, reply, delivery.stored))
+            return
+        self._spread()  # those have smaller numbers
         for subscriber in self._subscribers.get(delivery.topic, ()):
             if delivery.to is not None and delivery.to != subscriber.sender.uid:
                 continue
-            if delivery.stored and subscriber.replayed is not None:
-                continue  # it comes with what is stored
-            subscriber.put(reply, delivery.attached)
-            if subscriber.replayed is None:  # else what is stored comes first
-                self.fresh[subscriber] = None
+            self._put(subscriber, reply, delivery.attached, stored=delivery.stored)
+
+    def _put(self, subscriber: Member, reply: bytes, attached: Attached | None, *, stored: bool) -> None:
+        if stored and subscriber.replayed is not None:
+            return  # it comes with what is stored
+        subscriber.put(reply, attached)
+        if subscriber.replayed is None:  # else what is stored comes first
+            self.fresh[subscriber] = None
+
+    def _spread(self) -> None:
+        """Put what this turn has brought for all into the queue of each: from now on others, or other things, come."""
+        shared, self._shared = self._shared, []
+        for topic, reply, stored in shared:
+            for subscriber in self._subscribers.get(topic, ()):
+                self._put(subscriber, reply, None, stored=stored)
+
+    def take_shared(self, ready: Callable[[Member], bool]) -> Iterator[tuple[Member, bytes]]:
+        """What this turn has brought for all subscribers of a topic, in one piece for each that can be sent it at once.
+
+        It is joined once for all that have subscribed to the same. For whom something waits already, who has lost
+        something, or is not `ready`, gets it in its own queue.
+        """
+        shared, self._shared = self._shared, []
+        joined: dict[frozenset[str], bytes] = {}
+        names = dict.fromkeys(one.topic for one in shared)
+        for member in dict.fromkeys(member for name in names for member in self._subscribers.get(name, ())):
+            data = joined.get(member.subscribed)
+            if data is None:
+                its = [one.reply for one in shared if one.topic in member.subscribed]
+                data = joined[member.subscribed] = b"".join(its) if len(its) <= _MESSAGES else b""
+            if data and len(data) <= _BYTES and member.is_idle and ready(member):
+                yield member, data
+                continue
+            for topic, reply, stored in shared:
+                if topic in member.subscribed:
+                    self._put(member, reply, None, stored=stored)
 
     def _recipient(self, topic: Topic, to: str) -> int:
         """The uid that `to` names. Raises NoSuchRecipient when it may not subscribe, as far as we know."""
@@ -331,6 +377,7 @@ class Topics:
             raise QuotaExceeded("subscriptions", member.maxima.subscriptions)
         member.subscribed = wanted
         member.replayed = after if self._store else None
+        self._spread()  # it gets what comes from now on
         for name in wanted:
             self._subscribers.setdefault(name, {})[member] = None
 
@@ -357,6 +404,8 @@ class Topics:
 
     def unsubscribe(self, member: Member) -> None:
         """It gets no more messages."""
+        if member.subscribed:
+            self._spread()
         for name in member.subscribed:
             self._subscribers.get(name, {}).pop(member, None)
         member.subscribed = frozenset()

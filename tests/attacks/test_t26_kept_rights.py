@@ -31,7 +31,7 @@ class Opener:
 """
 INBOX = """
 class Inbox:
-    def __init__(self, launcher, opener, topics):
+    def __init__(self, launcher, opener, topics, unit_s):
         self.launcher, self.opener = launcher, opener
 
     def serve(self):

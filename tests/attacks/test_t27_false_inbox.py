@@ -12,7 +12,7 @@ POLICY = f"version: 1\nusers: {{{BOB}: {{devices: [{{path: /dev/bobs}}]}}}}\n"
 # In the place of the inbox: the first client tells it what to do; it has what any inbox has.
 INBOX = """
 class Inbox:
-    def __init__(self, launcher, opener, topics):
+    def __init__(self, launcher, opener, topics, unit_s):
         self.launcher, self.opener = launcher, opener
 
     def serve(self):

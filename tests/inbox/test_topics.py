@@ -54,7 +54,10 @@ def send(topics, sender, text="hello", topic="news"):
     return topics.publish(sender, Publish(topic, text.encode(), text, "text"))
 
 
-def taken(one):
+def taken(one, *turns):
+    """What waits in its queue; what a turn has brought for all comes there when it ends, where nobody is sent it."""
+    for topics in turns:
+        assert list(topics.take_shared(lambda _: False)) == []
     data = b"".join(part for part, _ in one.take(lambda _: True))
     return [json.loads(message)["parameters"]["message"] for message in data.split(b"\0")[:-1]]
 
@@ -64,8 +67,9 @@ def test_a_message_says_who_sent_it_and_goes_to_who_subscribed(topics):
     topics.subscribe(one, ["news"], None, 0)
     topics.subscribe(other, ["news", "inbox"], None, 0)
     send(topics, sender)
+    assert not topics.fresh
+    (message,) = taken(one, topics)
     assert list(topics.fresh) == [one, other]
-    (message,) = taken(one)
     assert [message] == taken(other)
     assert taken(third) == []
     assert {key: message[key] for key in ("topic", "uid", "gid", "pid", "payload", "encoding")} == {
@@ -85,7 +89,7 @@ def test_numbers_increase_and_the_session_is_there_where_there_is_one(topics):
     topics.subscribe(one, ["news"], None, 0)
     for _ in range(3):
         send(topics, sender)
-    messages = taken(one)
+    messages = taken(one, topics)
     first = messages[0]["number"]
     assert [message["number"] - first for message in messages] == [0, 1, 2]
     assert {message["session"] for message in messages} == {"c7"}
@@ -121,11 +125,11 @@ def test_the_journal_gets_the_payload_as_one_field_or_nobody_gets_the_message(to
     (record,) = journal.records
     assert record["FDBROKER_PAYLOAD"] == "a\nFDBROKER_UID=0"
     assert (record["FDBROKER_UID"], record["FDBROKER_TOPIC"]) == ("5", "inbox")
-    assert len(taken(one)) == 1
+    assert len(taken(one, topics)) == 1
     journal.full = True
     with pytest.raises(RateLimited):
         send(topics, sender, "b", "inbox")
-    assert taken(one) == []
+    assert taken(one, topics) == []
     send(topics, sender, "c")  # another topic does without the journal
 
 
@@ -136,16 +140,16 @@ def test_who_is_too_slow_loses_the_oldest_and_is_told_how_many(topics):
     most = limits.SUBSCRIBER_MESSAGES
     for number in range(most + 3):
         send(topics, sender, str(number))
-        taken(quick)
+        taken(quick, topics)
     messages = taken(slow)
     assert len(messages) == most
     assert (messages[0]["payload"], messages[0]["lost"]) == ("3", 3)
     assert all("lost" not in message for message in messages[1:])
     send(topics, sender, "again")
-    assert "lost" not in taken(slow)[0]
+    assert "lost" not in taken(slow, topics)[0]
     for _ in range(20):
         send(topics, sender, "x" * 65000)
-    messages = taken(slow)
+    messages = taken(slow, topics)
     assert messages[0]["lost"] == 20 - len(messages)
     assert sum(len(message["payload"]) for message in messages) <= limits.SUBSCRIBER_BYTES
 
@@ -302,7 +306,7 @@ def test_a_full_share_is_refused_before_any_handler_has_it(stored, journal):
     assert len(journal.records) == 3
     post(stored, member(stored, 6, QUEUE), topic="open")  # another user's share is its own
     stored.commit()
-    assert len(taken(bob)) == 4
+    assert len(taken(bob, stored)) == 4
 
 
 def test_a_full_journal_or_disk_stores_nothing_and_says_so(stored, journal):
@@ -411,16 +415,18 @@ def test_messages_of_one_turn_keep_their_order_stored_or_not(journal):
     topics.subscribe(one, ["open", "plain"], None, 0)
     for name in ("plain", "open", "plain"):
         post(topics, sender, topic=name)
-    assert [message["topic"] for message in taken(one)] == ["plain"]
+    assert [message["topic"] for message in taken(one, topics)] == ["plain"]
     topics.commit()
-    messages = taken(one)
+    messages = taken(one, topics)
     assert [message["topic"] for message in messages] == ["open", "plain"]
     assert messages[0]["number"] < messages[1]["number"]
     post(topics, sender, topic="open")
     post(topics, sender, topic="plain")
     store._database.execute("PRAGMA query_only = ON")
     assert topics.commit() is not None
-    assert [message["topic"] for message in taken(one)] == ["plain"]  # what is not stored is not lost with the others
+    assert [message["topic"] for message in taken(one, topics)] == [
+        "plain"
+    ]  # what is not stored is not lost with the others
     store.close()
 
 
@@ -434,3 +440,50 @@ def test_of_one_owner_so_many_who_are_here_and_not_one_more(topics):
     found = topics._recipients(TOPICS[1])
     assert {7, 9} < found
     assert len(found) == 1 + limits.RECIPIENTS_OF_OWNER
+
+
+def test_what_a_turn_brings_is_joined_once_for_all_that_subscribed_to_the_same(topics):
+    """In order, and only for who has nothing waiting, has lost nothing, and can be sent it now."""
+    sender, *readers = (member(topics, uid, ALL._replace(burst=10_000)) for uid in range(5, 11))
+    one, same, other, behind, busy = readers
+    for reader in readers:
+        topics.subscribe(reader, ["news"] if reader is other else ["news", "inbox"], None, 0)
+    behind.lost = 7
+    for text, topic in (("a", "news"), ("b", "inbox"), ("c", "news")):
+        send(topics, sender, text, topic)
+    sent = dict(topics.take_shared(lambda reader: reader is not busy))
+    assert set(sent) == {one, same, other}
+    assert sent[one] is sent[same]
+    said = {
+        reader: [json.loads(part)["parameters"]["message"] for part in sent[reader].split(b"\0")[:-1]]
+        for reader in sent
+    }
+    assert [message["payload"] for message in said[one]] == ["a", "b", "c"]
+    assert [message["payload"] for message in said[other]] == ["a", "c"]
+    assert list(topics.fresh) == [behind, busy]
+    waiting = taken(behind)
+    assert ([message["payload"] for message in waiting], waiting[0]["lost"]) == (["a", "b", "c"], 7)
+    assert [message["payload"] for message in taken(busy)] == ["a", "b", "c"]
+    assert list(topics.take_shared(lambda _: True)) == []
+
+
+def test_more_than_a_queue_holds_in_one_turn_loses_the_oldest(topics):
+    sender, one = (member(topics, uid, ALL._replace(burst=10_000)) for uid in (5, 6))
+    topics.subscribe(one, ["news"], None, 0)
+    for number in range(limits.SUBSCRIBER_MESSAGES + 1):
+        send(topics, sender, str(number))
+    assert list(topics.take_shared(lambda _: True)) == []
+    assert taken(one)[0]["lost"] == 1
+
+
+def test_who_subscribes_in_the_middle_of_a_turn_gets_what_comes_from_then_on(topics):
+    sender, one, late = (member(topics, uid) for uid in (5, 6, 7))
+    topics.subscribe(one, ["news"], None, 0)
+    send(topics, sender, "before")
+    topics.subscribe(late, ["news"], None, 0)
+    send(topics, sender, "after")
+    assert [message["payload"] for message in taken(late, topics)] == ["after"]
+    assert [message["payload"] for message in taken(one)] == ["before", "after"]
+    send(topics, sender, "gone")
+    topics.unsubscribe(one)
+    assert taken(late)[0]["payload"] == "gone"

@@ -196,7 +196,7 @@ def test_a_thread_that_still_works_does_not_change_how_a_process_ends(dev, busy_
 
 INBOX = """
 class Inbox:
-    def __init__(self, launcher, opener, topics):
+    def __init__(self, launcher, opener, topics, unit_s):
         self.launcher = launcher
 
     def serve(self):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fdbroker.errors import MessageTooLong, NoSuchRecipient, QuotaExceeded, TopicDenied
-from fdbroker.inbox import member as module
+from fdbroker.inbox import member as member_module
+from fdbroker.inbox import topics as module
 from fdbroker.inbox.dispatch import Publish
 from fdbroker.inbox.member import Member
 from fdbroker.inbox.topics import Topics
@@ -34,6 +35,7 @@ class Part:
         self.may(may_send, may_subscribe)
         self.subscribed = frozenset()
         self.waiting = deque()  # (number, payload, bytes on the wire)
+        self.coming = deque()  # likewise, in this turn, and for all of a topic
         self.lost = 0
 
     def may(self, send, subscribe):
@@ -49,8 +51,9 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.patched = mock.patch.multiple(module, _MESSAGES=MESSAGES, _BYTES=BYTES)
-        self.patched.start()
+        self.patched = [mock.patch.multiple(one, _MESSAGES=MESSAGES, _BYTES=BYTES) for one in (member_module, module)]
+        for patch in self.patched:
+            patch.start()
         self.topics = Topics(None)
         self.parts: list[Part] = []
         self.names = NAMES
@@ -98,14 +101,17 @@ class Machine(RuleBasedStateMachine):
             return
         with pytest.raises(TopicDenied):
             self.topics.allow(part.member, part.rights)
+        self.come()
         part.subscribed = frozenset()
 
     @precondition(lambda self: self.parts)
     @rule(data=st.data())
     def disconnect(self, data):
         part = data.draw(st.sampled_from(self.parts))
-        self.parts.remove(part)
         self.topics.forget(part.member)
+        if part.subscribed:
+            self.come()
+        self.parts.remove(part)
 
     @precondition(lambda self: self.parts)
     @rule(data=st.data(), names=st.frozensets(st.sampled_from(NAMES), min_size=1))
@@ -122,6 +128,7 @@ class Machine(RuleBasedStateMachine):
                 self.topics.subscribe(part.member, names, None, others)
         else:
             self.topics.subscribe(part.member, names, None, others)
+            self.come()
             part.subscribed = names
 
     @precondition(lambda self: self.parts)
@@ -154,16 +161,41 @@ class Machine(RuleBasedStateMachine):
         assert self.topics.publish(part.member, asked) is False
         self.last += 1
         for one in heard:
-            length = len(one.member.queue[-1][0])
-            one.waiting.append((self.last, "x" * size, length))
-            while len(one.waiting) > MESSAGES or sum(row[2] for row in one.waiting) > BYTES:
-                one.waiting.popleft()
-                one.lost += 1
-        assert set(self.topics.fresh) >= {one.member for one in heard}
+            length = len(one.member.queue[-1][0] if to is not None else self.topics._shared[-1].reply)
+            one.coming.append((self.last, "x" * size, length))
+        if to is not None:
+            self.come()
+            assert set(self.topics.fresh) >= {one.member for one in heard}
+
+    def come(self):
+        """What this turn has brought is in the queues."""
+        for one in self.parts:
+            while one.coming:
+                one.waiting.append(one.coming.popleft())
+                while len(one.waiting) > MESSAGES or sum(row[2] for row in one.waiting) > BYTES:
+                    one.waiting.popleft()
+                    one.lost += 1
+
+    @precondition(lambda self: self.parts)
+    @rule(which=st.frozensets(st.integers(0, 5)))
+    def turn_ends(self, which):
+        """Some can be sent at once what has come for them, others have it in their queues."""
+        ready = [self.parts[number].member for number in which if number < len(self.parts)]
+        sent = dict(self.topics.take_shared(lambda member: member in ready))
+        for part in self.parts:
+            its = list(part.coming)
+            at_once = its and not part.waiting and not part.lost and part.member in ready
+            if at_once and len(its) <= MESSAGES and sum(row[2] for row in its) <= BYTES:
+                got = [json.loads(one)["parameters"]["message"] for one in sent.pop(part.member).split(b"\0")[:-1]]
+                assert [(one["number"], one["payload"]) for one in got] == [row[:2] for row in its]
+                part.coming.clear()
+        assert not sent
+        self.come()
 
     @precondition(lambda self: self.parts)
     @rule(data=st.data())
     def take(self, data):
+        """What is in a queue; what this turn has brought is not in there yet."""
         part = data.draw(st.sampled_from(self.parts))
         sent = b"".join(piece for piece, _ in part.member.take(lambda _: True))
         got = [json.loads(one)["parameters"]["message"] for one in sent.split(b"\0")[:-1]]
@@ -187,7 +219,8 @@ class Machine(RuleBasedStateMachine):
         assert self.topics._number == self.last
 
     def teardown(self):
-        self.patched.stop()
+        for patch in self.patched:
+            patch.stop()
 
 
 TestTopics = Machine.TestCase
