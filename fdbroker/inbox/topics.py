@@ -36,6 +36,7 @@ _UIDS_HERE = limits.RECIPIENTS_OF_OWNER
 _ROWS = limits.ROWS_PER_MESSAGE
 _DELIVERIES_PER_UNIT = limits.DELIVERIES_PER_UNIT
 _BUCKETS_KEPT = 4096
+_JOINED_KEPT = 16  # of what is joined: each can be as long as a queue
 MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a08"
 STORE_MESSAGE_ID = "6c0b6a1d5fd94b6c8f0d2b5b1f1f7a09"
 _IDENTIFIER = "fdbroker-inbox"
@@ -301,8 +302,11 @@ class Topics:
             data = joined.get(member.subscribed)
             if data is None:
                 its = [one.reply for one in shared if one.topic in member.subscribed]
-                data = joined[member.subscribed] = b"".join(its) if len(its) <= _MESSAGES else b""
-            if data and len(data) <= _BYTES and member.is_idle and ready(member):
+                fits = len(its) <= _MESSAGES and sum(map(len, its)) <= _BYTES
+                if len(joined) >= _JOINED_KEPT:
+                    joined.clear()
+                data = joined[member.subscribed] = b"".join(its) if fits else b""
+            if data and member.is_idle and ready(member):
                 yield member, data
                 continue
             for topic, reply, stored in shared:
