@@ -5,7 +5,6 @@ Runs in: launcher, as root, which has started nothing else yet. It reads two fix
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 from types import TracebackType
@@ -52,7 +51,4 @@ class Refuser:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for descriptor in reversed(self._child.life):  # whoever writes first: that kills it, see lifeline.py
-            os.close(descriptor)
-        self._child.process.wait()
-        self._child.link.close()
+        self._child.end()

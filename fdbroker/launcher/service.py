@@ -122,7 +122,7 @@ class Launcher:
                 listener.sock.close()
                 listener.remove()
             for child in self._children:
-                child.link.close()
+                child.end()
             self._notify.close()
             self._journal.close()
 

@@ -29,6 +29,7 @@ STATE_RIGHTS = landlock.READ_FILE | landlock.READ_DIR | landlock.WRITE_FILE | la
 STATE_RIGHTS |= landlock.MAKE_REG | landlock.REMOVE_FILE
 # to see in which user namespace an administrator is
 WITNESS_NEEDS = frozenset({"CAP_SYS_PTRACE"})
+_END_S = 1.0  # in which a process that was killed is gone
 # what the children import beside the standard library and each other
 _PACKAGES = ("fdbroker", "prctl", "msgspec")
 _USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox", "namespaces": "fdbroker-namespaces"}
@@ -49,6 +50,14 @@ class Child(NamedTuple):
     process: subprocess.Popen[bytes]
     link: Link
     life: tuple[int, ...]
+
+    def end(self) -> None:
+        """Kill it, if it still runs, and close all that belongs to it."""
+        for descriptor in reversed(self.life):  # whoever writes first: that kills it, see lifeline.py
+            os.close(descriptor)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one of its threads may wait in the kernel
+            self.process.wait(_END_S)
+        self.link.close()
 
 
 def identities(state_owner: int | None = None) -> dict[str, tuple[int, int]]:

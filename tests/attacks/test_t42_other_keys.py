@@ -23,7 +23,9 @@ def test_of_the_keys_that_are_typed_only_the_chosen_one_is_a_message(facts):
     assert {(one["device"], one["type"], one["code"]) for one in found["messages"]} == {
         (found["node"], "EV_KEY", "KEY_F13")
     }
-    assert [one["value"] for one in found["messages"]][:2] == [1, 0]
+    values = [one["value"] for one in found["messages"]]
+    pressed = values.index(1)  # the subscriber may have come after the first one
+    assert values[pressed : pressed + 2] == [1, 0]
     assert {one["uid"] for one in found["messages"]} == {MEMBER}
     assert set(found["groups"].split()) == {"4000", "4100"}
     assert all(abs(one["time_us"] / 1e6 - time.time()) < 600 for one in found["messages"])

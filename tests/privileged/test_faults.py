@@ -318,3 +318,13 @@ def test_killed_by_the_kernel_out_of_memory_nothing_is_granted_unrecorded_or_los
         finally:
             broker.process.kill()
             broker.process.wait()
+
+
+@pytest.mark.parametrize("name", ["opener", "inbox", "witness"])
+def test_a_process_that_does_not_stop_in_its_time_is_ended(dev, name):
+    """Nothing of it is left, and the launcher says nothing but that it stops: also on a machine that is slow."""
+    with running(harness.EVERYONE_NULL) as broker:
+        os.kill(broker.pids[name], signal.SIGSTOP)
+        assert broker.stop() == 0
+        assert [pid for pid in broker.pids.values() if os.path.exists(f"/proc/{pid}")] == []
+        assert "Traceback" not in broker.text()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +59,7 @@ def test_what_sleeps_delays_nobody_else(facts, attack):
     rounds = facts[attack]["rounds"]
     p98 = {name: [one[name]["p98"] for one in rounds] for name in ("quiet", "quick", "slow")}
     to_quick = min(one["slow"]["p98"] / one["quick"]["p98"] for one in rounds)
-    to_quiet = min(p98["slow"]) / statistics.median(p98["quiet"])
+    to_quiet = min(p98["slow"]) / max(p98["quiet"])  # other tests run beside the machine
     print(f"\n{attack}: p98 of another user's open, ms: {p98}; to quick {to_quick:.2f}, to quiet {to_quiet:.2f}")
     got, other = ATTACKS[attack]
     assert sum(one["slow"]["attack"].get(got, 0) for one in rounds) > 0

@@ -155,12 +155,12 @@ def hotkeys() -> dict[str, Any]:
         reaches = {name: reaching(device_fd, kind) for name, kind in (("types", 0), ("keys", evdev.ecodes.EV_KEY))}
         os.close(device_fd)
 
-        def typed() -> bool:  # until both are there
+        def typed() -> bool:  # until both are there, in whichever order
             for key in (*keys, keys[0]):
                 for value in (1, 0):
                     made.write(evdev.ecodes.EV_KEY, key, value)
                     made.syn()
-            return heard.read_text().count("\n") >= 2
+            return heard.read_text().count("\n") >= 3
 
         wait_for("a message", typed, 240)
         groups = status_of(bridge.pid)["Groups"]
