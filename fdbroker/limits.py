@@ -20,6 +20,9 @@ LABEL_BYTES: Annotated[
     int, "bytes", "a page, as of /proc/PID/attr/current", "the label counts as unknown; in a policy: load fails"
 ] = 4096
 MESSAGE_SECONDS: Annotated[int, "seconds", "design: a message must be complete", "disconnect"] = 10
+ATTACHED_SECONDS: Annotated[
+    int, "seconds", "design: since descriptors came with a part of it; all is gone 10 s after its client", "disconnect"
+] = 6
 ANSWER_SECONDS: Annotated[
     int, "seconds", "guess: a client takes something of an answer that it asked for", "disconnect"
 ] = 5

@@ -27,6 +27,7 @@ MAXIMA = {
     "PATH_BYTES": "test_maxima.py::test_a_path",
     "NAME_BYTES": "test_maxima.py::test_a_name",
     "LABEL_BYTES": "attacks/test_t46_labels.py::test_a_label_is_kept_up_to_its_limit",
+    "ATTACHED_SECONDS": "test_maxima.py::test_a_message_with_descriptors_must_be_complete_sooner",
     "MESSAGE_SECONDS": "test_maxima.py::test_a_message_must_be_complete_in_time",
     "ANSWER_SECONDS": "test_maxima.py::test_an_answer_must_be_taken_in_time",
     "UNSENT_BYTES": "test_maxima.py::test_answers_that_wait_for_who_does_not_read",

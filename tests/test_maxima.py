@@ -717,6 +717,23 @@ def test_a_message_must_be_complete_in_time(desk, monkeypatch):
     assert desk.said() == link.Closed(1, service.SLOW)
 
 
+def test_a_message_with_descriptors_must_be_complete_sooner(desk, monkeypatch):
+    """ATTACHED_SECONDS, since they came: one of them may be the connection's own other end, which its client has left."""
+    clock = Clock()
+    monkeypatch.setattr(deadlines, "time", clock)
+    desk.send(b"{")
+    clock.now_s += 2
+    socket.send_fds(desk.client, [b'"'], [desk.client.fileno()])
+    desk.inbox._client_event(desk.one, select.EPOLLIN)
+    clock.now_s += limits.ATTACHED_SECONDS - 0.5
+    desk.inbox._end_slow()
+    assert desk.inbox._by_number == {1: desk.one}
+    clock.now_s += 1
+    desk.inbox._end_slow()
+    assert desk.inbox._by_number == {}
+    assert desk.said() == link.Closed(1, service.SLOW)
+
+
 def test_an_answer_must_be_taken_in_time(desk, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(deadlines, "time", clock)

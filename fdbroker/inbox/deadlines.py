@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from fdbroker import limits
 
-_MESSAGE_S, _ANSWER_S = limits.MESSAGE_SECONDS, limits.ANSWER_SECONDS
+_MESSAGE_S, _ANSWER_S, _ATTACHED_S = limits.MESSAGE_SECONDS, limits.ANSWER_SECONDS, limits.ATTACHED_SECONDS
 _LATE_S = 0.05  # how late it may be noticed
 
 
@@ -18,7 +18,8 @@ class Deadlines:
     """Connections by their numbers: those in the middle of a message, and those whose answers wait to be read."""
 
     def __init__(self) -> None:
-        self._partial: dict[int, float] = {}  # since when; in order of time, and so is the other one
+        self._partial: dict[int, float] = {}  # since when; in order of time, and so are the other ones
+        self._attached: dict[int, float] = {}  # of these, since descriptors have come with it
         self._unsent: dict[int, float] = {}
 
     @property
@@ -26,9 +27,9 @@ class Deadlines:
         """Whether there is anybody with a deadline."""
         return bool(self._partial or self._unsent)
 
-    def note(self, number: int, *, unsent: bool, partial: bool) -> None:
-        """Whether a connection has answers that it does not take, and whether it is in the middle of a message."""
-        for waiting, does in ((self._unsent, unsent), (self._partial, partial)):
+    def note(self, number: int, *, unsent: bool, partial: int) -> None:
+        """Whether a connection has answers that it does not take, and what of a message: see Decoder.partial."""
+        for waiting, does in ((self._unsent, unsent), (self._partial, partial > 0), (self._attached, partial > 1)):
             if does:
                 waiting.setdefault(number, time.monotonic())
             elif waiting:
@@ -41,24 +42,28 @@ class Deadlines:
     def completed(self, number: int) -> None:
         """A message of it was complete."""
         self._partial.pop(number, None)
+        self._attached.pop(number, None)
 
     def forget(self, number: int) -> None:
         """It has ended."""
         self._unsent.pop(number, None)
-        self._partial.pop(number, None)
+        self.completed(number)
 
     def timeout_s(self) -> float:
         """Until the next one is late, while there is any."""
         ends = [
             next(iter(waiting.values())) + limit_s
-            for waiting, limit_s in ((self._partial, _MESSAGE_S), (self._unsent, _ANSWER_S))
+            for waiting, limit_s in (
+                *((self._partial, _MESSAGE_S), (self._attached, _ATTACHED_S)),
+                (self._unsent, _ANSWER_S),
+            )
             if waiting
         ]
         return max(_LATE_S, min(ends) - time.monotonic())
 
     def partial(self) -> Iterator[int]:
         """Those whose message is not complete in time."""
-        return _late(self._partial, _MESSAGE_S)
+        yield from dict.fromkeys((*_late(self._partial, _MESSAGE_S), *_late(self._attached, _ATTACHED_S)))
 
     def unsent(self) -> Iterator[int]:
         """Those that have taken nothing for too long."""

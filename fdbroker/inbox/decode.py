@@ -31,9 +31,9 @@ class Decoder:
         return isinstance(self._reader, FrameReader)
 
     @property
-    def partial(self) -> bool:
-        """Whether the beginning of a message waits for its end."""
-        return self.held > 0
+    def partial(self) -> int:
+        """Whether the beginning of a message waits for its end: 1, or 2 when descriptors have come with it; else 0."""
+        return (2 if self._attached else 1) if self.held else 0
 
     @property
     def held(self) -> int:
