@@ -70,7 +70,8 @@ def launcher(folder: str, store: bool) -> NoReturn:
         code = f"sys.path.insert(0, {TESTS!r}); import takeover; takeover.child({module!r}, {folder!r}, {store})"
         return subprocess.Popen([*python, path + code, orders], **more)
 
-    start.subprocess = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
+    same = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    start.subprocess = types.SimpleNamespace(Popen=popen, **same)  # type: ignore[assignment]
     confine = service.Launcher._confine
 
     def take(self: service.Launcher, path: str) -> None:

@@ -106,7 +106,8 @@ class Worker:
         if process == 0:
             self._be_child(ask, caller, ours, Link(theirs), parent, until_s)
         theirs.close()
-        os.setpgid(process, process)
+        with contextlib.suppress(PermissionError):  # it was the first to do that, and runs another program by now
+            os.setpgid(process, process)
         child = _Child(process, Link(ours), ask.request, until_s)
         self._children[child.link.fileno()] = child
         self._poll.register(child.link.fileno(), select.EPOLLIN)
@@ -117,6 +118,7 @@ class Worker:
         """Answer one question in this forked process, before `until_s`; never returns."""
         code = 1
         try:
+            os.setpgid(0, 0)  # whoever of the two comes first
             confine.die_with(parent)
             # what it does, it does without a way to the opener or to the other children
             ours.close()

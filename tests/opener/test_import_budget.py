@@ -92,7 +92,8 @@ def popen(command, **more):
     name = command[-2].rpartition("from fdbroker.")[2].partition(".")[0]
     with open(f"{sys.argv[3]}.{name}", "wb") as log:
         return subprocess.Popen([command[0], "-X", "importtime", *command[1:]], **{**more, "stderr": log})
-start.subprocess = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
+same = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+start.subprocess = types.SimpleNamespace(Popen=popen, **same)
 sys.exit(main())
 """
 
