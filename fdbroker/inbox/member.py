@@ -1,4 +1,4 @@
-"""One connection's part in messages: what it may do with topics, and what waits for it when it has subscribed.
+"""The part of one connection in messages: its rights to topics, and the queue of a subscriber.
 
 Runs in: inbox. Others control how much comes for it, and its client how fast that is taken.
 """
@@ -52,7 +52,7 @@ class Member:
 
     @property
     def is_idle(self) -> bool:
-        """Whether what comes now may be sent at once: nothing waits or is to be told before."""
+        """Whether its queue is empty, nothing was lost, and nothing stored is still to be sent."""
         return not self.queue and not self.lost and self.replayed is None
 
     def put(self, data: bytes, attached: Attached | None = None) -> None:

@@ -51,4 +51,4 @@ class Refuser:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._child.end()
+        start.end(self._child)

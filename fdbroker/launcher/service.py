@@ -121,8 +121,7 @@ class Launcher:
             if listener is not None:
                 listener.sock.close()
                 listener.remove()
-            for child in self._children:
-                child.end()
+            start.end(*self._children)
             self._notify.close()
             self._journal.close()
 

@@ -13,6 +13,7 @@ import pwd
 import socket
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
 from fdbroker import limits
@@ -29,7 +30,7 @@ STATE_RIGHTS = landlock.READ_FILE | landlock.READ_DIR | landlock.WRITE_FILE | la
 STATE_RIGHTS |= landlock.MAKE_REG | landlock.REMOVE_FILE
 # to see in which user namespace an administrator is
 WITNESS_NEEDS = frozenset({"CAP_SYS_PTRACE"})
-_END_S = 1.0  # in which a process that was killed is gone
+_END_S = 1.0  # in which processes that were killed are gone
 # what the children import beside the standard library and each other
 _PACKAGES = ("fdbroker", "prctl", "msgspec")
 _USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox", "namespaces": "fdbroker-namespaces"}
@@ -51,13 +52,17 @@ class Child(NamedTuple):
     link: Link
     life: tuple[int, ...]
 
-    def end(self) -> None:
-        """Kill it, if it still runs, and close all that belongs to it."""
-        for descriptor in reversed(self.life):  # whoever writes first: that kills it, see lifeline.py
+
+def end(*children: Child) -> None:
+    """Kill those that still run, and close all that belongs to them."""
+    for child in children:
+        for descriptor in reversed(child.life):  # whoever writes first: that kills it, see lifeline.py
             os.close(descriptor)
+        child.link.close()
+    until_s = time.monotonic() + _END_S
+    for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):  # one of its threads may wait in the kernel
-            self.process.wait(_END_S)
-        self.link.close()
+            child.process.wait(max(0.0, until_s - time.monotonic()))
 
 
 def identities(state_owner: int | None = None) -> dict[str, tuple[int, int]]:
