@@ -51,7 +51,7 @@ from fdbroker.opener.audit import Audit, Record, fields
 from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.close import Closing
 from fdbroker.opener.door import Door
-from fdbroker.opener.views import Views
+from fdbroker.opener.views import views as views_of
 from fdbroker.pace import Pace
 from fdbroker.policy import files, load, paths, spelling
 from fdbroker.policy.compile import load_policy
@@ -281,7 +281,7 @@ def make_door(monkeypatch, pair):
         door = Door(
             listener,
             Link(pair[0]),
-            Views(Policy(frozenset(), frozenset(), MAXIMA, {}, {}, (), (), {}, {}, {})),
+            views_of(Policy(frozenset(), frozenset(), MAXIMA, {}, {}, (), (), {}, {}, {})),
             Audit(None),
             {},
             Closing(),
@@ -378,7 +378,7 @@ def test_accepting_goes_on_after_its_pause(make_door):
 def test_knocks_while_others_of_the_user_wait(make_door):
     door = make_door()
     maxima = {"burst": 1, "connections": 1000, "requests_per_second": 1, "record_burst": 1}
-    door.views = Views(door.views.policy._replace(owners=Owners(frozenset([UID]))))
+    door.views = views_of(door.views.policy._replace(owners=Owners(frozenset([UID]))))
     account = door._accounts.of(UID, maxima, door.clock.now_s)
     account.pace.spend(10_000, 1, 1000, door.clock.now_s)
     door._contested_s = door.clock.now_s

@@ -19,8 +19,9 @@ from fdbroker.opener.audit import Audit, Record
 from fdbroker.opener.authorize import Account, Accounts, Connection, authorize_connection
 from fdbroker.opener.close import Closing
 from fdbroker.opener.identify import Identifier, WhoseUnknown
-from fdbroker.opener.views import Views
+from fdbroker.opener.views import Seen
 from fdbroker.policy.decide import View
+from fdbroker.policy.views import Views
 from fdbroker.refusals import QuotaExceeded
 from fdbroker.terms import OTHERS, Subject
 from fdbroker.wire import link, rights
@@ -45,7 +46,7 @@ class Door:
         self,
         listener: socket.socket,
         inbox: Link,
-        views: Views,
+        views: Views[Seen],
         audit: Audit,
         connections: dict[int, Connection],
         closing: Closing,

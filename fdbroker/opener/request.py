@@ -15,6 +15,7 @@ from types import TracebackType
 from fdbroker import limits
 from fdbroker.kernel.processes import is_alive
 from fdbroker.kernel.records import NotRecorded
+from fdbroker.nodes.find import Found
 from fdbroker.opener.audit import Audit, Record
 from fdbroker.opener.authorize import (
     Connection,
@@ -25,7 +26,7 @@ from fdbroker.opener.authorize import (
     authorize_resources,
 )
 from fdbroker.opener.close import Closing
-from fdbroker.opener.open import Found, Nodes, sleeps
+from fdbroker.opener.open import Nodes, sleeps
 from fdbroker.opener.send import compose, send_grants
 from fdbroker.refusals import Denied, OpenFailed, RateLimited, Refused
 from fdbroker.terms import Device, Grant, Resource, Rule

@@ -35,7 +35,7 @@ from fdbroker.opener.door import Door
 from fdbroker.opener.listing import Lister
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.request import THREAD, WORKER, Opening, answer
-from fdbroker.opener.views import Views
+from fdbroker.opener.views import views
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.refusals import Denied, LinkViolation, RateLimited, Refused
 from fdbroker.terms import Resource
@@ -61,7 +61,7 @@ class Opener:
         self._launcher = launcher
         self._inbox = inbox
         self._asking = asking
-        self._views = Views(policy)
+        self._views = views(policy)
         asking.owners = policy.owners
         self._nodes = nodes
         self._audit = audit
@@ -397,7 +397,7 @@ class Opener:
 
     def _use(self, policy: Policy) -> None:
         """Judge by `policy` from the next request on."""
-        self._views = self._door.views = Views(policy)
+        self._views = self._door.views = views(policy)
         self._asking.owners = policy.owners
         self._tell_topics()
         for connection in self._connections.values():

@@ -1,4 +1,4 @@
-"""What the policy says about each subject, made once for all connections about which it says the same.
+"""What the opener keeps of each view of the policy: what the inbox judges by, and what was decided by it lately.
 
 Runs in: opener. An attacker controls which of its user's uids, groups and labels connect, and how many of these.
 """
@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import View, covers, view
+from fdbroker.policy.decide import View, covers
 from fdbroker.policy.paths import is_literal, literal
-from fdbroker.terms import TOPIC_VERBS, Resource, Rule, Subject, Topic, TopicUse
+from fdbroker.policy.views import Views
+from fdbroker.terms import TOPIC_VERBS, Resource, Rule, Topic, TopicUse
 from fdbroker.wire.rights import Rights
-
-# When there are more, all are made anew. A guess: as many as there are accounts.
-_KEPT = 1024
 
 
 class Seen(NamedTuple):
@@ -26,33 +24,9 @@ class Seen(NamedTuple):
     decided: dict[Resource, tuple[Rule, ...]]
 
 
-class Views:
-    """Those of one policy. Of a subject's groups only those that the policy names make a difference."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        named = {*policy.by_gid, *policy.gid_limits, *policy.administrator_gids}
-        self._gids = tuple(sorted(named.union(*(rule.gids for rule in policy.deny))))
-        self._by_subject: dict[tuple[object, ...], Seen] = {}
-        self._by_view: dict[tuple[object, ...], Seen] = {}
-
-    def of(self, subject: Subject) -> Seen:
-        """For a subject; the same object for all about whom the policy says the same."""
-        groups = tuple([gid for gid in self._gids if gid in subject.gids])
-        who = (subject.uid, subject.owner, subject.foreign, subject.label, groups)
-        seen = self._by_subject.get(who)
-        if seen is None:
-            if len(self._by_subject) >= _KEPT:
-                self._by_subject.clear()
-                self._by_view.clear()
-            made = view(self.policy, subject)
-            # every field of it: two that differ in one that comes later must not be one either
-            what = tuple([tuple(one.items()) if isinstance(one, dict) else one for one in made])
-            seen = self._by_view.get(what)
-            if seen is None:
-                seen = self._by_view[what] = Seen(made, message_rights(made, self.policy.topics), {})
-            self._by_subject[who] = seen
-        return seen
+def views(policy: Policy) -> Views[Seen]:
+    """Those of one policy, as the opener judges by them."""
+    return Views(policy, lambda made: Seen(made, message_rights(made, policy.topics), {}))
 
 
 def message_rights(seen: View, topics: Sequence[Topic]) -> Rights:

@@ -1,0 +1,50 @@
+"""What the policy says about each subject, made once for all connections about which it says the same.
+
+Runs in: opener. An attacker controls which of its user's uids, groups and labels connect, and how many of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from fdbroker.policy.compiled import Policy
+from fdbroker.policy.decide import View, view
+from fdbroker.terms import Subject
+
+# When there are more, all are made anew. A guess: as many as there are accounts.
+_KEPT = 1024
+_Made = TypeVar("_Made")
+
+
+class Views(Generic[_Made]):
+    """Those of one policy; `make` makes of each what is kept. Of a subject's groups only those named matter."""
+
+    def __init__(self, policy: Policy, make: Callable[[View], _Made]) -> None:
+        self.policy = policy
+        self._make = make
+        named = {*policy.by_gid, *policy.gid_limits, *policy.administrator_gids}
+        self._gids = tuple(sorted(named.union(*(rule.gids for rule in policy.deny))))
+        self._by_subject: dict[tuple[object, ...], _Made] = {}
+        self._by_view: dict[tuple[object, ...], _Made] = {}
+
+    def groups(self, subject: Subject) -> tuple[int, ...]:
+        """Those of a subject's groups that the policy names: of the others it says nothing."""
+        return tuple([gid for gid in self._gids if gid in subject.gids])
+
+    def of(self, subject: Subject) -> _Made:
+        """For a subject; the same object for all about whom the policy says the same."""
+        who = (subject.uid, subject.owner, subject.foreign, subject.label, self.groups(subject))
+        kept = self._by_subject.get(who)
+        if kept is None:
+            if len(self._by_subject) >= _KEPT:
+                self._by_subject.clear()
+                self._by_view.clear()
+            made = view(self.policy, subject)
+            # every field of it: two that differ in one that comes later must not be one either
+            what = tuple([tuple(one.items()) if isinstance(one, dict) else one for one in made])
+            kept = self._by_view.get(what)
+            if kept is None:
+                kept = self._by_view[what] = self._make(made)
+            self._by_subject[who] = kept
+        return kept
