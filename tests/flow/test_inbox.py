@@ -711,9 +711,9 @@ def test_an_opener_that_ends_while_we_drain_is_no_fault():
         client.sendall(OPEN)
         assert isinstance(opener.next(), link.Open)
         assert not opener.inbox.draining
+        opener.sock.shutdown(socket.SHUT_RD)  # before the inbox has anything to say, and it still hears
         opener.send(link.DRAIN)
         opener.send(link.OPENER_TO_INBOX.encode(link.Outcome(1, Denied("x", index=0))))
-        opener.sock.shutdown(socket.SHUT_RDWR)
         opener.thread.join(30)
         ended.append(opener.error)
     assert isinstance(ended[0], ConnectionError)
