@@ -1,7 +1,7 @@
 """The token bucket that bounds how often a user asks, or sends.
 
-Runs in: opener, inbox, D-Bus bridge, each with buckets of its own. An attacker controls when it is asked; the clock
-is the caller's.
+Runs in: opener, keeper, inbox, D-Bus bridge, each with buckets of its own. An attacker controls when it is asked; the
+clock is the caller's.
 """
 
 from __future__ import annotations

@@ -173,6 +173,7 @@ POLICY_FILE_BYTES: Annotated[int, "bytes", "guess: a large policy is 20 KiB; the
 )
 POLICY_BYTES: Annotated[int, "bytes", "measured: of all files, loading takes 10 s", "load fails"] = 1_048_576
 POLICY_FILES: Annotated[int, "files", "guess", "load fails"] = 256
+POLICY_GROUPS: Annotated[int, "groups", "half of LINK_BYTES: all that a client may be in", "load fails"] = 16_384
 POLICY_DEPTH: Annotated[int, "levels", "the deepest valid policy has 6", "load fails"] = 16
 POLICY_FINDINGS: Annotated[int, "errors or warnings", "guess: nobody reads more at once", "the rest is counted"] = 200
 WAIT_LIMIT_MS: Annotated[int, "milliseconds", "guess: what RateLimited promises at most", "capped"] = 10_000

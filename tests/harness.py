@@ -181,10 +181,10 @@ class Broker:
         self.pids = {"launcher": self.process.pid}
         for line in children.splitlines():
             pid, _, command = line.partition(" ")
-            for name in ("opener", "inbox", "namespaces", "witness"):
+            for name in ("opener", "keeper", "inbox", "namespaces", "witness"):
                 if f"fdbroker.{name}" in command:
                     self.pids[name] = int(pid)
-        assert set(self.pids) - {"namespaces"} == {"launcher", "opener", "inbox", "witness"}, children
+        assert set(self.pids) - {"namespaces"} == {"launcher", "opener", "keeper", "inbox", "witness"}, children
         if "namespaces" in self.pids:
             self.pids["worker"] = self.worker()
         self.idle = self.counts()  # before the first client

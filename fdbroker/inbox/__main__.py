@@ -38,6 +38,7 @@ def main() -> NoReturn:
     inbox = Inbox(
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["opener"])),
+        Link(socket.socket(fileno=descriptors["keeper"])),
         topics,
         unit_of_this_machine_s(),
     )

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from fdbroker import limits
-from fdbroker.errors import Refused
+from fdbroker.errors import ClientNotReading, Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.decode import Decoder
@@ -123,6 +123,26 @@ class Client:
     def turn(self, event: str) -> None:
         """Something happens on it. Raises LinkViolation when that is out of turn: the opener breaks its rules."""
         self.state = link.turned(self.number, self.state, event)
+
+    def lose(self) -> None:
+        """It is gone: nothing more is sent."""
+        self.doomed = True
+        self.out.clear()
+        self.attached.clear()
+
+    def refuse(self, refusal: Refused) -> None:
+        """What it asked for last is refused."""
+        self.out += self.refused(refusal)
+        self.doomed |= isinstance(refusal, ClientNotReading)
+
+    def wait(self, epoll: select.epoll, *, readable: bool) -> None:
+        """Have `epoll` tell what can come next; of who rests only, and once, that it has hung up."""
+        events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if self.out else 0)
+        if self.number in self.user.held:
+            events = events & ~select.EPOLLIN | select.EPOLLET
+        if events != self.events:
+            self.events = events
+            epoll.modify(self.sock.fileno(), events)
 
     @property
     def sent(self) -> bytes:

@@ -325,13 +325,11 @@ def weight(question: Question | None) -> int:
     return int(isinstance(question, AskList))
 
 
-def question(asked: AskOpen | AskList | AskReload | AskShutdown, number: int) -> tuple[str, link.FromInbox]:
+def question(asked: AskOpen | AskReload | AskShutdown, number: int) -> tuple[str, link.FromInbox]:
     """What to ask the opener for connection `number`: the event of link.TURNS, and the message."""
     match asked:
         case AskOpen(resources):
             return "Open", link.Open(number, resources)
-        case AskList(watch):
-            return "Watch" if watch else "List", link.List(number, watch)
         case AskReload():
             return "Reload", admin.Reload(number)
         case AskShutdown():

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from fdbroker import limits
-from fdbroker.errors import ClientNotReading, LinkViolation, ProtocolViolation
+from fdbroker.errors import LinkViolation, ProtocolViolation, RateLimited, Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Unread
 from fdbroker.inbox.client import BROKE, DEAF, ENDED, FOREIGN, NOT_TAKEN, SLOW, Client
@@ -28,13 +28,14 @@ from fdbroker.inbox.turns import Turns, timed
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.terms import Offer
-from fdbroker.wire import admin, frame, link, rights
+from fdbroker.wire import admin, frame, link, lists, rights
 from fdbroker.wire.frame import TooLong
+from fdbroker.wire.keeper import ListRefused
 
 # After these nothing may be asked any more: what a client sends then ends its connection.
 _LAST = ("watching", "subscribed")
 _to_opener = link.INBOX_TO_OPENER.encode
-_UNSENT_BYTES = limits.UNSENT_BYTES
+_UNSENT_BYTES, _UNIT_S = limits.UNSENT_BYTES, limits.UNIT_US / 1e6
 _MESSAGES_PER_TURN = 64
 _LINGER_S = 1.0  # how often we look whether descriptors that were unread still are
 _BYTES_PER_UNIT, _UNITS_PER_RESOURCE = limits.BYTES_PER_UNIT, limits.UNITS_PER_RESOURCE
@@ -43,16 +44,16 @@ _BYTES_PER_UNIT, _UNITS_PER_RESOURCE = limits.BYTES_PER_UNIT, limits.UNITS_PER_R
 class Inbox:
     """All that the inbox holds. `serve` returns when it has drained, or the opener or the launcher is gone."""
 
-    def __init__(self, launcher: Link, opener: Link, topics: Topics, unit_s: float = limits.UNIT_US / 1e6) -> None:
+    def __init__(self, launcher: Link, opener: Link, keeper: Link, topics: Topics, unit_s: float = _UNIT_S) -> None:
         self._launcher = launcher
         self._opener = opener
+        self._keeper = keeper
         self._topics = topics
         closing = Jobs(limits.CLOSING_THREADS, limits.STUCK_THREADS)
         self._receiver = Receiver(closing)
         self._unread = Unread(closing)
         self.turns = Turns(unit_s)  # how long a unit of work takes here
         self._messages = Messages(topics, opener, self._unread, self.turns)
-        self._opener_full = False
         self._by_number: dict[int, Client] = {}
         self._by_descriptor: dict[int, Client] = {}
         self._deadlines = Deadlines()
@@ -64,23 +65,21 @@ class Inbox:
 
     def serve(self) -> None:
         """Serve. Raises LinkViolation when the opener breaks its rules, OSError when it is gone in mid-sentence."""
-        poll, launcher, opener = self._epoll, self._launcher.fileno(), self._opener.fileno()
-        poll.register(launcher, select.EPOLLIN)
-        poll.register(opener, select.EPOLLIN)
+        poll = self._epoll
+        self._launcher.poll(poll)
         self._launcher.send(link.READY)
         while not (self.draining and not self._by_number):
-            full = bool(self._opener.waiting)
-            if full != self._opener_full:
-                self._opener_full = full
-                poll.modify(opener, select.EPOLLIN | (select.EPOLLOUT if full else 0))
+            self._opener.poll(poll)
+            self._keeper.poll(poll)
             ready = dict(poll.poll(self._timeout_s()))
-            # first the opener: a client that has its answer asks again, and should find itself idle
-            events = ready.pop(opener, 0)
-            if events & select.EPOLLOUT:
-                self._opener.flush()
-            if events & ~select.EPOLLOUT and not self._read_opener():
-                return
-            if ready.pop(launcher, 0) and self._launcher.receive() == b"":
+            # first these two: a client that has its answer asks again, and should find itself idle
+            for one, read in ((self._opener, self._read_opener), (self._keeper, self._read_keeper)):
+                events = ready.pop(one.fileno(), 0)
+                if events & select.EPOLLOUT:
+                    one.flush()
+                if events & ~select.EPOLLOUT and not read():
+                    return
+            if ready.pop(self._launcher.fileno(), 0) and self._launcher.receive() == b"":
                 return
             for descriptor, client_events in ready.items():
                 if (known := self._by_descriptor.get(descriptor)) is not None:
@@ -151,18 +150,8 @@ class Inbox:
                 case rights.Users(users):
                     self._topics.add_users(users)
                 case link.Outcome(number, refusal):
-                    if known := self._by_number.get(number):
-                        if refusal is not None:
-                            known.out += known.refused(refusal)
-                            known.doomed |= isinstance(refusal, ClientNotReading)
-                            if refusal.offends:
-                                self.turns.offend(known.user)
-                        self._answered(known)
-                        self._end_turn(known, "Outcome")
+                    self._outcome(number, refusal)
                     return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
-                case link.Offered(number, last, offers):
-                    if known := self._by_number.get(number):
-                        self._offered(known, offers, last=last)
                 case admin.Reloaded(number, findings):
                     if known := self._by_number.get(number):
                         known.out += dispatch.reloaded_reply(findings)
@@ -176,6 +165,26 @@ class Inbox:
                 case other:
                     assert_never(other)
         return True
+
+    def _read_keeper(self) -> bool:
+        """Take one message of the keeper; false when it is gone."""
+        data = self._keeper.receive()
+        if data:
+            message = lists.KEEPER_TO_INBOX.decode(data)
+            if isinstance(message, ListRefused):
+                self._outcome(message.connection, RateLimited(message.wait_ms, "rate"))
+            elif known := self._by_number.get(message.connection):
+                self._offered(known, message.offers, last=message.last)
+        return data != b""
+
+    def _outcome(self, number: int, refusal: Refused | None) -> None:
+        if known := self._by_number.get(number):
+            if refusal is not None:
+                known.refuse(refusal)
+                if refusal.offends:
+                    self.turns.offend(known.user)
+            self._answered(known)
+            self._end_turn(known, "Outcome")
 
     def _connected(self, connected: rights.Connected, descriptors: list[int] | None) -> None:
         number, sender, allowed = connected
@@ -258,12 +267,12 @@ class Inbox:
                     self._read(client)
                 elif client.user.rests_until_s:
                     client.user.held[client.number] = client
-                    self._interest(client, readable=False)
+                    client.wait(self._epoll, readable=False)
                 # else its user's share of this turn is used up: epoll tells it again
             elif events & (select.EPOLLHUP | select.EPOLLERR):
                 self._close(client, ENDED)
             else:
-                self._interest(client, readable=False)  # what waits now comes first
+                client.wait(self._epoll, readable=False)  # what waits now comes first
 
     def _awaits(self, client: Client) -> bool:
         """Whether nothing that it sent before is still to be done."""
@@ -273,12 +282,10 @@ class Inbox:
     def _end_asking(self, client: Client) -> None:
         """Something came after Subscribe or a watch, and must not stay: it could be the connection's own other end."""
         said = self._receiver.peek(client)
-        if said is None:
-            return
         if said == b"":  # it sends no more, and may go on to listen
             client.ended = True
             self._settle(client)
-        else:
+        elif said is not None:
             self._close(client, BROKE)
 
     def _read(self, client: Client) -> None:
@@ -369,7 +376,10 @@ class Inbox:
                 self._messages.receive(client, asked)
             case dispatch.AskShutdown() if self.draining:
                 client.doomed = True  # it stops already
-            case dispatch.AskOpen() | dispatch.AskList() | dispatch.AskReload() | dispatch.AskShutdown():
+            case dispatch.AskList(watch):
+                client.turn("Watch" if watch else "List")
+                self._keeper.send(lists.INBOX_TO_KEEPER.encode(lists.List(client.number, watch)))
+            case dispatch.AskOpen() | dispatch.AskReload() | dispatch.AskShutdown():
                 if isinstance(asked, dispatch.AskOpen):
                     client.asked = asked.resources
                 event, message = dispatch.question(asked, client.number)
@@ -388,9 +398,7 @@ class Inbox:
             except BlockingIOError:
                 return False
             except OSError:
-                client.doomed = True
-                client.out.clear()
-                client.attached.clear()
+                client.lose()
                 return True
             finally:
                 if len(client.out) < before:
@@ -420,17 +428,9 @@ class Inbox:
             partial=idle and sent and client.decoder.partial,
         )
         readable = (idle and sent) or client.state in _LAST or bool(client.events & select.EPOLLIN)
-        self._interest(client, readable=readable and not client.ended)
+        client.wait(self._epoll, readable=readable and not client.ended)
 
     _settle_timed = timed(_settle)
-
-    def _interest(self, client: Client, *, readable: bool) -> None:
-        events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if client.out else 0)
-        if client.number in client.user.held:  # and do not tell again and again that it has hung up
-            events = events & ~select.EPOLLIN | select.EPOLLET
-        if events != client.events:
-            client.events = events
-            self._epoll.modify(client.sock.fileno(), events)
 
     def _close(self, client: Client, reason: int) -> None:
         del self._by_number[client.number]

@@ -21,11 +21,6 @@ NUMBERS = {
     "CAP_SYS_ADMIN": 21,
 }
 
-_OPENS = {
-    "ro": ("CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"),
-    "wo": ("CAP_DAC_OVERRIDE",),
-    "rw": ("CAP_DAC_OVERRIDE",),
-}
 _VERSION_3 = 0x20080522
 
 
@@ -62,10 +57,6 @@ class Bracket:
         self._needed = bool(effective)
         self._raised = (_Data * 2)(_Data(effective, permitted, 0), _Data(0, 0, 0))
         self._lowered = (_Data * 2)(_Data(0, permitted, 0), _Data(0, 0, 0))
-
-    def opens(self, access: str) -> bool:
-        """Whether with these any node can be opened with that access, whatever its mode."""
-        return any(self._raised[0].effective >> NUMBERS[name] & 1 for name in _OPENS[access])
 
     def __enter__(self) -> None:
         if self._needed and libc.CAPSET(_HEADER_REF, ctypes.addressof(self._raised)) != 0:

@@ -1,6 +1,6 @@
 """inotify(7): be told that a directory's entries, or their modes and owners, change.
 
-Runs in: opener. Root alone changes names, modes and owners in /dev. A user with write access to a node can change its
+Runs in: keeper. Root alone changes names, modes and owners in /dev. A user with write access to a node can change its
 times at any rate, and inotify reports that too. Nothing read here is used but the fact that something changed.
 """
 

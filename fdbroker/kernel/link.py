@@ -6,6 +6,7 @@ Runs in: every process of the broker. In the opener, a taken-over inbox controls
 from __future__ import annotations
 
 import errno
+import select
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ class Link:
         self._waiting: deque[bytes] = deque()
         self._buffer = bytearray(_LINK_BYTES)
         self._view = memoryview(self._buffer)
+        self._events: int | None = None
 
     def fileno(self) -> int:
         """For epoll."""
@@ -34,8 +36,15 @@ class Link:
 
     @property
     def waiting(self) -> int:
-        """How many messages wait for room: poll for EPOLLOUT and call `flush`."""
+        """How many messages wait for room: `poll`, and at EPOLLOUT call `flush`."""
         return len(self._waiting)
+
+    def poll(self, epoll: select.epoll, *, read: bool = True, write: bool = False) -> None:
+        """Have `epoll` tell when there is something to `read`, or room for what waits, or with `write` room at all."""
+        events = (select.EPOLLIN if read else 0) | (select.EPOLLOUT if write or self._waiting else 0)
+        if events != self._events:
+            (epoll.register if self._events is None else epoll.modify)(self._sock.fileno(), events)
+            self._events = events
 
     def send(self, message: bytes) -> None:
         """Send, or queue. Raises LinkViolation when over LINK_WAITING messages wait, OSError when the peer is gone."""

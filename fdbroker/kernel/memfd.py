@@ -1,6 +1,6 @@
 """Files in memory that cannot change any more: how policies and large payloads travel.
 
-Runs in: launcher, opener (reads the policy), client library.
+Runs in: launcher, opener and keeper (read the policy), client library.
 """
 
 from __future__ import annotations

@@ -32,8 +32,12 @@ _LOOP = """
     getsockname
 """
 _OPENER = """
-    accept4 openat2 openat readlinkat getdents64 faccessat2 capset inotify_init1 inotify_add_watch pread64 dup prlimit64
-    eventfd2 set_robust_list rseq pidfd_open
+    accept4 openat2 openat readlinkat capset pread64 dup prlimit64 eventfd2 set_robust_list rseq pidfd_open
+"""
+
+# The keeper lists folders and finds nodes; Landlock lets it read no file.
+_KEEPER = """
+    openat2 readlinkat getdents64 inotify_init1 inotify_add_watch pread64
 """
 
 # What the inbox does beside: read a payload from its memfd, whatever becomes of the message; start a thread to close
@@ -66,6 +70,7 @@ _WORKER = """
 
 PROCESSES = {
     "opener": _RUNTIME + _LOOP + _OPENER,
+    "keeper": _RUNTIME + _LOOP + _KEEPER,
     "inbox": _RUNTIME + _LOOP + _INBOX,
     "inbox-store": _RUNTIME + _LOOP + _INBOX + _STORE,
     "namespaces": _RUNTIME + _LOOP + _WORKER,
@@ -127,6 +132,7 @@ NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
         "setsockopt": (2, (SO_PASSRIGHTS, socket.SO_OOBINLINE)),
         "clone": (0, (_THREAD,)),
     },
+    "keeper": {},
     "inbox": _OF_INBOX,
     "inbox-store": _OF_INBOX,
     "namespaces": {
@@ -153,6 +159,7 @@ _WITHOUT = {
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 WITHOUT: dict[str, dict[str, tuple[int, int]]] = {
     "opener": _WITHOUT,
+    "keeper": {**_WITHOUT, "openat": (2, _WRITING)},
     "inbox": _WITHOUT,
     "inbox-store": _WITHOUT,
     # it has no Landlock, and reads only; so not openat2 either, whose flags no filter sees

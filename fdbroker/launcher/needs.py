@@ -23,6 +23,7 @@ from fdbroker.policy.paths import is_literal
 from fdbroker.policy.rules import all_rules
 from fdbroker.policy.spelling import literal_folder
 from fdbroker.terms import DeviceRule, NamespaceRule, SocketRule, TopicRule
+from fdbroker.wire.keeper import Given
 
 _MODE_BITS = {"ro": 4, "wo": 2, "rw": 6}
 _RIGHTS = {"ro": READ_FILE, "wo": WRITE_FILE, "rw": READ_FILE | WRITE_FILE}
@@ -52,6 +53,17 @@ class Needs(NamedTuple):
     worker: frozenset[str] | None
     store: bool = False
     warnings: tuple[str, ...] = ()
+
+    @property
+    def listed(self) -> dict[str, int]:
+        """The Landlock rights of the keeper, which lists folders and reads nothing."""
+        return {path: READ_DIR for path in self.files if os.path.isdir(path) and path != "/proc"}
+
+    @property
+    def given(self) -> Given:
+        """What the opener can open, of the nodes that the policy names."""
+        reads = bool(self.capabilities & {_CAPABILITY["ro"], _CAPABILITY["rw"]})
+        return Given(reads, _CAPABILITY["rw"] in self.capabilities, tuple(sorted(self.groups)))
 
 
 def needs(policy: Policy) -> Needs:
@@ -254,8 +266,10 @@ def checked_policy(path: str) -> tuple[Loaded, Needs]:
     failed = failed_tests(loaded)
     if failed:
         raise PolicyError(failed)
-    size = len(to_bytes(loaded.policy))
-    if size > limits.POLICY_LINK_BYTES:
-        expected = f"at most {limits.POLICY_LINK_BYTES} bytes"
-        raise PolicyError([Finding(path, 0, 0, "is too large once it is compiled", expected, f"{size} bytes")])
+    for what, unit, count, most in (
+        ("is too large once it is compiled", "bytes", len(to_bytes(loaded.policy)), limits.POLICY_LINK_BYTES),
+        ("names too many groups", "groups", len(loaded.policy.gids), limits.POLICY_GROUPS),
+    ):
+        if count > most:
+            raise PolicyError([Finding(path, 0, 0, what, f"at most {most} {unit}", f"{count} {unit}")])
     return loaded, needs(loaded.policy)

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, assert_never
 
 from fdbroker import errors, limits
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
-from fdbroker.kernel import capabilities, confine, landlock, memfd
-from fdbroker.launcher import ends, filters, listen, start
+from fdbroker.kernel import capabilities, memfd
+from fdbroker.launcher import ends, listen, own, start
 from fdbroker.launcher.broken import Refuser
 from fdbroker.launcher.journal import Journal
 from fdbroker.launcher.needs import CapabilitiesMissing, check_reload, checked_policy
@@ -28,14 +28,14 @@ from fdbroker.launcher.notify import Notify
 from fdbroker.policy import names
 from fdbroker.policy.compile import compile_documents
 from fdbroker.policy.compiled import Policy, to_bytes
-from fdbroker.policy.files import policy_files
-from fdbroker.wire import admin, codec, link
+from fdbroker.wire import admin, codec, keeper, link
 
 _to_opener = link.LAUNCHER_TO_OPENER.encode
 
 # What each child may say to us.
 _SAYS: dict[str, codec.Table[Any]] = {
     "opener": link.OPENER_TO_LAUNCHER,
+    "keeper": keeper.KEEPER_TO_LAUNCHER,
     "inbox": link.INBOX_TO_LAUNCHER,
     "namespaces": link.WORKER_TO_LAUNCHER,
     "witness": link.WITNESS_TO_LAUNCHER,
@@ -44,6 +44,7 @@ _STOP_LOOK_S = 0.05
 # How often we look whether a child has ended that does not say so by its link, whether the journal is another one, and
 # whether the databases of users and groups have changed.
 _LOOK_S = 2.0
+_PINGED = ("opener", "keeper")  # the opener asks the inbox
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
@@ -86,6 +87,9 @@ class Launcher:
         self._reload_wanted = False
         self._reload_for: list[int] = []  # connections that wait for the next load
         self._applying: list[int] | None = None  # those that wait for the policy to be in force, while it is not yet
+        self._handed_on = 0  # policies since the start
+        self._missing: set[str] = set()  # children that do not use the last of these yet
+        self._silent: set[str] = set()  # children that have not answered the last Ping
         self._stop_at_s = 0.0
         self._children: list[start.Child] = []
         self._half_ended: set[str] = set()  # children that the last look found without their main thread
@@ -148,8 +152,10 @@ class Launcher:
         policy = to_bytes(self._in_force(self._loaded.policy))
         self._children = start.start_children(listener.sock, policy, self._given, options.state, journal)
         listener.sock.close()  # the opener alone accepts
+        self._child("keeper").link.send(keeper.LAUNCHER_TO_KEEPER.encode(self._given.given))
         self._await_ready()
-        self._confine(listener.path)
+        if not own.confine_launcher(options.policy, listener.path):
+            say("this kernel has no Landlock: only its capabilities limit what the opener can open", priority=4)
         self._notify.tell(READY=1, STATUS=f"Serving with {options.policy}")
         say(f"serving with {options.policy}")
 
@@ -217,24 +223,6 @@ class Launcher:
                     _SAYS[child.name].decode(data)
                     missing.discard(child.name)
 
-    def _confine(self, bound_path: str) -> None:
-        """Give up what starting needed. Reload reads the policy and NSS again, and no more."""
-        read = landlock.READ_FILE | landlock.READ_DIR
-        places = ["/etc", "/usr", "/lib", "/lib64", "/run", "/var/lib", "/proc", sys.prefix, sys.base_prefix]
-        files = [(place, read) for place in (*places, os.path.dirname(os.path.abspath(self._options.policy)))]
-        files += [(place, read) for place in sys.path if place]
-        # where the symlinks among the policy's files lead now
-        for file in policy_files(self._options.policy, []):
-            files.append((os.path.dirname(os.path.realpath(file)), read))
-        if bound_path:
-            files.append((os.path.dirname(bound_path), landlock.REMOVE_FILE))
-        # needs() lists the folders of /dev and reads no node
-        files.append(("/dev", landlock.READ_DIR))
-        ids = os.getuid(), os.getgid(), tuple(os.getgroups())
-        kept = confine.Confinement(*ids, frozenset(), tuple(files), filters.compile_launchers(), 0)
-        if not confine.confine(kept):
-            say("this kernel has no Landlock: only its capabilities limit what the opener can open", priority=4)
-
     # ---- run
 
     def _look(self) -> None:
@@ -257,7 +245,9 @@ class Launcher:
             now_s = time.monotonic()
             if watchdog_s and now_s >= ping_at_s:
                 ping_at_s = now_s + watchdog_s
-                self._opener.link.send(link.PING)
+                self._silent = {*_PINGED}
+                for name in _PINGED:
+                    self._child(name).link.send(link.PING)
             if now_s >= look_at_s:
                 look_at_s = now_s + _LOOK_S
                 if not self._stop_at_s:  # then every process is to end, in its own time until `_stop_at_s`
@@ -309,7 +299,7 @@ class Launcher:
                             self._stop_others()
                     break
                 try:
-                    self._heard(_SAYS[child.name].decode(data), data, descriptors)
+                    self._heard(child.name, _SAYS[child.name].decode(data), data, descriptors)
                 finally:
                     for descriptor in descriptors:
                         os.close(descriptor)
@@ -321,10 +311,12 @@ class Launcher:
             return True
         return False
 
-    def _heard(self, message: link.ToLauncher | admin.Judged, data: bytes, descriptors: list[int]) -> None:
+    def _heard(self, name: str, message: link.ToLauncher | admin.Judged, data: bytes, descriptors: list[int]) -> None:
         match message:
             case link.Pong():
-                self._notify.tell(WATCHDOG=1)
+                self._silent.discard(name)
+                if not self._silent:
+                    self._notify.tell(WATCHDOG=1)
             case link.StopAsked():
                 if not self._stop_at_s:
                     say("an administrator asks to stop")
@@ -340,9 +332,11 @@ class Launcher:
             case link.WorkerStuck():
                 say("the namespaces worker does not answer; it is started again", priority=4)
                 self._child("namespaces").link.send(link.RESTART)
-            case link.Applied(generation):
-                # users or groups that have changed make a policy of the same generation, which nobody waits for
-                if self._applying is not None and generation == self._generation:
+            case link.Applied(number):
+                if number == self._handed_on:
+                    self._missing.discard(name)
+                # for what changed users or groups make of the policy, nobody waits
+                if self._applying is not None and not self._missing:
                     text = f"Serving with {self._options.policy}, reloaded {self._generation - 1} times"
                     self._notify.tell(READY=1, STATUS=text)
                     say(f"the policy is reloaded: {self._options.policy}")
@@ -358,9 +352,9 @@ class Launcher:
             self._opener.link.send(_to_opener(admin.Reloaded(connection, tuple(findings[: limits.POLICY_FINDINGS]))))
 
     def _stop_others(self) -> None:
-        """The opener has ended, so nobody asks worker and witness any more, whether they answer or not."""
+        """The opener has ended, so nobody asks the others any more, whether they answer or not."""
         for child in self._children:
-            if child.name in ("namespaces", "witness"):
+            if child.name in ("keeper", "namespaces", "witness"):
                 with contextlib.suppress(OSError):  # it has ended by itself
                     child.link.send(link.STOP)
 
@@ -392,16 +386,20 @@ class Launcher:
             self._databases, self._loaded, self._applying = databases, loaded, asked
 
     def _hand_on(self, policy: Policy) -> str:
-        """Give the opener a policy; why that is not possible now, or ""."""
+        """Give keeper and opener a policy, in this order; why that is not possible now, or ""."""
+        self._handed_on += 1
+        self._missing = {"keeper", "opener"}
+        message = _to_opener(link.Policy(self._handed_on))
         try:
             descriptor = memfd.sealed("policy", to_bytes(policy))
             try:
-                sent = self._opener.link.send_with_descriptors(_to_opener(link.Policy(policy.generation)), [descriptor])
+                keeper_, opener = self._child("keeper").link, self._opener.link
+                sent = all(one.send_with_descriptors(message, [descriptor]) for one in (keeper_, opener))
             finally:
                 os.close(descriptor)
         except OSError as error:  # no descriptors, or too many of root's in flight
-            return f"the opener cannot be told: {error}"
-        return "" if sent else "the opener is busy, try again"
+            return f"opener and keeper cannot be told: {error}"
+        return "" if sent else "opener or keeper is busy, try again"
 
     def _read_databases(self) -> None:
         """When users, groups or subordinate uids have changed, compile the policy in force with the new ones.

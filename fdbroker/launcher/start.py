@@ -33,7 +33,7 @@ WITNESS_NEEDS = frozenset({"CAP_SYS_PTRACE"})
 _END_S = 1.0  # in which processes that were killed are gone
 # what the children import beside the standard library and each other
 _PACKAGES = ("fdbroker", "prctl", "msgspec")
-_USERS = {"opener": "fdbroker-opener", "inbox": "fdbroker-inbox", "namespaces": "fdbroker-namespaces"}
+_USERS = {name: f"fdbroker-{name}" for name in ("opener", "keeper", "inbox", "namespaces")}
 
 
 class _Kept(NamedTuple):
@@ -133,17 +133,30 @@ def start_children(
 
         to_opener, opener_end = pair()
         to_inbox, inbox_end = pair()
-        opener_inbox, inbox_opener = pair()
-        ours.enter_context(opener_inbox)
+        to_keeper, keeper_end = pair()
+        opener_inbox, inbox_opener = map(ours.enter_context, pair())
+        opener_keeper, keeper_opener = map(ours.enter_context, pair())
+        inbox_keeper, keeper_inbox = map(ours.enter_context, pair())
         policy_fd = memfd.sealed("policy", policy)
         ours.callback(os.close, policy_fd)
         opener = {
             "listener": listener.fileno(),
             "launcher": opener_end.fileno(),
             "inbox": opener_inbox.fileno(),
+            "keeper": opener_keeper.fileno(),
             "policy": policy_fd,
         }
-        inbox = {"launcher": inbox_end.fileno(), "opener": inbox_opener.fileno()}
+        inbox = {
+            "launcher": inbox_end.fileno(),
+            "opener": inbox_opener.fileno(),
+            "keeper": inbox_keeper.fileno(),
+        }
+        keeper = {
+            "launcher": keeper_end.fileno(),
+            "opener": keeper_opener.fileno(),
+            "inbox": keeper_inbox.fileno(),
+            "policy": policy_fd,
+        }
         if journal is not None:
             opener["journal"] = inbox["journal"] = journal.fileno()
         children = []
@@ -164,6 +177,7 @@ def start_children(
         return [
             _child("opener", _start("opener", ids["opener"], opener, kept), to_opener),
             _child("inbox", _start("inbox", ids["inbox"], inbox, _Kept(files=inbox_files)), to_inbox),
+            _child("keeper", _start("keeper", ids["keeper"], keeper, _Kept(files=need.listed)), to_keeper),
             *children,
         ]
 

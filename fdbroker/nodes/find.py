@@ -1,7 +1,7 @@
 """Find a node below /dev and judge what was found, without opening it.
 
-Runs in: opener. An attacker controls which allowed path is asked for and when; should it be able to change names
-below /dev as well, every check here is on the descriptor that was found, never on a name.
+Runs in: opener, keeper. An attacker controls which allowed path is asked for and when; should it be able to change
+names below /dev as well, every check here is on the descriptor that was found, never on a name.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ def main() -> NoReturn:
         socket.socket(fileno=descriptors["listener"]),
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["inbox"])),
+        Link(socket.socket(fileno=descriptors["keeper"])),
         Asking(Link(socket.socket(fileno=descriptors["worker"])) if "worker" in descriptors else None),
         policy,
         Nodes(Bracket(frozenset(order.capabilities))),

@@ -32,7 +32,7 @@ class Account:
     """What one owner has in use, over all of its connections."""
 
     __slots__ = (
-        *("bucket", "closed", "closing", "connections", "knocking_since_s", "knocks", "lingering", "lists"),
+        *("bucket", "closed", "closing", "connections", "knocking_since_s", "knocks", "lingering"),
         *("maxima", "namespaces", "opening", "pace", "records", "unread", "unread_most", "waiting"),
     )
 
@@ -44,7 +44,6 @@ class Account:
         self.lingering: set[Connection] = set()  # ended by us, with grants that the client has not read
         self.namespaces: tuple[int, ...] = ()  # inode numbers of those made for it that may be living
         self.bucket = Bucket(maxima["burst"], now_s)
-        self.lists = Bucket(maxima["burst"], now_s)  # of nodes that were looked at
         self.records = Bucket(maxima["record_burst"], now_s)
         self.pace = Pace(max(maxima["burst"], maxima["connections"]), now_s)
         self.knocks = 0  # that came while others waited, in a second from then on
@@ -74,10 +73,6 @@ class Account:
                 connection.unread_grants()
         return self.unread_most > above
 
-    def charge(self, maxima: Mapping[str, int], now_s: float, nodes: int) -> None:
-        """So many nodes were looked at for a List: whoever made them, what else the owner asks for is not slowed."""
-        self.lists.charge(maxima["requests_per_second"], maxima["burst"], now_s, nodes)
-
     def note_records(self, now_s: float, records: int) -> None:
         """So many records were written that nobody was asked for: of a refusal, or that a grant did not happen."""
         self.records.charge(self.maxima["records_per_second"], self.maxima["record_burst"], now_s, records)
@@ -85,7 +80,7 @@ class Account:
     def is_idle(self, now_s: float) -> bool:
         """Whether nothing would be lost if a new account took this one's place."""
         in_use = self.namespaces or self.waiting or self.opening or self.closing != self.closed
-        buckets = (self.bucket, self.lists, self.records, self.pace)
+        buckets = (self.bucket, self.records, self.pace)
         return not (in_use or self.count_connections()) and all(one.is_idle(now_s) for one in buckets)
 
     def note_connect(self, now_s: float, groups: int) -> None:
@@ -271,15 +266,6 @@ def authorize_request(connection: Connection, now_s: float, cost: int = 1) -> No
     """One request more, of whatever kind, which names `cost` resources? Raises RateLimited."""
     maxima = connection.view.limits
     wait_ms = connection.account.bucket.take(maxima["requests_per_second"], maxima["burst"], now_s, cost)
-    if wait_ms:
-        raise RateLimited(wait_ms, "rate")
-
-
-def authorize_list(connection: Connection, now_s: float) -> None:
-    """One List more? Raises RateLimited, also while the nodes of those before are still owed."""
-    authorize_request(connection, now_s)
-    maxima = connection.view.limits
-    wait_ms = connection.account.lists.take(maxima["requests_per_second"], maxima["burst"], now_s)
     if wait_ms:
         raise RateLimited(wait_ms, "rate")
 

@@ -24,7 +24,7 @@ from fdbroker.policy.decide import View
 from fdbroker.policy.views import Views
 from fdbroker.refusals import QuotaExceeded
 from fdbroker.terms import OTHERS, Subject
-from fdbroker.wire import link, rights
+from fdbroker.wire import keeper, link, rights
 from fdbroker.wire.rights import Sender
 
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
@@ -37,7 +37,7 @@ _SLOWED = "it connects, or breaks its connections, too often: the next ones wait
 
 
 class Door:
-    """Takes the listening socket; borrows the link to the inbox, and puts who is let in into `connections`.
+    """Takes the listening socket; borrows the links to inbox and keeper; puts who is let in into `connections`.
 
     `views` are those of the policy that the next connection is judged by.
     """
@@ -46,6 +46,7 @@ class Door:
         self,
         listener: socket.socket,
         inbox: Link,
+        to_keeper: Link,
         views: Views[Seen],
         audit: Audit,
         connections: dict[int, Connection],
@@ -55,6 +56,7 @@ class Door:
         self._closing = closing
         self._acceptor: Acceptor | None = Acceptor(listener, closing)
         self._inbox = inbox
+        self._keeper = to_keeper
         self._audit = audit
         self._connections = connections
         self.identifier = Identifier()
@@ -64,7 +66,7 @@ class Door:
         self._closing_max = self._connections_max - limits.shared(self._connections_max)
         self._accounts = Accounts(self._connections_max)
         audit.charge = self._accounts.note_refusal
-        self._last_number = 0
+        self.last_number = 0  # of a connection
         self._held: tuple[socket.socket, Subject, Account] | None = None  # accepted, not yet handed on
         self._lingering: set[Account] = set()  # whose ended connections have grants unread
         self._linger_at_s = 0.0
@@ -86,8 +88,12 @@ class Door:
 
     @property
     def holds(self) -> bool:
-        """Whether somebody waits for room in the inbox's link; then none must be accepted."""
+        """Whether somebody waits for room in the links; then none must be accepted."""
         return self._held is not None
+
+    @property
+    def _full(self) -> bool:
+        return bool(self._inbox.waiting or self._keeper.waiting)
 
     def paused(self) -> bool:
         """Whether there are no descriptors for more connections now."""
@@ -103,7 +109,7 @@ class Door:
     @property
     def timeout_s(self) -> float:
         """When `paused` and `sweep` must be asked again, -1 for never."""
-        if self._waiting and not (self._inbox.waiting or self._held):  # else nobody is let in before there is room
+        if self._waiting and not (self._full or self._held):  # else nobody is let in before there is room
             return min(max(0.0, self._waiting_until_s - time.monotonic()), _LINGER_S)
         if self._paused_until_s:
             return _ACCEPT_PAUSE_S
@@ -111,7 +117,7 @@ class Door:
 
     def sweep(self, now_s: float) -> None:
         """Let in whose time has come; look, from time to time, whether what ended connections left unread is gone."""
-        if self._waiting and now_s >= self._waiting_until_s and not (self._inbox.waiting or self._held):
+        if self._waiting and now_s >= self._waiting_until_s and not (self._full or self._held):
             self._let_in(now_s)
         if self._lingering and now_s >= self._linger_at_s:
             self._linger_at_s = now_s + _LINGER_S
@@ -196,7 +202,7 @@ class Door:
     def _let_in(self, now_s: float) -> None:
         """One of each user whose debt is over."""
         for account in tuple(self._waiting):
-            if self._inbox.waiting or self._held:
+            if self._full or self._held:
                 return
             if not self._wait_s(account, now_s):
                 self._waiting_count -= 1
@@ -261,19 +267,23 @@ class Door:
 
     def hand_on_held(self) -> None:
         """Try again to hand on who is held, if there is room now."""
-        if self._held is not None and not self._inbox.waiting:
+        if self._held is not None and not self._full:
             held, self._held = self._held, None
             self._hand_on(*held)
 
     def _hand_on(self, sock: socket.socket, subject: Subject, account: Account) -> None:
-        """Give the inbox its copy; without room in its link the client is held, and none is accepted meanwhile."""
+        """Tell the keeper who came, and give the inbox its copy, in this order.
+
+        Without room in their links the client is held, and told of again later; none is accepted meanwhile.
+        """
         seen, allowed, decided = self.views.of(subject)
         sender = Sender(subject.uid, subject.gid, subject.pid, subject.session, subject.owner)
         sockets.hear_urgent(sock)
         sockets.let_descriptors(sock, allowed=bool(allowed.send))
-        message = link.OPENER_TO_INBOX.encode(rights.Connected(self._last_number + 1, sender, allowed))
+        message = link.OPENER_TO_INBOX.encode(rights.Connected(self.last_number + 1, sender, allowed))
+        self._keeper.send(came(self.last_number + 1, subject, self.views))
         try:
-            if not self._inbox.send_with_descriptors(message, [sock.fileno()]):
+            if self._keeper.waiting or not self._inbox.send_with_descriptors(message, [sock.fileno()]):
                 self._held = (sock, subject, account)
                 return
         except OSError as error:
@@ -282,10 +292,10 @@ class Door:
             self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), subject, error.strerror or "")
             self._pause()
             return
-        self._last_number += 1
-        connection = Connection(self._last_number, sock, subject, seen, account, self._accounts.flight)
+        self.last_number += 1
+        connection = Connection(self.last_number, sock, subject, seen, account, self._accounts.flight)
         connection.judge_by(seen, decided)
-        self._connections[self._last_number] = connection
+        self._connections[self.last_number] = connection
 
     def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded, subject: Subject | None, why: str = "") -> None:
         """Say the refusal and hang up; takes `sock`."""
@@ -310,3 +320,10 @@ class Door:
                 self._closing.hang_up(account.waiting.pop(), OTHERS)  # by whichever thread: nobody waits for it
         self._waiting.clear()
         self._paused_until_s = 0.0
+
+
+def came(number: int, subject: Subject, views: Views[Seen]) -> bytes:
+    """What the keeper is told of a connection."""
+    uid, owner, pid, foreign, label = subject.uid, subject.owner, subject.pid, subject.foreign, subject.label
+    said = keeper.Came(number, uid, owner, pid, foreign, label, views.groups(subject))
+    return keeper.OPENER_TO_KEEPER.encode(said)

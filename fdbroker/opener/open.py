@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fdbroker import limits
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.openat import reopen
-from fdbroker.nodes.find import Finder, Found, Node
+from fdbroker.nodes.find import Finder, Found
 from fdbroker.policy.decide import View
 from fdbroker.policy.fit import misfit
 from fdbroker.refusals import NotWhatItWas, OpenFailed
@@ -73,13 +73,6 @@ class Nodes(Finder):
         with self._bracket:
             for index, one in found.items():
                 descriptors[index] = self._open(one, resources[index].access, index)
-
-    def may_open(self, node: Node, access: str) -> bool:
-        """Whether the kernel will let this process open a node so, as far as modes, owners and ACLs say."""
-        if self._bracket.opens(access):
-            return True
-        wanted = {"ro": os.R_OK, "wo": os.W_OK, "rw": os.R_OK | os.W_OK}[access]
-        return os.access(str(node.descriptor), wanted, dir_fd=self._proc_self_fd, effective_ids=True)
 
     def _open(self, found: Found, access: str, index: int) -> int:
         node, facts = found.node, found.node.facts

@@ -26,23 +26,21 @@ from fdbroker.opener.audit import Audit, Record
 from fdbroker.opener.authorize import (
     Connection,
     authorize_administrator,
-    authorize_list,
     authorize_request,
 )
-from fdbroker.opener.changes import Changes
 from fdbroker.opener.close import Closing
-from fdbroker.opener.door import Door
-from fdbroker.opener.listing import Lister
+from fdbroker.opener.door import Door, came
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.request import THREAD, WORKER, Opening, answer
 from fdbroker.opener.views import views
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.refusals import Denied, LinkViolation, RateLimited, Refused
 from fdbroker.terms import Resource
-from fdbroker.wire import admin, link, rights
+from fdbroker.wire import admin, keeper, link, rights
 
 _RETRY_MS = limits.JOURNAL_RETRY_MS
 _to_inbox, _to_launcher = link.OPENER_TO_INBOX.encode, link.OPENER_TO_LAUNCHER.encode
+_to_keeper = keeper.OPENER_TO_KEEPER.encode
 
 
 class Opener:
@@ -53,6 +51,7 @@ class Opener:
         listener: socket.socket,
         launcher: Link,
         inbox: Link,
+        to_keeper: Link,
         asking: Asking,
         policy: Policy,
         nodes: Nodes,
@@ -60,6 +59,7 @@ class Opener:
     ) -> None:
         self._launcher = launcher
         self._inbox = inbox
+        self._keeper = to_keeper
         self._asking = asking
         self._views = views(policy)
         asking.owners = policy.owners
@@ -71,13 +71,10 @@ class Opener:
         self._opened: deque[Opening] = deque()  # by a thread, which then writes to `_woken`
         self._later: deque[Opening] = deque()  # one goes on in each turn of the loop
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._door = Door(listener, inbox, self._views, audit, self._connections, self._closing)
+        self._door = Door(listener, inbox, to_keeper, self._views, audit, self._connections, self._closing)
         self._pings = 0  # sent to the inbox and not answered
-        self._changes = Changes()
-        self._lister = Lister(nodes, self._changes.descriptor)
         self._spare = os.dup(self._woken)
         self._accepting = False
-        self._inbox_full = False
         self._epoll = select.epoll()
 
     def serve(self) -> None:
@@ -91,51 +88,52 @@ class Opener:
 
     def _serve(self) -> None:
         poll = self._epoll
-        poll.register(self._launcher.fileno(), select.EPOLLIN)
-        poll.register(self._inbox.fileno(), select.EPOLLIN)
-        poll.register(self._changes.descriptor, select.EPOLLIN)
+        self._launcher.poll(poll)
         poll.register(self._woken, select.EPOLLIN)
         if self._asking.fileno() >= 0:
             poll.register(self._asking.fileno(), select.EPOLLIN)
         self._tell_topics()
         self._launcher.send(link.READY)
-        inbox, launcher, asking = self._inbox.fileno(), self._launcher.fileno(), self._asking.fileno()
+        inbox, keeper_, launcher = self._inbox.fileno(), self._keeper.fileno(), self._launcher.fileno()
         timeout_s = -1.0
         while True:
             self._arm()
             for descriptor, events in poll.poll(timeout_s):
                 if descriptor == inbox:
                     if events & select.EPOLLOUT:
-                        self._flush_inbox()
+                        self._inbox.flush()
+                        self._door.hand_on_held()
                     if events & ~select.EPOLLOUT and not self._read_inbox():
                         return
+                elif descriptor == keeper_:
+                    if events & select.EPOLLOUT:
+                        self._keeper.flush()
+                        self._door.hand_on_held()
+                    if events & ~select.EPOLLOUT:
+                        self._read_keeper()
                 elif descriptor == launcher:
                     if not self._read_launcher():
                         return
-                elif descriptor == asking:
+                elif descriptor == self._asking.fileno():
                     self._asking.read()
                     self._go_on_with_ready()
                 elif descriptor == self._woken:
                     os.eventfd_read(self._woken)
                     while self._opened:
                         self._go_on(self._opened.popleft())
-                elif descriptor == self._changes.descriptor:
-                    self._changes.note(time.monotonic())
-                    poll.modify(descriptor, 0)
                 else:
                     self._door.accept()
             timeout_s = self._timers()
 
     def _arm(self) -> None:
-        """Poll for what can be used: room in the inbox's link if messages wait for it, and else new connections."""
-        full = bool(self._inbox.waiting or self._door.holds)
-        if full != self._inbox_full:
-            self._inbox_full = full
-            # while it does not take our answers, its next questions wait: what waits for it stays bounded
-            self._epoll.modify(self._inbox.fileno(), select.EPOLLOUT if full else select.EPOLLIN)
+        """Poll for what can be used: room in a link if messages wait for it, and else new connections."""
+        full = bool(self._inbox.waiting or (self._door.holds and not self._keeper.waiting))
+        # while it does not take our answers, its next questions wait: what waits for it stays bounded
+        self._inbox.poll(self._epoll, read=not full, write=full)
+        self._keeper.poll(self._epoll)
         if self._door.closed:
             return
-        wanted = not full and not self._door.paused()
+        wanted = not (full or self._keeper.waiting or self._door.paused())
         if wanted != self._accepting:
             self._accepting = wanted
             if wanted:
@@ -147,18 +145,11 @@ class Opener:
 
     def _timers(self) -> float:
         """Do what is due now, and return in how many seconds something will be; -1: nothing before a message comes."""
-        if self._lister.busy and not self._inbox.waiting:
-            self._list_some()
         if self._later:
             self._go_on(self._later.popleft())
-        changed = self._changes.waiting
-        later = self._later or self._lister.busy
-        if not (changed or later or self._door.busy or self._audit.counting or self._asking.busy):
+        if not (self._later or self._door.busy or self._audit.counting or self._asking.busy):
             return -1
         now_s = time.monotonic()
-        if changed and not self._inbox.waiting and self._changes.take(now_s, news=self._lister.news):
-            self._epoll.modify(self._changes.descriptor, select.EPOLLIN)
-            self._lister.list_again()
         self._door.sweep(now_s)
         if self._audit.counting:
             self._audit.flush(now_s)
@@ -167,19 +158,11 @@ class Opener:
                 self._launcher.send(link.WORKER_STUCK)
             self._go_on_with_ready()
         ends_s = [self._asking.timeout_s, self._door.timeout_s, 0.0 if self._later else -1]
-        if not self._inbox.waiting:
-            ends_s.append(self._changes.timeout_s(now_s))
-        if self._lister.busy and not self._inbox.waiting:
-            ends_s.append(0.0)
         if self._audit.counting:
             ends_s.append(float(limits.AUDIT_REPEAT_SECONDS))
         return min((end_s for end_s in ends_s if end_s >= 0), default=-1)
 
     # ---- the inbox's link
-
-    def _flush_inbox(self) -> None:
-        self._inbox.flush()
-        self._door.hand_on_held()
 
     def _read_inbox(self) -> bool:
         """Answer one message of the inbox; false when it is gone as it should be."""
@@ -197,8 +180,6 @@ class Opener:
         match message:
             case link.Open(number, resources):
                 self._open(self._turn(number, "Open"), resources)
-            case link.List(number, watch):
-                self._list(self._turn(number, "Watch" if watch else "List"))
             case link.Shutdown(number):
                 self._administer(self._turn(number, "Shutdown"))
             case admin.Reload(number):
@@ -291,7 +272,7 @@ class Opener:
             else:
                 self._door.note_broken(connection)
         del self._connections[connection.number]
-        self._lister.drop(connection)
+        self._keeper.send(_to_keeper(keeper.Ended(connection.number)))
         self._asking.drop(connection)
         if reason != link.NOT_TAKEN:
             connection.close()
@@ -334,22 +315,22 @@ class Opener:
         else:
             self._launcher.send(_to_launcher(link.StopAsked() if stop else admin.ReloadAsked(connection.number)))
 
-    # ---- listings
+    # ---- the keeper's link
 
-    def _list(self, connection: Connection) -> None:
-        try:
-            authorize_list(connection, time.monotonic())
-        except Refused as refusal:
-            self._refuse(connection, refusal)
-        else:
-            self._lister.add(connection)
-
-    def _list_some(self) -> None:
-        """Look at the next few nodes that somebody wants listed, and hand on what is done."""
-        for connection, parts in self._lister.step(time.monotonic()):
-            connection.turn("Offered")
-            for part in parts:
-                self._inbox.send(part)
+    def _read_keeper(self) -> None:
+        """Record what the keeper has refused."""
+        data = self._keeper.receive()
+        if data is None:
+            return
+        if not data:
+            raise LinkViolation("the keeper is gone")
+        number, wait_ms = keeper.KEEPER_TO_OPENER.decode(data)
+        if number > self._door.last_number:
+            raise LinkViolation(f"ListRefused of connection {number}, which does not exist")
+        if number in self._connections:  # else it has ended meanwhile
+            subject, refusal = self._connections[number].subject, RateLimited(wait_ms, "rate")
+            record = Record("refused", "authorize", number, subject, None, str(refusal), cause=refusal.cause)
+            self._audit.refuse(record, time.monotonic())
 
     # ---- the launcher's link
 
@@ -367,9 +348,9 @@ class Opener:
             return False
         try:
             match link.LAUNCHER_TO_OPENER.decode(data):
-                case link.Policy(generation):
-                    self._use(from_bytes(memfd.read(descriptors[0], limits.POLICY_LINK_BYTES)))
-                    self._launcher.send(_to_launcher(link.Applied(generation)))
+                case link.Policy(number):
+                    self._use(from_bytes(memfd.read(descriptors[0], limits.POLICY_LINK_BYTES)), number)
+                    self._launcher.send(_to_launcher(link.Applied(number)))
                 case admin.Judged(number, home):
                     if self._state_of(number) in ("stopping", "reloading"):
                         self._judged(self._connections[number], home=home)
@@ -395,17 +376,18 @@ class Opener:
         connection = self._connections.get(number)
         return "gone" if connection is None else connection.state
 
-    def _use(self, policy: Policy) -> None:
-        """Judge by `policy` from the next request on."""
+    def _use(self, policy: Policy, number: int) -> None:
+        """Judge by `policy` from the next request on; the keeper has it, too, by that number."""
         self._views = self._door.views = views(policy)
         self._asking.owners = policy.owners
         self._tell_topics()
+        self._keeper.send(_to_keeper(keeper.Use(number, len(self._connections))))
         for connection in self._connections.values():
+            self._keeper.send(came(connection.number, connection.subject, self._views))
             seen, allowed, decided = self._views.of(connection.subject)
             connection.judge_by(seen, decided)
             sockets.let_descriptors(connection.sock, allowed=bool(allowed.send))
             self._inbox.send(_to_inbox(rights.RightsChanged(connection.number, allowed)))
-        self._lister.list_again()
 
     def _tell_topics(self) -> None:
         for message in map(_to_inbox, rights.split_users(self._views.policy.users)):

@@ -1,6 +1,7 @@
 """A policy without names, globs checked: what the opener decides by. To bytes and back.
 
-Runs in: launcher (writes), opener (reads what the launcher wrote), command line. No attacker controls anything here.
+Runs in: launcher (writes), opener and keeper (read what the launcher wrote), command line. No attacker controls any of
+it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ class Policy(NamedTuple):
     digest: str = ""
     generation: int = 1
     loaded_us: int = 0
+
+    @property
+    def gids(self) -> frozenset[int]:
+        """All groups for which it says anything."""
+        named = frozenset((*self.by_gid, *self.gid_limits, *self.administrator_gids))
+        return named.union(*(rule.gids for rule in self.deny))
 
 
 def to_bytes(policy: Policy) -> bytes:

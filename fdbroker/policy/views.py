@@ -1,6 +1,6 @@
 """What the policy says about each subject, made once for all connections about which it says the same.
 
-Runs in: opener. An attacker controls which of its user's uids, groups and labels connect, and how many of these.
+Runs in: opener, keeper. An attacker controls which of its user's uids, groups and labels connect, and how many.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ class Views(Generic[_Made]):
     def __init__(self, policy: Policy, make: Callable[[View], _Made]) -> None:
         self.policy = policy
         self._make = make
-        named = {*policy.by_gid, *policy.gid_limits, *policy.administrator_gids}
-        self._gids = tuple(sorted(named.union(*(rule.gids for rule in policy.deny))))
+        self._gids = tuple(sorted(policy.gids))
         self._by_subject: dict[tuple[object, ...], _Made] = {}
         self._by_view: dict[tuple[object, ...], _Made] = {}
 

@@ -6,7 +6,7 @@ or out of its turn is a LinkViolation, which ends the service.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from fdbroker.refusals import (
     RateLimited,
     Refused,
 )
-from fdbroker.terms import Offer, Resource
+from fdbroker.terms import Resource
 from fdbroker.wire import admin, codec, resources, rights
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
@@ -36,13 +36,6 @@ class Open(NamedTuple):
 
     connection: int
     resources: tuple[Resource, ...]
-
-
-class List(NamedTuple):
-    """The client of `connection` asks what it may open; with `watch` again after every change."""
-
-    connection: int
-    watch: bool
 
 
 class Shutdown(NamedTuple):
@@ -90,14 +83,6 @@ class Outcome(NamedTuple):
     refusal: Refused | None
 
 
-class Offered(NamedTuple):
-    """A part of a listing; the last part has `last`."""
-
-    connection: int
-    last: bool
-    offers: list[Offer]
-
-
 class Drain(NamedTuple):
     """Answer what is in flight, take nothing more, close all."""
 
@@ -106,15 +91,15 @@ class Drain(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """Use the policy in the sealed memfd that comes along; `generation` counts from 1."""
+    """Use the policy in the sealed memfd that comes along; `number` counts those that were handed on."""
 
-    generation: int
+    number: int
 
 
 class Applied(NamedTuple):
-    """The policy of that generation is in force."""
+    """The policy of that number is in force."""
 
-    generation: int
+    number: int
 
 
 class Stop(NamedTuple):
@@ -153,11 +138,10 @@ class Pong(NamedTuple):
     """The answer, the same way back: so one answer speaks for both children."""
 
 
-FromInbox = Open | List | Shutdown | admin.Reload | Closed | Slowed | Drained | Pong | rights.DeniedUse
+FromInbox = Open | Shutdown | admin.Reload | Closed | Slowed | Drained | Pong | rights.DeniedUse
 ToInbox = (
     rights.Connected
     | Outcome
-    | Offered
     | admin.Reloaded
     | admin.InForce
     | Drain
@@ -169,8 +153,8 @@ ToInbox = (
 ToLauncher = Applied | Ready | Pong | StopAsked | admin.ReloadAsked | admin.Judge | WorkerStuck
 FromLauncher = Policy | Stop | Ping | admin.Judged | admin.Reloaded
 
-# What may happen on one connection, and what state it is in afterwards. The opener judges the inbox by it: anything
-# that has no row here is out of turn. docs/protocol.md prints it.
+# What may happen on one connection, and what state it is in afterwards. Opener and keeper judge the inbox by it, and it
+# judges them: anything that has no row here is out of turn. docs/protocol.md prints it.
 STATES = ("idle", "opening", "listing", "watching", "stopping", "reloading", "subscribed")
 TURNS: Mapping[tuple[str, str], str] = {
     ("idle", "Open"): "opening",
@@ -204,7 +188,6 @@ def turned(number: int, state: str, event: str) -> str:
 
 # ---- formats
 
-_OFFERS_PER_MESSAGE = 8  # two names of at most 4 KiB an offer: far below LINK_BYTES
 _REASON_BYTES = 8192
 # by their codes
 _REFUSALS = (Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, RateLimited, ClientNotReading)
@@ -236,13 +219,11 @@ _TOLD = codec.Record(
 )
 _REFUSAL = codec.Mapped(_TOLD, _told, _refusal)
 REFUSAL_AND_WHY = codec.Mapped(_TOLD, partial(_told, why=True), _refusal)
-_OFFER = codec.Record(Offer, resources.RESOURCE, codec.Text(0xFFFF), codec.U64)
 _REASON = codec.number(8, len(CLOSED_REASONS) - 1)
 _ONE = (codec.U64,)  # just the connection's number
 
 INBOX_TO_OPENER: codec.Table[FromInbox] = codec.Table(
     (1, Open, (codec.U64, codec.Kept(codec.Some(resources.RESOURCE, _RESOURCES, 1)))),
-    (2, List, (codec.U64, codec.FLAG)),
     (3, Closed, (codec.U64, _REASON)),
     (4, Drained, ()),
     (5, Shutdown, _ONE),
@@ -254,7 +235,6 @@ INBOX_TO_OPENER: codec.Table[FromInbox] = codec.Table(
 OPENER_TO_INBOX: codec.Table[ToInbox] = codec.Table(
     (1, rights.Connected, (codec.U64, rights.SENDER, rights.RIGHTS)),
     (2, Outcome, (codec.U64, codec.Maybe(_REFUSAL))),
-    (3, Offered, (codec.U64, codec.FLAG, codec.Some(_OFFER, _OFFERS_PER_MESSAGE, 0, list))),
     (4, Drain, ()),
     (5, rights.RightsChanged, (codec.U64, rights.RIGHTS)),
     (6, rights.Topics, (codec.Some(rights.TOPIC, limits.TOPICS),)),
@@ -290,18 +270,6 @@ LAUNCHER_TO_WITNESS: codec.Table[Stop | admin.Judge] = codec.Table((5, Stop, ())
 WITNESS_TO_LAUNCHER: codec.Table[Ready | admin.Judged] = codec.Table(
     (6, Ready, ()), (12, admin.Judged, (codec.U64, codec.FLAG))
 )
-
-
-def split_offers(connection: int, offers: Sequence[Offer]) -> list[bytes]:
-    """A whole listing as messages, at least one."""
-    starts = range(0, max(1, len(offers)), _OFFERS_PER_MESSAGE)
-    return [
-        OPENER_TO_INBOX.encode(
-            Offered(connection, start == starts[-1], list(offers[start : start + _OFFERS_PER_MESSAGE]))
-        )
-        for start in starts
-    ]
-
 
 READY = INBOX_TO_LAUNCHER.encode(Ready())  # whoever says it
 STOP, STOP_ASKED = LAUNCHER_TO_OPENER.encode(Stop()), OPENER_TO_LAUNCHER.encode(StopAsked())

@@ -77,7 +77,7 @@ OURS = {
 
 # Lines of our code in the opener, without blanks, comments and docstrings. The design asks for 1,500, which takes a keeper
 # for what is no part of a request; what is added before that takes something else out.
-LINES = 4_510
+LINES = 4_480
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -1,10 +1,10 @@
 """What a subject may open now: every rule's glob looked up, each match judged as if it were asked for.
 
-Runs in: opener, without any capability raised. An attacker controls how often it asks, and nothing else here.
+Runs in: keeper. An attacker controls how often it asks, and nothing else here.
 
-A List takes as long as there are nodes that its rules name, so it is made a few nodes at a time, between other
-requests; of each owner one at a time, of several owners in turn. Each node is looked at once, and charged, whether it
-may be opened or not. Connections of one owner for which the policy says the same share one listing.
+A List takes as long as there are nodes that its rules name, so it is made a few nodes at a time; of each owner one at a
+time, of several owners in turn. Each node is looked at once, and charged, whether it may be opened or not. Connections
+of one owner for which the policy says the same share one listing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from itertools import islice
 
 from fdbroker import limits
+from fdbroker.keeper.connections import Connection
 from fdbroker.kernel import inotify
 from fdbroker.kernel.devices import nodes_matching
-from fdbroker.opener.authorize import Connection
-from fdbroker.opener.open import Nodes
+from fdbroker.nodes.find import Finder
 from fdbroker.policy.decide import View, decide
 from fdbroker.policy.paths import matcher
 from fdbroker.refusals import Refused
@@ -32,11 +32,13 @@ from fdbroker.terms import (
     Socket,
     SocketRule,
 )
-from fdbroker.wire import link
+from fdbroker.wire.keeper import Given
+from fdbroker.wire.lists import split_offers
 
 _OFFERS, _AT_ONCE = limits.OFFERS, limits.LOOKED_AT_ONCE
 _GENERATION_MAX = (1 << 53) - 1
 NETNS = "/run/netns"  # ip-netns(8)
+_BITS = {"ro": 4, "wo": 2, "rw": 6}  # of a mode, for others; a group's are three higher
 
 
 class _Job:
@@ -44,22 +46,24 @@ class _Job:
 
     __slots__ = ("connections", "folders", "found", "looks", "view")
 
-    def __init__(self, connections: list[Connection], nodes: Nodes) -> None:
+    def __init__(self, connections: list[Connection], finder: Finder, given: Given) -> None:
         self.connections = connections  # those that get it
         self.view = connections[0].view
         self.folders: set[str] = set()
         self.found: list[Offer] = []
-        self.looks = _looks(self.view, connections[0].subject.pid, nodes, self.folders)
+        self.looks = _looks(self.view, connections[0].subject.pid, finder, given, self.folders)
 
 
 class Lister:
     """Makes the listings that were asked for, and those of watching connections again after a change.
 
-    `notify` is an inotify descriptor, borrowed, which reports from then on when a listing may have changed.
+    `notify` is an inotify descriptor, borrowed, which reports from then on when a listing may have changed. `given` is
+    what the opener can open.
     """
 
-    def __init__(self, nodes: Nodes, notify: int) -> None:
-        self._nodes = nodes
+    def __init__(self, finder: Finder, notify: int) -> None:
+        self.given = Given(False, False, ())
+        self._finder = finder
         self._notify = notify
         self._waiting: dict[int, list[Connection]] = {}  # by owner; the first owner is next
         self._jobs: dict[int, _Job] = {}  # by owner
@@ -110,13 +114,15 @@ class Lister:
         del self._waiting[owner]
         job = self._jobs.get(owner)
         if job is None or job.view is not job.connections[0].view:
-            job = self._jobs[owner] = _Job([one for one in waiting if _alike(one, waiting[0])], self._nodes)
+            job = self._jobs[owner] = _Job(
+                [one for one in waiting if _alike(one, waiting[0])], self._finder, self.given
+            )
         looked = list(islice(job.looks, _AT_ONCE))
         job.found += [offer for offer in looked if offer is not None]
         # a change is nothing that the client does: only who asks now pays
         asking = next((one for one in job.connections if one not in self._watching), None)
         if asking is not None:
-            asking.account.charge(job.view.limits, now_s, len(looked))
+            asking.charge(now_s, len(looked))
         if len(looked) == _AT_ONCE and len(job.found) < _OFFERS:
             self._waiting[owner] = waiting  # behind the other owners
             return
@@ -133,7 +139,7 @@ class Lister:
                 if connection.state == "watching":
                     self._watching[connection] = found
                     self.news |= before is not None
-                yield connection, link.split_offers(connection.number, found)
+                yield connection, split_offers(connection.number, found)
 
 
 def _alike(one: Connection, other: Connection) -> bool:
@@ -141,7 +147,7 @@ def _alike(one: Connection, other: Connection) -> bool:
     return one.view is other.view and (not one.view.others or one.subject.pid == other.subject.pid)
 
 
-def _looks(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> Iterator[Offer | None]:
+def _looks(seen: View, pid: int, finder: Finder, given: Given, folders: set[str]) -> Iterator[Offer | None]:
     """All that `seen` allows and that exists, devices first, each with the most access that may be asked for.
 
     Namespaces of the caller's processes are listed as those of `pid`. The folders that were looked into are added to
@@ -152,7 +158,7 @@ def _looks(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> Iterator[Of
         paths.update(nodes_matching(pattern, folders))
         yield None  # all names of a folder were looked at
     for path in sorted(paths):
-        yield _device(path, seen, nodes)
+        yield _device(path, seen, finder, given)
     judged: set[Resource] = set()
     for resource in _others(seen, pid, folders):
         if resource not in judged:
@@ -161,25 +167,36 @@ def _looks(seen: View, pid: int, nodes: Nodes, folders: set[str]) -> Iterator[Of
             yield Offer(resource, rules[0].where) if rules else None
 
 
-def _device(path: str, seen: View, nodes: Nodes) -> Offer | None:
+def _device(path: str, seen: View, finder: Finder, given: Given) -> Offer | None:
     """The node at `path` with the most access that a rule gives which the node fits."""
     allowed = {access: decide(seen, Device(path, access)).rules for access in reversed(ACCESS_NAMES)}  # rw, wo, ro
     rules = dict.fromkeys(rule for each in allowed.values() for rule in each if isinstance(rule, DeviceRule))
     if not rules:
         return None
     try:
-        node = nodes.look(path, seen)
+        node = finder.look(path, seen)
     except Refused:
         return None
     try:
         fitting = {rule for rule in rules if not node.misfit(rule)}
         for access, covering in allowed.items():
             for rule in covering:
-                if rule in fitting and nodes.may_open(node, access):
+                if rule in fitting and _can_open(given, node.status, access):
                     return Offer(Device(path, access), rule.where, _generation(node.status))
     finally:
         os.close(node.descriptor)
     return None
+
+
+def _can_open(given: Given, status: os.stat_result, access: str) -> bool:
+    """Whether the kernel lets the opener, which owns no node, open one of that status so.
+
+    A mode's bits for the group are the most that any entry of its ACL gives but the owner's. Source: acl(5).
+    """
+    if given.writes or (given.reads and access == "ro"):
+        return True
+    bits = _BITS[access] << 3 * (status.st_gid in given.gids)
+    return status.st_mode & bits == bits
 
 
 def _generation(status: os.stat_result) -> int:

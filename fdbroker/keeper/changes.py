@@ -1,6 +1,6 @@
 """When what lists are made of has changed: one list for many changes that come together.
 
-Runs in: opener. Root alone changes names, modes and owners in /dev; a user with write access to a node can change its
+Runs in: keeper. Root alone changes names, modes and owners in /dev; a user with write access to a node can change its
 times at any rate, which inotify tells, too.
 """
 

@@ -1,0 +1,54 @@
+"""Who is connected, as the opener says, what the policy lets each list, and what each owner had looked at.
+
+Runs in: keeper. An attacker controls how often it asks, and with how many of its user's uids and connections.
+"""
+
+from __future__ import annotations
+
+from fdbroker.bucket import Bucket
+from fdbroker.policy.decide import View
+from fdbroker.terms import Subject
+from fdbroker.wire.link import turned
+
+_OWNERS_KEPT = 1024
+
+
+class Connection:
+    """One client: its number, who it is, and the listing that it waits for. Compared by identity."""
+
+    __slots__ = ("number", "state", "subject", "view", "work")
+
+    def __init__(self, number: int, subject: Subject, seen: View, work: Bucket) -> None:
+        self.number = number
+        self.subject = subject
+        self.view = seen
+        self.work = work  # of its owner
+        self.state = "idle"  # one of link.STATES
+
+    def turn(self, event: str) -> None:
+        """Something happens on it. Raises LinkViolation when that is out of turn."""
+        self.state = turned(self.number, self.state, event)
+
+    def take(self, now_s: float) -> int:
+        """One List more: 0, or in how many milliseconds there may be one, when the nodes of those before are owed."""
+        return self.work.take(self.view.limits["requests_per_second"], self.view.limits["burst"], now_s)
+
+    def charge(self, now_s: float, nodes: int) -> None:
+        """So many nodes were looked at for it."""
+        self.work.charge(self.view.limits["requests_per_second"], self.view.limits["burst"], now_s, nodes)
+
+
+class Owners:
+    """What each owner had looked at: it outlives the connections, or a new connection would bring a new bucket."""
+
+    def __init__(self) -> None:
+        self._by_owner: dict[int, Bucket] = {}
+
+    def of(self, owner: int, burst: int, now_s: float) -> Bucket:
+        """The owner's bucket."""
+        found = self._by_owner.get(owner)
+        if found is None:
+            if len(self._by_owner) >= _OWNERS_KEPT:
+                self._by_owner = {one: kept for one, kept in self._by_owner.items() if not kept.is_idle(now_s)}
+            found = self._by_owner[owner] = Bucket(burst, now_s)
+        return found
