@@ -9,11 +9,12 @@ user and for all groups of the subject, as far as they are for its label.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import NamedTuple
 
 from fdbroker.policy import labels
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.paths import is_device_path, is_namespace_name, matcher
+from fdbroker.policy.paths import Globs, is_device_path, is_namespace_name, matcher
 from fdbroker.terms import (
     ACCESS_COVERS,
     NOBODY,
@@ -33,15 +34,27 @@ from fdbroker.terms import (
 )
 
 
-class View(NamedTuple):
-    """What the policy says about one subject; made once per connection and policy."""
-
+class _Said(NamedTuple):
     devices: tuple[DeviceRule, ...]
     others: tuple[NamespaceRule | SocketRule, ...]
     topics: tuple[TopicRule, ...]
     deny: tuple[DenyRule, ...]
     limits: dict[str, int]
     administrator: bool
+
+
+class View(_Said):
+    """What the policy says about one subject; made once for all about whom it says the same."""
+
+    @cached_property
+    def by_path(self) -> Globs[DeviceRule]:
+        """The rules for devices."""
+        return Globs((rule.pattern, rule) for rule in self.devices)
+
+    @cached_property
+    def denied_paths(self) -> Globs[DenyRule]:
+        """The deny rules for devices."""
+        return Globs((pattern, rule) for rule in self.deny for pattern in rule.patterns)
 
 
 class Decision(NamedTuple):
@@ -137,11 +150,9 @@ def covers(rule: Rule, resource: Resource | TopicUse) -> bool:
 
 def denying_rule(seen: View, resource: Resource | TopicUse) -> DenyRule | None:
     """The first deny rule that names this, with whatever access."""
+    if isinstance(resource, Device):
+        return next(iter(seen.denied_paths.matching(resource.path)), None)
     for rule in seen.deny:
-        if isinstance(resource, Device):
-            if any(matcher(pattern).fullmatch(resource.path) for pattern in rule.patterns):
-                return rule
-            continue
         for one in rule.rules:
             asked = resource
             if isinstance(one, SocketRule) and isinstance(resource, Socket):
@@ -162,8 +173,8 @@ def decide(seen: View, resource: Resource | TopicUse) -> Decision:
         return Decision((), denied_by)
     rules: tuple[Rule, ...]
     match resource:
-        case Device():
-            rules = seen.devices
+        case Device(path):
+            rules = tuple(seen.by_path.matching(path))
         case TopicUse():
             rules = seen.topics
         case _:

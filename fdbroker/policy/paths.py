@@ -6,10 +6,13 @@ Runs in: opener, launcher, command line. An attacker controls every path; only t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 from fdbroker import limits
 
+_Value = TypeVar("_Value")
 _PATH_BYTES, _NAME_BYTES = limits.PATH_BYTES, limits.NAME_BYTES
 
 # one component's piece: a star, a question mark, a set such as [!a-c], or one other character; two backslashes are one
@@ -74,6 +77,32 @@ def component_regex(name: str) -> str:
 def matcher(pattern: str) -> re.Pattern[str]:
     """The regular expression of a glob; use `fullmatch`. Wildcards never match a slash."""
     return re.compile("/".join(map(component_regex, pattern.split("/"))), re.DOTALL)
+
+
+class Globs(Generic[_Value]):
+    """Values under globs: of all of them, only those are tried that begin as a path does."""
+
+    def __init__(self, globs: Iterable[tuple[str, _Value]]) -> None:
+        self._beginning: dict[str, list[tuple[int, str, _Value]]] = {}
+        for position, (pattern, value) in enumerate(globs):
+            self._beginning.setdefault(_beginning(pattern), []).append((position, pattern, value))
+        self._sizes = sorted({len(beginning) for beginning in self._beginning})
+
+    def matching(self, path: str) -> list[_Value]:
+        """The values of those that match `path`, in order, one for each glob."""
+        found = []
+        for size in self._sizes:
+            if size > len(path):
+                break
+            for position, pattern, value in self._beginning.get(path[:size], ()):
+                if matcher(pattern).fullmatch(path):
+                    found.append((position, value))
+        return [value for _, value in sorted(found, key=lambda one: one[0])]
+
+
+def _beginning(pattern: str) -> str:
+    """What every path begins with that the glob matches."""
+    return literal(re.split(r"[*?\[]", pattern, maxsplit=1)[0])
 
 
 def is_literal(pattern: str) -> bool:

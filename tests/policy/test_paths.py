@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fdbroker.policy import paths
+from fdbroker.policy.decide import View, decide
 from fdbroker.policy.globs import as_glob
 from fdbroker.policy.paths import (
+    Globs,
     is_device_path,
     is_literal,
     literal,
     matcher,
 )
 from fdbroker.policy.spelling import glob_error, literal_folder
+from fdbroker.terms import DenyRule, Device, DeviceRule
 
 
 @pytest.mark.parametrize(
@@ -128,3 +134,29 @@ def test_a_path_as_a_glob_names_that_path_alone(path):
 
 def test_a_path_with_braces_is_named_as_nearly_as_globs_can():
     assert as_glob("/dev/{a}") == "/dev/?a?"
+
+
+PIECES = st.sampled_from(["/dev", "/", "a", "b", "ab", "*", "?", "[ab]", "[!a]", "[?*]", "\\\\", "é"])
+NAMES = st.sampled_from(["/dev", "/", "a", "b", "ab", "\\", "é", "*", "?", "["])
+
+
+@given(st.lists(st.lists(PIECES, max_size=6).map("".join), max_size=9), st.lists(NAMES, max_size=6).map("".join))
+def test_globs_that_are_looked_up_are_those_that_match_in_order(patterns, path):
+    """Also when several are the same, and when one begins as another does."""
+    wanted = [position for position, pattern in enumerate(patterns) if matcher(pattern).fullmatch(path)]
+    assert Globs((pattern, position) for position, pattern in enumerate(patterns)).matching(path) == wanted
+
+
+def test_of_many_rules_only_those_that_can_match_are_tried(monkeypatch):
+    """What an open costs follows the rules that can be for its path, not all of them."""
+    names = [f"/dev/ttyUSB{number}" for number in range(1000)] + [f"/dev/snd{number}/*" for number in range(1000)]
+    rules = tuple(DeviceRule(name, "rw", "tty", "", True, "everyone", "f:1") for name in names)
+    deny = tuple(DenyRule((f"{name}/no",), (), frozenset(), frozenset(), True, "everyone", "f:2") for name in names)
+    seen = View(rules, (), (), deny, {}, administrator=False)
+    tried: list[str] = []
+    real = paths.matcher
+    monkeypatch.setattr(paths, "matcher", lambda pattern: tried.append(pattern) or real(pattern))
+    for path, rule in (("/dev/ttyUSB7", rules[7]), ("/dev/snd8/x", rules[1008])):
+        tried.clear()
+        assert decide(seen, Device(path, "ro")).rules == (rule,)
+        assert len(tried) <= 3
