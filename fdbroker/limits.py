@@ -65,6 +65,9 @@ CLOSING_HELD: Annotated[int, "descriptors", "guess: of one owner, that wait to b
 LOOKED_AT_ONCE: Annotated[int, "nodes", "measured: 30 us each, less than an open; of one request", "next turn"] = 4
 GROUPS_PER_CONNECT: Annotated[int, "groups", "measured: 65,536 take 1 ms", "counts as one connection more"] = 1024
 REFUSED_AT_ONCE: Annotated[int, "connections", "guess: while the policy is broken", "next turn"] = 64
+DEVICES_KEPT: Annotated[
+    int, "devices", "guess: that are found again and again; a descriptor each", "all are closed"
+] = 32
 FLIGHT_LOOK_MS: Annotated[int, "milliseconds", "guess: a look at all unread sockets takes 1 ms", "wait"] = 50
 
 # --- the service as a whole

@@ -24,6 +24,8 @@ from typing import Any
 
 import pytest
 
+from fdbroker import limits
+
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS = 0x20000
 CLONE_NEWNET = 0x40000000
@@ -221,8 +223,11 @@ class Broker:
             time.sleep(0.02)
 
     def counts(self) -> dict[str, int]:
-        """How many descriptors each process has open."""
-        return {name: len(descriptors_of(pid)) for name, pid in self.pids.items()}
+        """How many descriptors each process has open, without the folders of devices that it keeps (DEVICES_KEPT)."""
+        each = {name: list(descriptors_of(pid).values()) for name, pid in self.pids.items()}
+        kept = {name: [one for one in found if one.startswith("/sys/devices/")] for name, found in each.items()}
+        assert all(len(some) <= limits.DEVICES_KEPT for some in kept.values())
+        return {name: len(found) - len(kept[name]) for name, found in each.items()}
 
     def wait_idle(self) -> None:
         """Every process must have the descriptors again that it had before the first client."""

@@ -129,6 +129,7 @@ OTHERS = {
         "kernel/test_jobs.py::test_so_many_jobs_may_be_stuck_and_a_quarter_of_one_owner",
     ),
     "CLOSING_THREADS": ("threads of ours", "kernel/test_jobs.py::test_no_more_threads_than_allowed"),
+    "DEVICES_KEPT": "nodes/test_find.py::test_so_many_devices_are_kept",
     "FLIGHT_LOOK_MS": ("an interval of ours", "opener/test_authorize.py::test_what_was_read_meanwhile_is_room_again"),
     "BROKEN_SECONDS": (
         "an interval of ours",

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from fdbroker import limits
 from fdbroker.kernel.openat import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 from fdbroker.policy.decide import View, denying_rule
 from fdbroker.policy.fit import Facts, misfit
@@ -21,6 +22,7 @@ from fdbroker.refusals import Denied, NoSuchResource, NotWhatItWas, OpenFailed
 from fdbroker.terms import Device, DeviceRule
 
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _LINKS = 40  # as many as the kernel follows: path_resolution(7)
 
 
@@ -55,17 +57,22 @@ class Found(NamedTuple):
 
 
 class Finder:
-    """Finds nodes. Owns two O_PATH descriptors until `close`."""
+    """Finds nodes. Owns a few O_PATH descriptors until `close`, DEVICES_KEPT of them for devices found lately."""
 
     def __init__(self) -> None:
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-        self._dev = os.open("/dev", flags)
-        self._sys_dev = os.open("/sys/dev", flags)
+        self._dev = os.open("/dev", _FOLDER)
+        self._sys_dev = os.open("/sys/dev", _FOLDER)
+        self._kept: dict[str, tuple[int, str]] = {}  # by place in /sys/dev: that very device's folder, and its name
 
     def close(self) -> None:
         """Nothing can be found any more."""
+        self._forget()
         os.close(self._dev)
         os.close(self._sys_dev)
+
+    def _forget(self) -> None:
+        while self._kept:
+            os.close(self._kept.popitem()[1][0])
 
     def find(self, path: str, rules: Sequence[DeviceRule], seen: View, index: int | None = None) -> Found:
         """The node at `path`, if it is what one of `rules` says and no deny rule names where links lead."""
@@ -153,23 +160,43 @@ class Finder:
                 passed.append("/dev/" + "/".join(_plain([*way, *names])))
         raise NotWhatItWas("a link leads to a folder")
 
-    def facts(self, name: str, status: os.stat_result) -> Facts:
-        """What is known of the node `name` without opening it."""
+    def facts(self, name: str, status: os.stat_result, *, keep: bool = True) -> Facts:
+        """What is known of the node `name` without opening it; a thread beside others must not `keep` anything.
+
+        A folder of sysfs that was opened is that of one device: while a link can be read in it, that device lives, and
+        has this number. So what is kept is asked again each time, by one name in place of a way of four folders.
+        """
         kind = stat.S_IFMT(status.st_mode)
         number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        return Facts(name, kind, number, *self._device(kind, number))
-
-    def _device(self, kind: int, number: str) -> tuple[str, str]:
-        """Class and name of the device with that number, "" where there is none. Source: sysfs(5), /sys/dev.
-
-        Two links are read and nothing is opened, which Landlock would forbid.
-        """
         place = f"{'block' if kind == stat.S_IFBLK else 'char'}/{number}"
+        device = self._kept.get(place) if keep else None
+        if device is not None:
+            try:
+                return Facts(name, kind, number, _class(device[0]), device[1])
+            except OSError:  # it is gone, and its number may be another one's
+                os.close(self._kept.pop(place)[0])
         try:
-            name = os.readlink(place, dir_fd=self._sys_dev).rpartition("/")[2]
-            return os.readlink(f"{place}/subsystem", dir_fd=self._sys_dev).rpartition("/")[2], name
+            folder = os.open(place, _FOLDER, dir_fd=self._sys_dev)
         except OSError:
-            return "", ""
+            return Facts(name, kind, number, "", "")
+        try:
+            device = folder, os.readlink(place, dir_fd=self._sys_dev).rpartition("/")[2]
+            found = Facts(name, kind, number, _class(folder), device[1])  # it still lives: that name is its own
+        except OSError:
+            os.close(folder)
+            return Facts(name, kind, number, "", "")
+        if not keep:
+            os.close(folder)
+            return found
+        if len(self._kept) >= limits.DEVICES_KEPT:
+            self._forget()
+        self._kept[place] = device
+        return found
+
+
+def _class(folder: int) -> str:
+    """The class of the device whose folder that is. Source: sysfs(5), /sys/dev."""
+    return os.readlink("subsystem", dir_fd=folder).rpartition("/")[2]
 
 
 def _plain(names: Iterable[str]) -> list[str]:

@@ -88,7 +88,7 @@ class Nodes(Finder):
             trouble = "the node was removed before it was opened"
         elif found.rule.kernel_class and not facts.kernel_class:
             # no driver had that number, and the kernel has loaded one
-            trouble = misfit(found.rule, self.facts(facts.path, status), opened=True)
+            trouble = misfit(found.rule, self.facts(facts.path, status, keep=False), opened=True)
         if trouble:
             os.close(descriptor)
             raise NotWhatItWas(trouble, index=index)
