@@ -290,7 +290,7 @@ def test_the_memory_of_the_unit_is_enough_for_dozens_of_users_who_all_use_what_t
 def test_the_tasks_of_the_unit_are_enough_for_all_threads():
     """Where there were fewer, threads that do not end would keep others from being started: by all users, or by a few."""
     closing = limits.CLOSING_THREADS + limits.STUCK_THREADS + 1  # one looks for stuck ones; in opener and inbox each
-    processes = 8  # launcher, opener, inbox, witness, worker, its holder, and some to spare
+    processes = 9  # launcher, opener, keeper, inbox, witness, worker, its holder, and some to spare
     wanted = processes + limits.OPENING_THREADS + 2 * closing
     assert _tasks("fdbroker.service") >= wanted
     # each request may have a child, and that a child in the caller's namespaces
