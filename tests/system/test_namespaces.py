@@ -20,7 +20,7 @@ DAC_READ_SEARCH, NET_BIND_SERVICE, NET_ADMIN, SYS_CHROOT, SYS_PTRACE, SYS_ADMIN 
     1 << number for number in (2, 10, 12, 18, 19, 21)
 )
 WORKER = DAC_READ_SEARCH | NET_BIND_SERVICE | NET_ADMIN | SYS_CHROOT | SYS_PTRACE | SYS_ADMIN
-NOT_THE_WORKER = {"launcher", "holder", "opener", "inbox", "witness"}
+NOT_THE_WORKER = {"launcher", "holder", "opener", "keeper", "inbox", "witness"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_no_such_rules_no_worker(facts):
     for step in ("without_drop_in", "without_rules"):
         found = facts[step]
         assert found["started"] == 0
-        assert set(found["plain"]) == {"launcher", "opener", "inbox", "witness"}
+        assert set(found["plain"]) == {"launcher", "opener", "keeper", "inbox", "witness"}
         assert served(found["asked"])
 
 
@@ -80,6 +80,15 @@ def test_named(facts):
     assert facts["begun"]["folder"] is False
     assert found["before"]["refused"] == "NoSuchResource"
     assert found["asked"]["inode"] == found["inode"] != found["own"]
+
+
+def test_named_is_listed(facts):
+    """A list that is watched is told of it, and of the sockets inside it, though the folder came later as well."""
+    before, after = facts["named"]["listed"]
+    assert not [name for name in before if "vpn-a" in name]
+    new = set(after) - set(before)
+    assert {"net:vpn-a", "socket:net:vpn-a"} <= new
+    assert all("vpn-a" in name for name in new)
 
 
 def test_named_is_of_no_use(facts):
@@ -247,16 +256,16 @@ def test_journal_namespace(facts):
 
 
 def test_own_user(facts):
-    """The worker and its holder run as a user of their own, all four ids, in no other group."""
+    """Keeper and worker run as users of their own, all four ids, in no other group."""
     found = facts["confinement"]
-    assert len({found["uids"][name] for name in ("opener", "inbox", "worker")}) == 3
+    assert len({found["uids"][name] for name in ("opener", "keeper", "inbox", "worker")}) == 4
     for name, uid in found["uids"].items():
         status = found["processes"][name]
         assert status["Uid"].split() == status["Gid"].split() == [str(uid)] * 4
         assert status["Groups"].split() == []
 
 
-@pytest.mark.parametrize("name", ["launcher", "holder", "opener", "inbox", "worker"])
+@pytest.mark.parametrize("name", ["launcher", "holder", "opener", "keeper", "inbox", "worker"])
 def test_confined(facts, name):
     """No process has a capability in force or can gain one, and all have a system call filter."""
     status = facts["confinement"]["processes"][name]
@@ -278,7 +287,7 @@ def test_capabilities(facts):
     permitted = {name: int(one["CapPrm"], 16) for name, one in facts["confinement"]["processes"].items()}
     before = {name: int(one["CapPrm"], 16) for name, one in facts["without_drop_in"]["plain"].items()}
     assert permitted == {**before, "holder": WORKER, "worker": WORKER}
-    assert before["launcher"] == before["inbox"] == 0
+    assert before["launcher"] == before["keeper"] == before["inbox"] == 0
 
 
 def test_nothing_is_missing(facts):

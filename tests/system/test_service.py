@@ -28,7 +28,7 @@ def test_install(facts):
     """Users and folders are made by sysusers and tmpfiles, the policy is valid, and installing again does no harm."""
     found = facts["installed"]
     assert found["again"] == 0
-    assert set(found["users"]) == {"fdbroker-opener", "fdbroker-inbox", "fdbroker-namespaces"}
+    assert set(found["users"]) == {f"fdbroker-{name}" for name in ("opener", "keeper", "inbox", "namespaces")}
     assert all(shell.endswith("nologin") for shell in found["users"].values())
     assert all(folder == [0, "0o755"] for folder in found["folders"].values())
     assert found["policy"]["code"] == 0
@@ -136,13 +136,15 @@ def test_journal_deny(facts):
 
 
 def test_own_users(facts):
-    """Opener and inbox run as their own users, all four ids."""
+    """Opener, keeper and inbox run as their own users, all four ids, and the keeper in no group."""
     found = facts["confinement"]
+    assert len(set(found["uids"].values())) == 3
     for name, uid in found["uids"].items():
         assert found["processes"][name]["Uid"].split() == [str(uid)] * 4
+    assert found["processes"]["keeper"]["Groups"].split() == []
 
 
-@pytest.mark.parametrize("name", ["launcher", "opener", "inbox", "witness"])
+@pytest.mark.parametrize("name", ["launcher", "opener", "keeper", "inbox", "witness"])
 def test_confined(facts, name):
     """No process has a capability in force or can gain one, and all have a system call filter."""
     status = facts["confinement"]["processes"][name]
@@ -160,7 +162,7 @@ def test_landlocked(facts):
 def test_capabilities(facts):
     """The opener can raise the one that the policy needs, the witness CAP_SYS_PTRACE, and nobody any other."""
     permitted = {name: int(one["CapPrm"], 16) for name, one in facts["confinement"]["processes"].items()}
-    assert permitted == {"launcher": 0, "opener": DAC_OVERRIDE, "inbox": 0, "witness": 1 << 19}
+    assert permitted == {"launcher": 0, "opener": DAC_OVERRIDE, "keeper": 0, "inbox": 0, "witness": 1 << 19}
 
 
 def test_no_capability_but_a_group(facts):
@@ -213,7 +215,7 @@ def test_reload_beyond(facts):
     assert served(found["asked"])
 
 
-@pytest.mark.parametrize("name", ["launcher", "opener", "inbox", "witness"])
+@pytest.mark.parametrize("name", ["launcher", "opener", "keeper", "inbox", "witness"])
 def test_killed(facts, name):
     """When one process is killed the others end too, and systemd starts a service that serves."""
     found = facts["killed"][name]

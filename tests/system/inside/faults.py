@@ -19,7 +19,7 @@ from load import NAMESPACER, OPENERS, POLICY, RECEIVER, SENDERS, Load
 from steps import make_node, report, role, run, show, wait_for, write_policy
 
 JOURNAL = ("systemd-journald.service", "systemd-journald.socket", "systemd-journald-dev-log.socket")
-NAMES = ("launcher", "opener", "inbox", "witness", "namespaces", "worker")
+NAMES = ("launcher", "opener", "keeper", "inbox", "witness", "namespaces", "worker")
 MAY_CONNECT = grp.getgrnam("fdbroker").gr_gid
 rand = random.Random(5)
 
@@ -31,7 +31,7 @@ def children(pid: int) -> list[int]:
 
 
 def processes() -> dict[str, int]:
-    """The pids of all six by name, as many as there are now."""
+    """The pids of all seven by name, as many as there are now."""
     main = int(show("MainPID")["MainPID"])
     found = {"launcher": main} if main else {}
     for pid in children(main) if main else ():
@@ -186,10 +186,10 @@ def there_again(name: str, old: int) -> dict[str, int] | None:
 
 
 def hanging() -> dict[str, Any]:
-    """SIGSTOP; the watchdog speaks for these three, the worker has a time of its own."""
+    """SIGSTOP; the watchdog speaks for these four, the worker has a time of its own."""
     since, took = written(), {}
     with loaded() as load:
-        for name in ("launcher", "opener", "inbox", "worker"):
+        for name in ("launcher", "opener", "keeper", "inbox", "worker"):
             pids = fresh()
             time.sleep(rand.uniform(0.1, 0.9))
             began_s = time.monotonic()

@@ -41,6 +41,7 @@ from steps import (
     start_with,
     status_of,
     wait_for,
+    watched,
 )
 
 import fdbroker
@@ -313,9 +314,10 @@ def _enters(resource: str) -> list[Any]:
 def named() -> dict[str, Any]:
     """The first one is made after the service has started, and so is the folder."""
     before = member(asked, "net:vpn-a")
-    ip("netns", "add", "vpn-a")
+    listed = watched(as_user(MEMBER, [GROUP, MAY_CONNECT]), lambda: ip("netns", "add", "vpn-a"))
     return {
         "before": before,
+        "listed": listed,
         "asked": member(asked, "net:vpn-a"),
         "inode": os.stat("/run/netns/vpn-a").st_ino,
         "own": os.stat("/proc/self/ns/net").st_ino,
@@ -555,7 +557,7 @@ def journal() -> dict[str, Any]:
 
 
 def confinement() -> dict[str, Any]:
-    words = {"opener": "opener", "inbox": "inbox", "holder": "namespaces", "worker": "namespaces"}
+    words = {"opener": "opener", "keeper": "keeper", "inbox": "inbox", "holder": "namespaces", "worker": "namespaces"}
     return {
         "processes": confined(),
         "uids": {name: pwd.getpwnam(f"fdbroker-{word}").pw_uid for name, word in words.items()},

@@ -96,7 +96,8 @@ def installed() -> dict[str, Any]:
     return {
         "again": again.returncode,
         "users": {
-            name: pwd.getpwnam(name).pw_shell for name in ("fdbroker-opener", "fdbroker-inbox", "fdbroker-namespaces")
+            f"fdbroker-{name}": pwd.getpwnam(f"fdbroker-{name}").pw_shell
+            for name in ("opener", "keeper", "inbox", "namespaces")
         },
         "folders": {name: [found.st_uid, oct(stat.S_IMODE(found.st_mode))] for name, found in folders.items()},
         "policy": outcome(run("fdbroker", "policy", "check")),
@@ -164,7 +165,7 @@ def confinement() -> dict[str, Any]:
     return {
         "processes": {name: status_of(pid) for name, pid in processes().items()},
         "said": "\n".join(said()),
-        "uids": {name: pwd.getpwnam(f"fdbroker-{name}").pw_uid for name in ("opener", "inbox")},
+        "uids": {name: pwd.getpwnam(f"fdbroker-{name}").pw_uid for name in ("opener", "keeper", "inbox")},
     }
 
 
@@ -201,7 +202,7 @@ def reload_broken() -> dict[str, Any]:
 
 def killed() -> dict[str, Any]:
     found = {}
-    for name in ("launcher", "opener", "inbox", "witness"):
+    for name in ("launcher", "opener", "keeper", "inbox", "witness"):
         before = processes()
         began_s = time.monotonic()
         os.kill(before[name], signal.SIGKILL)

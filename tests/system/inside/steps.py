@@ -146,6 +146,19 @@ def start_with(text: str) -> int:
     return run("systemctl", "start", "fdbroker.service").returncode
 
 
+def watched(command: Iterable[str], change: Callable[[], Any]) -> list[list[str]]:
+    """The names in the first list of `fdbroker list --more`, behind these words, and in the next one after `change`."""
+    words = (*command, "timeout", "60", "fdbroker", "list", "--more", "--json")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as watcher:
+        try:
+            before = watcher.stdout.readline()
+            change()
+            after = watcher.stdout.readline()
+        finally:
+            watcher.kill()
+    return [sorted(offer["resource"] for offer in json.loads(line)) for line in (before, after)]
+
+
 def exposure(unit: str = "fdbroker.service") -> float:
     """What systemd-analyze makes of a unit: from 0, nothing is left, to 10."""
     done = run("systemd-analyze", "security", "--no-pager", unit)

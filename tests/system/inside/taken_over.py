@@ -52,7 +52,7 @@ def tried() -> dict[str, Any]:
             "same": {"launcher": launcher},
             "uids": {"launcher": 0},
             "capabilities": {"launcher": []},
-            "modes": {"launcher": ["whole"], "opener": [], "inbox": [], "witness": []},
+            "modes": {"launcher": ["whole"], "opener": [], "keeper": [], "inbox": [], "witness": []},
             "folders": {"launcher": str(RANGE / "of")},
             "state": str(RANGE / "state"),
         }
