@@ -251,11 +251,23 @@ def test_served_under_the_profile(facts):
     """Each process has the profile, a client has not; what a rule allows is granted, and nothing else."""
     found = facts["served"]
     assert found["started"] == 0, found["said"]
-    assert set(found["labels"]) == {"launcher", "opener", "inbox", "witness"}
+    assert set(found["labels"]) == {"launcher", "opener", "keeper", "inbox", "witness"}
     assert set(found["labels"].values()) == {"fdbroker (enforce)"}
     assert found["granted"]["stdout"] == " 00 00 00 00\n", found["granted"]["stderr"]
     assert found["denied"]["code"] == 77
     assert found["client"]["stdout"] == "unconfined\n"
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("kernel", ["facts", "newer"])
+def test_lists_under_the_profile(request, kernel):
+    """What may be opened is listed, and again when a node comes, and when a namespace gets a name."""
+    found = request.getfixturevalue(kernel)
+    before, after = found["listed"]["watched"]
+    assert (before, set(after) - set(before)) == (["/dev/lab/zero"], {"/dev/lab/zero-new"})
+    before, after = found["namespaces"]["listed"]
+    assert {"/dev/lab/zero", "net:vpn-a", "socket:net:vpn-a"} <= set(before)
+    assert {"net:vpn-b", "socket:net:vpn-b"} <= set(after) - set(before)
 
 
 @pytest.mark.lab
@@ -457,6 +469,8 @@ def test_module_has_no_more(module):
     writes = {target for (target, kind), permissions in found.items() if kind == "file" and "write" in permissions}
     # the last one by init_daemon_domain(): what systemd passes
     assert writes == {"fdbroker_tmpfs_t", "fdbroker_var_lib_t", "init_tmpfs_t"}
+    watches = {target for (target, kind), permissions in found.items() if "watch" in permissions}
+    assert watches == {"device_t", "var_run_t", "ifconfig_runtime_t"}
     assert found["fdbroker_etc_t", "file"].isdisjoint({"write", "append", "create"})
     (nodes,) = (
         target
@@ -544,13 +558,26 @@ def test_served_in_the_domain(enforced):
     assert enforced["loaded"]["label"] == "system_u:system_r:kernel_t:s0"
     found = enforced["served"]
     assert found["enforced"] == "1"
-    assert len(found["labels"]) == 5  # launcher, witness, opener, inbox, namespaces worker
+    assert len(found["labels"]) == 6  # launcher, witness, opener, keeper, inbox, namespaces worker
     assert set(found["labels"]) == {"system_u:system_r:fdbroker_t:s0"}
     assert found["granted"]["stdout"] == "00000000\n", found["granted"]["stderr"]
     assert found["memory"]["code"] == 74
     assert "EACCES" in found["memory"]["stderr"]
     (denial,) = found["denials"]
     assert "memory_device_t" in denial
+
+
+@pytest.mark.lab
+def test_lists_in_the_domain(enforced):
+    """What may be opened is listed, and again when a node comes, and when a namespace gets a name, the first one too."""
+    found = enforced["listed"]
+    before, after = found["node"]
+    assert "/dev/lab/zero" in before
+    assert set(after) - set(before) == {"/dev/lab/new"}
+    for step, name in (("folder", "vpn-a"), ("namespace", "vpn-b")):
+        before, after = found[step]
+        assert {f"net:{name}", f"socket:net:{name}"} <= set(after) - set(before)
+    assert "net:vpn-a" in before
 
 
 @pytest.mark.lab

@@ -26,6 +26,7 @@ from steps import (
     said,
     show,
     start_with,
+    watched,
     write_policy,
 )
 
@@ -132,6 +133,10 @@ def served() -> dict[str, Any]:
     }
 
 
+def listed() -> dict[str, Any]:
+    return {"watched": watched(member(), lambda: make_node("/dev/lab/zero-new", 1, 5))}
+
+
 def messages() -> dict[str, Any]:
     send = outcome(run(*member("fdbroker", "send", "--to", str(MEMBER), "mail", "under a profile")))
     return {"sent": send, "received": outcome(run(*member("timeout", "30", "fdbroker", "receive")))}
@@ -182,11 +187,13 @@ def namespaces() -> dict[str, Any]:
         )
     )
     asked = outcome(run(*member(PYTHON, "-I", "-c", OLD_KERNEL, str(os.getpid()))))
+    listed = watched(member(), lambda: run("ip", "netns", "add", "vpn-b", check=True))
     return {
         "started": started,
         "said": said()[-10:],
         "labels": labels(),
         "asked": json.loads(asked["stdout"]) if asked["code"] == 0 else asked,
+        "listed": listed,
         "inode": os.stat("/run/netns/vpn-a").st_ino,
     }
 
@@ -209,7 +216,7 @@ def taken_over() -> dict[str, Any]:
 
 
 report(
-    [loaded, served, labelled, namespaces, nothing_refused]
+    [loaded, served, listed, labelled, namespaces, nothing_refused]
     if sys.argv[1:]
-    else [loaded, served, messages, reloaded, labelled, namespaces, nothing_refused, taken_over]
+    else [loaded, served, listed, messages, reloaded, labelled, namespaces, nothing_refused, taken_over]
 )

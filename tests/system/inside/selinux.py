@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steps import GROUP, MEMBER, as_user, make_node, outcome, report, run, wait_for, write_policy
+from steps import GROUP, MEMBER, as_user, make_node, outcome, report, run, wait_for, watched, write_policy
 
 HERE = Path(__file__).parent
 PYTHON = "/opt/fdbroker/bin/python3"
@@ -101,8 +101,6 @@ def served() -> dict[str, Any]:
     make_node("/dev/lab/memory", 1, 5)  # what its label says counts
     run("install", "-d", "-m", "0755", "/run/fdbroker", "/etc/fdbroker/policy.d", check=True)
     run("install", "-d", "-m", "0700", "-o", "fdbroker-inbox", "-g", "fdbroker-inbox", "/var/lib/fdbroker", check=True)
-    run("ip", "netns", "add", "vpn-a", check=True)
-    run("ip", "-n", "vpn-a", "link", "set", "lo", "up", check=True)
     write_policy(RULES)
     for label, paths in LABELS.items():
         run("chcon", f"system_u:object_r:{label}:s0", *paths, check=True)
@@ -124,6 +122,15 @@ def served() -> dict[str, Any]:
         "memory": ask("/dev/lab/memory"),
         "denials": denials(),
     }
+
+
+def listed() -> dict[str, Any]:
+    node = watched(member(), lambda: make_node("/dev/lab/new", 1, 5))
+    folder = watched(member(), lambda: run("ip", "netns", "add", "vpn-a", check=True))
+    run("ip", "-n", "vpn-a", "link", "set", "lo", "up", check=True)
+    run("chcon", "system_u:object_r:ifconfig_runtime_t:s0", "/run/netns", check=True)
+    namespace = watched(member(), lambda: run("ip", "netns", "add", "vpn-b", check=True))
+    return {"node": node, "folder": folder, "namespace": namespace}
 
 
 def more() -> dict[str, Any]:
@@ -168,4 +175,4 @@ def taken_over() -> dict[str, Any]:
     return found
 
 
-report([loaded, served, more, labelled, stopped, taken_over])
+report([loaded, served, listed, more, labelled, stopped, taken_over])
