@@ -342,10 +342,12 @@ def opened(folder: str) -> tuple[Store, str]:
     try:
         return Store(path, Reserve(f"{path}-reserve")), ""
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        # but for SQLITE_ERROR, which says that a table is not what it was made as: no access, another process, no
-        # room, a newer version; nothing is wrong with the file. What is no text stands in a schema that SQLite quotes.
+        # but for SQLITE_ERROR, which says that a table is not what it was made as, and SQLITE_READONLY for a file that we
+        # may write, whose header says so: no access, another process, no room, a newer version; nothing is wrong with
+        # the file. What is no text stands in a schema that SQLite quotes.
         code = getattr(error, "sqlite_errorcode", None)
-        if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
+        damaged = code == sqlite3.SQLITE_ERROR or (code == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK))
+        if isinstance(error, sqlite3.OperationalError) and not damaged:
             raise
         aside = f"{path}.damaged-{time.time_ns() // 1000}"
         for end in ("", "-wal"):

@@ -58,6 +58,7 @@ def seeds() -> Iterator[bytes]:
     ):
         at = data.rindex(needle)
         yield at.to_bytes(2, "big") + bytes([len(becomes)]) + becomes
+    yield (18).to_bytes(2, "big") + b"\2\xff\1"  # a format that may only be read
     yield (60).to_bytes(2, "big") + b"\4\0\0\0\2"  # user_version
 
 

@@ -6,11 +6,14 @@ import sqlite3
 import time
 
 import pytest
+from harness import MS_BIND, mount, need_root, unmount
 
 from fdbroker import limits
 from fdbroker.errors import QueueFull
 from fdbroker.inbox import store as module
 from fdbroker.inbox.store import NotStored, Stored, opened
+
+MS_RDONLY, MS_REMOUNT = 1, 32  # sys/mount.h
 
 FAR_US = 1 << 60
 ALL = frozenset({"news", "mail"})
@@ -168,7 +171,7 @@ def test_a_full_disk_while_the_expired_are_removed_keeps_the_count(store, monkey
     assert numbers(store, 1) == [2]
 
 
-@pytest.mark.parametrize("where", ["header", "page", "log", "index"])
+@pytest.mark.parametrize("where", ["header", "format", "page", "log", "index"])
 def test_a_damaged_file_is_set_aside_and_said(folder, tmp_path, where):
     store, _ = opened(folder)
     for number in range(1, 500):
@@ -188,8 +191,10 @@ def test_a_damaged_file_is_set_aside_and_said(folder, tmp_path, where):
         store._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         store.close()
         data = bytearray(path.read_bytes())
-        first = {"header": 0, "page": 4096 * 3, "log": len(data) // 2}[where]
-        data[first : first + 4096] = b"\xaa" * 4096
+        # byte 18 is the format of who may write: by one that SQLite does not know the file may only be read
+        first = {"header": 0, "format": 18, "page": 4096 * 3, "log": len(data) // 2}[where]
+        becomes = b"\xaa\1" if where == "format" else b"\xaa" * 4096
+        data[first : first + len(becomes)] = becomes
     path.write_bytes(data)
     store, said = opened(folder)
     try:
@@ -275,6 +280,19 @@ def test_what_is_not_damaged_is_not_set_aside(folder, tmp_path):
         opened(folder)
     with pytest.raises(sqlite3.OperationalError):
         opened(str(tmp_path / "none"))
+    assert not [name for name in tmp_path.iterdir() if "damaged" in name.name]
+
+
+def test_a_file_system_that_may_only_be_read_is_no_damage(folder, tmp_path):
+    need_root()
+    opened(folder)[0].close()
+    mount(folder, folder, "none", MS_BIND)
+    mount("none", folder, "none", MS_BIND | MS_REMOUNT | MS_RDONLY)
+    try:
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+            opened(folder)
+    finally:
+        unmount(folder)
     assert not [name for name in tmp_path.iterdir() if "damaged" in name.name]
 
 
