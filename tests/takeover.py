@@ -39,10 +39,12 @@ MODES = ("whole", "no filter", "no landlock", "free")
 # The errno of the filter in the place of EPERM: so it can be told from what refuses behind it.
 MARK = errno.EXFULL
 ROLES = {
-    **{name: (name,) for name in ("opener", "inbox", "witness", "refuser")},
+    **{name: (name,) for name in ("opener", "keeper", "inbox", "witness", "refuser")},
     "namespaces": ("holder", "worker", "child"),
 }
 _ENOUGH_S = 20.0
+# the class of each process that has `serve`; the witness has a function
+_SERVES = {"opener": "Opener", "keeper": "Keeper", "inbox": "Inbox", "namespaces": "Worker"}
 
 
 def program(folder: str, store: bool) -> tuple[str, ...]:
@@ -58,7 +60,7 @@ def code(folder: str, store: bool) -> str:
 def launcher(folder: str, store: bool) -> NoReturn:
     """The real `fdbroker serve`, whose children are started by `child`."""
     from fdbroker.cli import main
-    from fdbroker.launcher import service, start
+    from fdbroker.launcher import own, start
 
     sys.path.remove(TESTS)  # what can be imported, the launcher's Landlock rules let it read
 
@@ -72,19 +74,19 @@ def launcher(folder: str, store: bool) -> NoReturn:
 
     same = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
     start.subprocess = types.SimpleNamespace(Popen=popen, **same)  # type: ignore[assignment]
-    confine = service.Launcher._confine
+    confine = own.confine_launcher
 
-    def take(self: service.Launcher, path: str) -> None:
+    def take(policy: str, bound_path: str) -> bool:
         def start_as(mode: str, attack: Callable[[], NoReturn]) -> None:
-            _weaken(service.confine, mode)
-            confine(self, path)
+            _weaken(own, mode)
+            confine(policy, bound_path)
             attack()
 
         if not os.path.exists(f"{folder}/forge"):
             _leave_range(folder, {"launcher": start_as})
-        confine(self, path)
+        return confine(policy, bound_path)
 
-    service.Launcher._confine = take  # type: ignore[method-assign]
+    own.confine_launcher = take
     sys.exit(main())
 
 
@@ -205,7 +207,7 @@ def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
         elif hasattr(self, "_launcher"):
             self._launcher.send(link.READY)
         links = {"worker": self._asking._link if hasattr(self, "_asking") else None}
-        links |= {one: getattr(self, f"_{one}", None) for one in ("opener", "inbox", "launcher")}
+        links |= {one: getattr(self, f"_{one}", None) for one in ("opener", "inbox", "keeper", "launcher")}
         to = links[told["to"]]
         descriptors = json.loads(sys.argv[1])["descriptors"]
         poll = select.poll()
@@ -228,7 +230,7 @@ def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
     if told["process"] == "witness":
         start._next = serve
     else:
-        getattr(start, {"opener": "Opener", "inbox": "Inbox", "namespaces": "Worker"}[told["process"]]).serve = serve
+        getattr(start, _SERVES[told["process"]]).serve = serve
 
 
 # ---- the range

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +19,15 @@ import pytest
 import takeover
 from harness import BOB, Broker, Raw, as_user, descriptors_of, outcome, running, status_of
 
-from fdbroker.errors import OpenFailed
-from fdbroker.terms import Device, Namespace
-from fdbroker.wire import admin, link, worker
+from fdbroker.errors import LinkViolation, OpenFailed
+from fdbroker.keeper.service import Keeper
+from fdbroker.kernel import inotify, memfd
+from fdbroker.kernel.link import Link
+from fdbroker.nodes.find import Finder
+from fdbroker.policy.compile import load_policy
+from fdbroker.policy.compiled import to_bytes
+from fdbroker.terms import Device, Namespace, Offer
+from fdbroker.wire import admin, keeper, link, lists, rights, worker
 
 POLICY = """
 version: 1
@@ -71,13 +79,14 @@ TO_OPENER = {
         [(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)), 0), (link.INBOX_TO_OPENER.encode(link.Open(1, (NULL,))), 0)],
         "does not exist",
     ),
-    "while it watches": (
+    "while it waits for a reload": (
         [
-            (link.INBOX_TO_OPENER.encode(link.List(1, watch=True)), 0),
+            (link.INBOX_TO_OPENER.encode(admin.Reload(1)), 0),
             (link.INBOX_TO_OPENER.encode(link.Open(1, (NULL,))), 0),
         ],
-        "watching",
+        "reloading",
     ),
+    "a question for the keeper": ([(lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=False)), 0)], "cut at"),
     "drained without being told": ([(link.DRAINED, 0)], "without being told"),
     "an answer to no question": ([(link.PONG, 0)], "without a Ping"),
 }
@@ -148,7 +157,7 @@ def _cpu(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-@pytest.mark.parametrize("process", ["opener", "inbox", "namespaces", "witness"])
+@pytest.mark.parametrize("process", ["opener", "keeper", "inbox", "namespaces", "witness"])
 @pytest.mark.parametrize("launcher_is", ["killed", "stopped"])
 def test_who_does_not_end_by_itself_ends_with_the_launcher(dev, process, launcher_is):
     with forging(process, "opener" if process == "namespaces" else "launcher", [], stay=True) as broker:
@@ -285,6 +294,279 @@ def test_a_witness_can_refuse_administrators(dev):
         assert _reloads(broker.socket) == "Denied"
         assert not broker.records("reloading")
         assert broker.process.poll() is None
+
+
+# ---- a taken-over keeper, which has heard of some connections: of each before the inbox has
+
+FIRST, SECOND = 1, 2
+LIST, WATCH, OPEN = "io.fdbroker.Broker.List", {"more": True}, "io.fdbroker.Broker.Open"
+REFUSED = keeper.ListRefused(1, 777)
+TO_OPENER_BY_KEEPER = {
+    "unknown": (b"\xff", "unknown message type 255"),
+    "empty": (b"", "the keeper is gone"),
+    "too long": (b"x" * 140000, "at most"),
+    "cut": (keeper.KEEPER_TO_OPENER.encode(REFUSED)[:-1], "ListRefused: cut at 12 bytes"),
+    "of nobody": (keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(3, 1)), "connection 3, which does not exist"),
+    "a question of the inbox's": (link.INBOX_TO_OPENER.encode(link.Open(1, (NULL,))), "ListRefused: "),
+    "an end of the inbox's": (link.INBOX_TO_OPENER.encode(link.Closed(1, 0)), "unknown message type 3"),
+    "a reload": (link.INBOX_TO_OPENER.encode(admin.Reload(1)), "unknown message type"),
+    "who came": (keeper.OPENER_TO_KEEPER.encode(keeper.Came(1, 0, 0, 1, False, "", ())), "ListRefused: "),
+    "a policy": (link.LAUNCHER_TO_OPENER.encode(link.Policy(1)), "ListRefused: cut at"),
+}
+
+
+@pytest.mark.parametrize("case", TO_OPENER_BY_KEEPER)
+def test_a_keeper_that_breaks_its_rules_ends_the_service(dev, case):
+    message, why = TO_OPENER_BY_KEEPER[case]
+    with forging("keeper", "opener", [(message, 0)], after=SECOND) as broker:
+        with Raw(broker.socket) as client, Raw(broker.socket):
+            assert why in _ended(broker)
+            assert client.reply() is None
+        assert not broker.records("granted")
+
+
+TO_LAUNCHER_BY_KEEPER = {
+    "unknown": (b"\xff", 0, "unknown message type 255"),
+    "cut": (keeper.KEEPER_TO_LAUNCHER.encode(link.Applied(1))[:-1], 0, "Applied: cut at 4 bytes"),
+    "with a descriptor": (link.PONG, 1, "descriptors were cut"),
+    "to stop": (link.STOP_ASKED, 0, f"unknown message type {link.STOP_ASKED[0]}"),
+    "to reload": (link.OPENER_TO_LAUNCHER.encode(admin.ReloadAsked(1)), 0, "unknown message type 13"),
+    "to judge": (link.OPENER_TO_LAUNCHER.encode(admin.Judge(1)), 0, "unknown message type"),
+    "that an administrator is at home": (YES, 0, "unknown message type 12"),
+}
+
+
+@pytest.mark.parametrize("case", TO_LAUNCHER_BY_KEEPER)
+def test_a_keeper_can_tell_the_launcher_three_words_only(dev, case):
+    message, descriptors, why = TO_LAUNCHER_BY_KEEPER[case]
+    with forging("keeper", "launcher", [(message, descriptors)], after=FIRST) as broker, Raw(broker.socket):
+        assert why in _ended(broker)
+
+
+OFFERED = lists.Offered(1, True, [Offer(NULL, "forged:1")])
+TO_INBOX_BY_KEEPER = {
+    "unknown": (b"\xff", "unknown message type 255"),
+    "too long": (b"x" * 140000, "at most"),
+    "cut": (lists.KEEPER_TO_INBOX.encode(OFFERED)[:-1], "Offered: cut at"),
+    "a connection": (
+        link.OPENER_TO_INBOX.encode(rights.Connected(9, rights.Sender(0, 0, 1, "", 0), rights.Rights())),
+        "Offered: ",
+    ),
+    "a grant": (link.OPENER_TO_INBOX.encode(link.Outcome(1, None)), "ListRefused: cut at"),
+    "a drain": (link.DRAIN, "unknown message type 4"),
+    "a listing that nobody asked for": (lists.KEEPER_TO_INBOX.encode(OFFERED), "connection 1, which is idle"),
+    "a part of one": (
+        lists.KEEPER_TO_INBOX.encode(OFFERED._replace(last=False)),
+        "connection 1, which is idle",
+    ),
+    "a refusal of nothing": (lists.KEEPER_TO_INBOX.encode(REFUSED), "connection 1, which is idle"),
+}
+
+
+@pytest.mark.parametrize("case", TO_INBOX_BY_KEEPER)
+def test_a_keeper_that_breaks_the_inbox_s_rules_ends_the_service(dev, case):
+    message, why = TO_INBOX_BY_KEEPER[case]
+    with forging("keeper", "inbox", [(message, 0)], after=SECOND) as broker, Raw(broker.socket) as client:
+        client.open("/dev/null")  # the inbox knows it
+        with Raw(broker.socket):
+            assert why in _ended(broker)
+        assert client.reply() is None
+
+
+def test_a_keeper_cannot_answer_what_was_asked_of_the_opener(dev):
+    """Or a client would take the grant that comes afterwards for the answer to its next request."""
+    messages = [(lists.KEEPER_TO_INBOX.encode(REFUSED), 0)]
+    with forging("keeper", "inbox", messages, after=SECOND) as broker, Raw(broker.socket) as client:
+        os.kill(broker.pids["worker"], signal.SIGSTOP)  # so the opener has no answer for a while
+        client.send_call(OPEN, {"resources": [{"namespace": {"type": "uts", "create": True}}]})
+        time.sleep(0.5)  # the inbox has asked
+        with Raw(broker.socket):
+            assert "connection 1, which is opening" in _ended(broker)
+        assert client.reply() is None
+
+
+def test_descriptors_of_a_keepers_are_never_taken(dev):
+    """It has none of a client's or a device's; what it sends with each message gets nowhere."""
+    for to, message in (
+        ("opener", keeper.KEEPER_TO_OPENER.encode(REFUSED)),
+        ("inbox", lists.KEEPER_TO_INBOX.encode(REFUSED._replace(connection=99))),
+    ):
+        with forging("keeper", to, [(message, 5)] * 50, after=SECOND) as broker, Raw(broker.socket) as client:
+            assert outcome(client.open("/dev/null")) == "granted"
+            with Raw(broker.socket) as other:
+                assert outcome(other.open("/dev/null")) == "granted"
+                time.sleep(0.5)
+                assert outcome(client.open("/dev/null")) == "granted"
+                counts = broker.counts()
+            kept = {name: counts[name] - broker.idle[name] for name in ("launcher", "opener", "inbox", "keeper")}
+            assert kept == {"launcher": 0, "opener": 2, "inbox": 2, "keeper": 0}, to  # the two connections
+            assert broker.process.poll() is None
+
+
+def test_a_keeper_can_forge_a_listing_and_what_is_in_it_is_still_refused(dev):
+    """It makes nothing that is granted: names, and no descriptor."""
+    made_up = [Offer(ZERO, "forged:1"), Offer(Device("/dev/none", "rw"), "forged:2", 5)]
+    messages = [(lists.KEEPER_TO_INBOX.encode(lists.Offered(1, True, made_up)), 0)]
+    with forging("keeper", "inbox", messages, after=SECOND) as broker, Raw(broker.socket) as client:
+        client.send_call(LIST)
+        time.sleep(0.5)  # the inbox has asked
+        with Raw(broker.socket):
+            reply = client.reply()
+            assert reply is not None
+            assert [one["resource"]["device"] for one in reply["parameters"]["resources"]] == ["/dev/zero", "/dev/none"]
+            assert client.descriptors == []
+            assert outcome(client.open("/dev/zero")) == "Denied"
+            assert outcome(client.open("/dev/none")) == "Denied"
+            assert outcome(client.open("/dev/null")) == "granted"
+        assert broker.process.poll() is None
+
+
+def test_a_keeper_can_refuse_lists(dev):
+    messages = [(lists.KEEPER_TO_INBOX.encode(REFUSED), 0)]
+    with forging("keeper", "inbox", messages, after=SECOND) as broker, Raw(broker.socket) as client:
+        client.send_call(LIST)
+        time.sleep(0.5)
+        with Raw(broker.socket):
+            reply = client.reply()
+            assert outcome(reply) == "RateLimited"
+            assert reply is not None
+            assert reply["parameters"]["retryAfterMilliseconds"] == 777
+            assert outcome(client.open("/dev/null")) == "granted"
+        assert broker.process.poll() is None
+
+
+def test_a_keeper_can_let_lists_and_watches_starve_and_whoever_opens_does_not_notice(dev):
+    with forging("keeper", "opener", [], after=FIRST, stay=True) as broker:
+        with Raw(broker.socket) as lists_, Raw(broker.socket) as watches, Raw(broker.socket) as client:
+            lists_.send_call(LIST)
+            watches.send_call(LIST, **WATCH)
+            harness.node("/dev/snd/new", harness.MEM["zero"])
+            for _ in range(100):
+                assert outcome(client.open("/dev/null")) == "granted"
+            for one in (lists_, watches):
+                one.sock.settimeout(1)
+                with pytest.raises(TimeoutError):
+                    one.reply()
+        assert harness.ask(broker.socket, "/dev/null") == "granted"
+        assert broker.process.poll() is None
+
+
+def test_a_keeper_can_have_a_refused_list_recorded_of_who_is_there_and_once(dev):
+    """Of whom the opener names, not of whom the keeper would; of one that has ended nothing."""
+    one, other = (keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(number, 777)) for number in (1, 2))
+    messages = [(one, 0)] * 1000 + [(other, 0)] * 1000
+    with forging("keeper", "opener", messages, after=3) as broker, Raw(broker.socket) as client:  # connection 1
+        assert as_user(BOB, [], harness.ask, broker.socket, "/dev/null") == "granted"  # 2, which ends
+        time.sleep(0.5)
+        with Raw(broker.socket) as third:
+            broker.wait_for("refused", 20)
+            assert outcome(client.open("/dev/null")) == "granted"
+            assert outcome(third.open("/dev/null")) == "granted"
+        (record,) = broker.records("refused")
+        assert record["FDBROKER_UID"] == "0"
+        assert record["FDBROKER_CONNECTION"] == "1"
+        assert "FDBROKER_RESOURCE" not in record
+        assert broker.process.poll() is None
+
+
+def test_a_keeper_that_does_not_take_a_policy_holds_up_the_next_reload_and_not_this_one(dev):
+    """The opener judges by the new one at once; who asked for the reload sees that it does not end."""
+    with forging("keeper", "opener", [], after=FIRST, stay=True) as broker, Raw(broker.socket) as client:
+        assert outcome(client.open("/dev/null")) == "granted"
+        broker.policy.write_text("version: 1\n")
+        broker.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 20
+        while outcome(client.open("/dev/null")) != "Denied":
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert "is reloaded" not in broker.text()
+        assert broker.process.poll() is None
+        broker.process.kill()  # the keeper does not end when it is told to
+
+
+# ---- what a keeper is told: by a taken-over inbox, a taken-over opener, and the launcher
+
+TO_KEEPER_BY_INBOX = {
+    "unknown": ([(b"\xff", 0)], "unknown message type 255"),
+    "too long": ([(b"x" * 140000, 0)], "at most"),
+    "cut": ([(lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=True))[:-1], 0)], "List: cut at 9 bytes"),
+    "of nobody": (
+        [(lists.INBOX_TO_KEEPER.encode(lists.List(7, watch=False)), 0)],
+        "connection 7, which does not exist",
+    ),
+    "who came": ([(keeper.OPENER_TO_KEEPER.encode(keeper.Came(1, 0, 0, 1, False, "", ())), 0)], "List: "),
+    "a policy": ([(keeper.OPENER_TO_KEEPER.encode(keeper.Use(1, 0)), 0)], "unknown message type 2"),
+    "twice": ([(lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=True)), 0)] * 2, "connection 1, which is watching"),
+}
+
+
+@pytest.mark.parametrize("case", TO_KEEPER_BY_INBOX)
+def test_an_inbox_that_breaks_the_keepers_rules_ends_the_service(dev, case):
+    messages, why = TO_KEEPER_BY_INBOX[case]
+    with forging("inbox", "keeper", messages, after=FIRST_CLIENT) as broker, Raw(broker.socket) as client:
+        text = _ended(broker)
+        assert "the keeper" in text
+        assert why in text
+        assert client.reply() is None
+
+
+def test_descriptors_of_an_inbox_s_are_never_taken_by_the_keeper(dev):
+    messages = [(lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=False)), 5)]
+    with forging("inbox", "keeper", messages, after=SECOND_CLIENT, stay=True) as broker:
+        with Raw(broker.socket), Raw(broker.socket):
+            time.sleep(1)
+            assert broker.counts()["keeper"] == broker.idle["keeper"]
+        assert broker.process.poll() is None
+
+
+TO_KEEPER_BY_OPENER = {
+    "unknown": (b"\xff", "unknown message type 255"),
+    "cut": (keeper.OPENER_TO_KEEPER.encode(keeper.Came(1, 0, 0, 1, False, "", (5,)))[:-1], "Came: cut at"),
+    "a policy that did not come": (keeper.OPENER_TO_KEEPER.encode(keeper.Use(5, 0)), "policy 5, which did not come"),
+    "a word of the launcher's": (link.STOP, "unknown message type 5"),
+    "a List": (lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=False)), "Came: "),
+}
+
+
+@pytest.mark.parametrize("case", TO_KEEPER_BY_OPENER)
+def test_an_opener_that_breaks_the_keepers_rules_ends_the_service(dev, case):
+    message, why = TO_KEEPER_BY_OPENER[case]
+    with forging("opener", "keeper", [(message, 0)], after=1) as broker, Raw(broker.socket):
+        text = _ended(broker)
+        assert "the keeper" in text
+        assert why in text
+
+
+TO_KEEPER_BY_LAUNCHER = {
+    "unknown": (b"\xff", 0, "unknown message type 255"),
+    "cut": (keeper.LAUNCHER_TO_KEEPER.encode(link.Policy(1))[:-1], 1, "Policy: cut at 4 bytes"),
+    "with many descriptors": (keeper.LAUNCHER_TO_KEEPER.encode(link.Policy(1)), 3, "descriptors"),
+    "who came": (keeper.OPENER_TO_KEEPER.encode(keeper.Came(1, 0, 0, 1, False, "", ())), 0, "Policy: "),
+}
+
+
+@pytest.mark.parametrize("case", TO_KEEPER_BY_LAUNCHER)
+def test_what_is_no_word_of_the_launchers_ends_a_keeper(dev, tmp_path, monkeypatch, case):
+    message, descriptors, why = TO_KEEPER_BY_LAUNCHER[case]
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    policy = load_policy(str(tmp_path / "policy.yaml"), trusted=False).policy
+    sealed = memfd.sealed("policy", to_bytes(policy))
+    with contextlib.ExitStack() as owned:
+        owned.callback(os.close, sealed)
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
+        for ours, theirs in pairs:
+            owned.enter_context(ours)
+            owned.enter_context(theirs)
+        finder = Finder()
+        owned.callback(finder.close)
+        notify = inotify.create()
+        owned.callback(os.close, notify)
+        monkeypatch.setattr(inotify, "create", lambda: notify)
+        one = Keeper(*(Link(theirs) for _, theirs in pairs), policy, finder)
+        Link(pairs[0][0]).send_with_descriptors(message, [sealed] * descriptors)
+        with pytest.raises(LinkViolation, match=why):
+            one.serve()
 
 
 def _reloads(address: str) -> str:
