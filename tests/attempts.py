@@ -333,6 +333,12 @@ _READ = {
     "namespaces": "it has no Landlock, which would keep it from opening namespaces, and CAP_DAC_READ_SEARCH",
     "witness": "it has root's uid and no Landlock, or it could not look at namespaces; it reads nothing but the launcher's pidfds",
 }
+_LIST_FOLDERS = {"namespaces": _READ["namespaces"]}
+_LIST_DEVICES = {
+    **_LIST_FOLDERS,
+    "keeper": "that is what it is for",
+    "launcher": "a reload looks at the nodes that the rules name, and opens none",
+}
 _READ_ETC = {**_READ, "launcher": f"{_LAUNCHER}, and Landlock leaves it /etc"}
 _SIGNALS = {"namespaces": "processes of its own user only: it ends its children"}
 _ITS_OWN_LIMITS = {"all": "processes of its own user only, which are itself"}
@@ -426,6 +432,10 @@ TABLE: dict[str, list[Attempt]] = {
         Attempt("note an attribute at its own file", "setxattr", lambda w: os.setxattr(w.mine, "trusted.a", b"b")),
         Attempt("open the device of a rule", "openat", lambda w: opening("/dev/lab/allowed", os.O_RDWR), {"opener": "the policy's own"}),
         Attempt("open another device", "openat", lambda w: opening("/dev/other", os.O_RDWR)),
+        Attempt("read another device", "openat", lambda w: opening("/dev/other", os.O_RDONLY), _READ),
+        Attempt("read another device by openat2", "openat2", lambda w: os.close(sc("openat2", -100, b"/dev/other", struct.pack("QQQ", 0, 0, 0), 24))),
+        Attempt("list the folder of a rule", "openat getdents64", lambda w: os.listdir("/dev/lab"), _LIST_DEVICES),
+        Attempt("list another folder", "openat getdents64", lambda w: os.listdir(w.folder), _LIST_FOLDERS),
         Attempt("open a device by a node of its own user's", "openat", lambda w: opening(f"{w.mine}-node", os.O_RDWR)),
         Attempt("change a setting of the kernel", "openat", lambda w: opening("/proc/sys/kernel/core_pattern", os.O_WRONLY) ),
         Attempt("learn whether a file exists", "newfstatat", lambda w: os.stat(f"{w.folder}/public"), _NO_LANDLOCK_RIGHT ),

@@ -1,6 +1,6 @@
 """Which names below /dev a glob matches now.
 
-Runs in: launcher, opener. Root alone makes names there; nothing here follows or opens what it finds.
+Runs in: launcher, keeper. Root alone makes names there; nothing here follows or opens what it finds.
 """
 
 from __future__ import annotations

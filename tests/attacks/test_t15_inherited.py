@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from harness import EVERYONE_NULL, Raw, descriptors_of, folder, outcome, running
 
@@ -18,21 +19,36 @@ def test_the_children_have_exactly_what_they_need(dev):
     os.set_inheritable(leak, True)
     try:
         with running(EVERYONE_NULL) as broker:
-            opener, inbox = (descriptors_of(broker.pids[name]) for name in ("opener", "inbox"))
-            for what in (opener, inbox):
+            opener, keeper, inbox = (descriptors_of(broker.pids[name]) for name in ("opener", "keeper", "inbox"))
+            for what in (opener, keeper, inbox):
                 assert not [one for one in what.values() if "passwd" in one]
-            # stdin, stdout, log; two links, listener, its reserve, epoll, inotify, one for a policy's place and one for
+            # stdin, stdout, log; three links, listener, its reserve, epoll, one for a policy's place and one for
             # what threads have opened, /dev, /proc twice, /sys/dev
             assert len(opener) == 15, opener
-            assert _kinds(broker.pids["opener"]).count("socket") == 4
-            # stdin, stdout, log; two links, epoll
-            assert len(inbox) == 6, inbox
+            assert _kinds(broker.pids["opener"]).count("socket") == 5
+            # three links; no client's socket, and no policy once it is read; /dev and /sys/dev cannot be read by theirs
+            log = str(broker.log)
+            kept = ["/dev", "/dev/null", "/dev/null", "/sys/dev", log, "anon_inode", "anon_inode", *["socket"] * 3]
+            assert _kinds(broker.pids["keeper"]) == sorted(kept)
+            for number, what in keeper.items():
+                assert what not in ("/dev", "/sys/dev") or _flags(broker.pids["keeper"], number) & os.O_PATH
+            # stdin, stdout, log; three links, epoll
+            assert len(inbox) == 7, inbox
             # stdin, stdout, log; one link
             assert _kinds(_witness(broker)) == ["/dev/null", "/dev/null", str(broker.log), "socket"]
             with Raw(broker.socket) as client:
                 assert outcome(client.open("/dev/null")) == "granted"
+                # who lists gives the keeper nothing more; of a connection it has no socket
+                assert outcome(client.call("io.fdbroker.Broker.List")) == "granted"
+                assert _kinds(broker.pids["keeper"]) == sorted(kept)
     finally:
         os.close(leak)
+
+
+def _flags(pid, number):
+    """How it was opened: proc_pid_fdinfo(5)."""
+    lines = Path(f"/proc/{pid}/fdinfo/{number}").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("flags:")).split()[1], 8)
 
 
 def _witness(broker):

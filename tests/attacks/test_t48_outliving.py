@@ -25,7 +25,7 @@ def test_the_launchers_end_takes_all_with_it_although_they_do_nothing_by_themsel
     with running(POLICY) as broker:
         broker.expected_code = None
         others = {name: pid for name, pid in broker.pids.items() if name != "launcher"}
-        assert sorted(others) == ["inbox", "namespaces", "opener", "witness", "worker"]
+        assert sorted(others) == ["inbox", "keeper", "namespaces", "opener", "witness", "worker"]
         for pid in others.values():
             os.kill(pid, signal.SIGSTOP)
         broker.process.send_signal(signal.SIGTERM if how == "told to stop" else signal.SIGKILL)
@@ -41,7 +41,7 @@ def test_the_launchers_end_takes_all_with_it_although_they_do_nothing_by_themsel
                     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name", ["opener", "inbox", "namespaces", "witness"])
+@pytest.mark.parametrize("name", ["opener", "keeper", "inbox", "namespaces", "witness"])
 def test_the_end_of_one_is_the_end_of_all(dev, name):
     node("/dev/snd/pcm", MEM["zero"])
     with running(POLICY) as broker:

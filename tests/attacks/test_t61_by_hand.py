@@ -34,7 +34,7 @@ def test_the_children_of_a_service_on_a_terminal_do_not_have_it(root):
                 said += os.read(master, 1000)
             assert _terminal_of(process.pid) != 0
             children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-            assert len(children) == 3  # opener, inbox, witness
+            assert len(children) == 4  # opener, keeper, inbox, witness
             for pid in map(int, children):
                 assert _terminal_of(pid) == 0
                 assert os.getsid(pid) == pid

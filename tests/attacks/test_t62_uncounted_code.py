@@ -55,7 +55,7 @@ def test_no_process_of_the_service_runs_or_finds_what_is_planted_for_site(root, 
     with private_dev(), folder() as state:
         node("/dev/lab/zero", MEM["zero"])
         with running(POLICY, "--state", f"{state}/mail", program=("-c", start)) as broker:
-            assert set(broker.pids) == {"launcher", "opener", "inbox", "namespaces", "worker", "witness"}
+            assert set(broker.pids) == {"launcher", "opener", "keeper", "inbox", "namespaces", "worker", "witness"}
             with Raw(broker.socket) as client:
                 assert outcome(client.open("/dev/lab/zero")) == "granted"
                 assert outcome(client.call("io.fdbroker.Inbox.Send", {"topic": "lab", "payload": "eA=="})) == "granted"

@@ -61,8 +61,9 @@ def test_nothing_is_connected_by_what_is_sent_first(process):
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_CREAT, os.O_RDONLY | os.O_TRUNC])
-def test_the_namespaces_worker_opens_files_for_reading_alone(tmp_path, flags):
-    program, path = _program("namespaces"), str(tmp_path / "file")
+@pytest.mark.parametrize("process", ["keeper", "namespaces", "witness"])
+def test_who_lists_or_reads_opens_files_for_reading_alone(tmp_path, process, flags):
+    program, path = _program(process), str(tmp_path / "file")
     (tmp_path / "file").touch()
     assert _under(program, lambda: os.open(path, os.O_RDONLY)) == 0
     assert _under(program, lambda: os.open(path, flags, 0o600)) == errno.EPERM

@@ -18,7 +18,7 @@ from fdbroker.launcher import filters
 
 PACKAGE = Path(fdbroker.__file__).parent
 # what runs confined; clients and bridges are ordinary programs
-CONFINED = ("kernel", "inbox", "namespaces", "opener")
+CONFINED = ("kernel", "inbox", "keeper", "namespaces", "nodes", "opener")
 _PR_SET_NO_NEW_PRIVS = 38
 # all numbers of the old form, the neighbours of ours, and some that a process that was taken over would like
 TRIED = sorted(
@@ -61,7 +61,7 @@ def _outcome(descriptor: int, request: int) -> int:
 @pytest.mark.parametrize("process", filters.PROCESSES)
 def test_a_filter_lets_through_what_the_table_says_and_nothing_else(process):
     wanted = {row.request for row in filters.IOCTLS if row.process == process.removesuffix("-store")}
-    assert wanted or process in ("witness", "refuser")
+    assert wanted or process in ("keeper", "witness", "refuser")
     assert _let_through(process) == wanted
 
 

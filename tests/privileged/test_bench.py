@@ -45,7 +45,7 @@ def test_the_quick_run_prints_every_ratio(root, measured):
     assert found["idle_connections"]["ratio"] > 0
     assert found["fan_out"]["per_second"]["fdbroker"] > 0
     assert found["namespaces"]["ratio"] > 0
-    assert found["memory"]["processes"] == 4  # launcher, opener, inbox, witness
+    assert found["memory"]["processes"] == 5  # launcher, opener, keeper, inbox, witness
     assert found["memory"]["pss_mb"] > 20
 
 

@@ -85,7 +85,7 @@ WITH_WORKER = ROOTS_ONLY.replace("]}\n", "], namespaces: [{type: uts, create: tr
 
 def test_what_the_kernel_says_of_each(dev):
     with running(WITH_WORKER) as broker:
-        assert set(broker.pids) == {"launcher", "opener", "inbox", "witness", "namespaces", "worker"}
+        assert set(broker.pids) == {"launcher", "opener", "keeper", "inbox", "witness", "namespaces", "worker"}
         for name, pid in broker.pids.items():
             status = status_of(pid)
             for kind in ("CapInh", "CapEff", "CapBnd", "CapAmb"):
@@ -97,11 +97,11 @@ def test_what_the_kernel_says_of_each(dev):
             assert len(uids) == 1
             roots = name in ("launcher", "witness")
             assert int(uids.pop()) in ([0] if roots else range(61184, 65520))
-        for name in ("launcher", "inbox"):
+        for name in ("launcher", "keeper", "inbox"):
             assert status_of(broker.pids[name])["CapPrm"] == NONE
         assert int(status_of(broker.pids["witness"])["CapPrm"], 16) == 1 << 19  # CAP_SYS_PTRACE
-        assert len({status_of(broker.pids[name])["Uid"] for name in ("opener", "inbox", "worker")}) == 3
-        for name in ("opener", "inbox", "witness", "worker"):
+        assert len({status_of(broker.pids[name])["Uid"] for name in ("opener", "keeper", "inbox", "worker")}) == 4
+        for name in ("opener", "keeper", "inbox", "witness", "worker"):
             # dumpable off: what its user owns nowhere belongs to root here
             assert os.stat(f"/proc/{broker.pids[name]}/environ").st_uid == 0
 
@@ -129,7 +129,7 @@ def test_no_child_keeps_the_groups_of_the_root_that_started_it(dev):
         assert ask(broker.socket, "/dev/null") == "granted"
 
 
-@pytest.mark.parametrize("victim", ["launcher", "opener", "inbox", "witness"])
+@pytest.mark.parametrize("victim", ["launcher", "opener", "keeper", "inbox", "witness"])
 def test_when_one_dies_all_end_and_the_service_fails(dev, victim):
     with running(EVERYONE_NULL) as broker:
         broker.expected_code = None
@@ -196,7 +196,7 @@ def test_a_thread_that_still_works_does_not_change_how_a_process_ends(dev, busy_
 
 INBOX = """
 class Inbox:
-    def __init__(self, launcher, opener, topics, unit_s):
+    def __init__(self, launcher, opener, keeper, topics, unit_s):
         self.launcher = launcher
 
     def serve(self):

@@ -295,10 +295,10 @@ def test_killed_by_the_kernel_out_of_memory_nothing_is_granted_unrecorded_or_los
             broker.wait_ready()
             idle = broker.idle
             with loaded(broker) as load:
-                for number, name in enumerate(("opener", "inbox", "launcher"), 1):
+                for number, name in enumerate(("opener", "keeper", "inbox", "launcher"), 1):
                     time.sleep(0.5)
                     take(broker.pids[name])
-                    if name == "launcher":
+                    if name in ("launcher", "keeper"):  # for both a reload takes memory
                         broker.process.send_signal(signal.SIGHUP)
                     broker.process.wait(20)
                     assert kills() == number
@@ -320,7 +320,7 @@ def test_killed_by_the_kernel_out_of_memory_nothing_is_granted_unrecorded_or_los
             broker.process.wait()
 
 
-@pytest.mark.parametrize("name", ["opener", "inbox", "witness"])
+@pytest.mark.parametrize("name", ["opener", "keeper", "inbox", "witness"])
 def test_a_process_that_does_not_stop_in_its_time_is_ended(dev, name):
     """Nothing of it is left, and the launcher says nothing but that it stops: also on a machine that is slow."""
     with running(harness.EVERYONE_NULL) as broker:

@@ -62,6 +62,11 @@ def _opens(broker):
         assert client.open("/dev/null") is None
 
 
+def _lists(broker):
+    with Raw(broker.socket) as client:
+        assert client.call("io.fdbroker.Broker.List") is None
+
+
 def _is_wrong(broker):
     with Raw(broker.socket) as client:
         client.sock.sendall(b"\xff" * 100)
@@ -91,6 +96,7 @@ class Case(NamedTuple):
 
 CASES = (
     Case("the opener", "opener", "openat2", "opener", _opens, 70),
+    Case("the keeper", "keeper", "openat2", "keeper", _lists, 70),
     Case("the inbox", "inbox", "shutdown", "inbox", _is_wrong, 70),
     Case("the witness", "witness", "newfstatat", "witness", lambda broker: command(broker.socket, "reload"), 70),
     Case(

@@ -29,6 +29,7 @@ RECORD = Path(__file__).parents[2] / "docs/confinement-tried.json"
 # the processes in the record, and in the document
 COLUMNS = {
     "opener": "opener",
+    "keeper": "keeper",
     "inbox": "inbox",
     "inbox-store": "inbox that stores",
     "worker": "namespaces",
@@ -70,7 +71,7 @@ def _run(policy: str, wanted: dict[str, list[str]], owned: contextlib.ExitStack)
     place.chmod(0o755)
     store = "inbox-store" in wanted
     with running(policy, "--state", str(place / "state"), program=takeover.program(str(place), store)) as broker:
-        pids = {name: broker.pids[name] for name in ("launcher", "opener", "worker", "witness")}
+        pids = {name: broker.pids[name] for name in ("launcher", "opener", "keeper", "worker", "witness")}
         pids["inbox-store" if store else "inbox"] = broker.pids["inbox"]
         pids["holder"] = broker.pids["namespaces"]
         return _try_in(place, broker, pids, wanted, owned)
@@ -146,7 +147,7 @@ def tried() -> Iterator[dict[str, Any]]:
         abstract.bind("\0fdbroker-tried")
         abstract.listen(4096)
         landlocked = ["whole", "no filter", "no landlock"]
-        wanted = {"opener": [*landlocked, "free"], "inbox-store": landlocked}
+        wanted = {"opener": [*landlocked, "free"], "keeper": landlocked, "inbox-store": landlocked}
         wanted |= {role: ["whole", "no filter"] for role in ("holder", "worker", "child", "witness")}
         wanted["launcher"] = landlocked
         found = _run(POLICY, wanted, owned)
