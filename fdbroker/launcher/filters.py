@@ -28,14 +28,13 @@ _RUNTIME = """
     read write close fcntl fstat newfstatat lseek poll ppoll sched_yield
 """
 _LOOP = """
-    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 recvmsg recvfrom shutdown getsockopt
-    getsockname
+    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 recvmsg recvfrom getsockopt getsockname
 """
 _OPENER = """
-    accept4 openat2 openat readlinkat capset pread64 dup prlimit64 eventfd2 set_robust_list rseq pidfd_open
+    accept4 openat2 openat readlinkat capset pread64 dup prlimit64 eventfd2 set_robust_list rseq pidfd_open shutdown
 """
 
-# The keeper lists folders and finds nodes; Landlock lets it read no file.
+# The keeper lists folders and finds nodes; Landlock lets it read no file. Flags of openat2 no filter sees.
 _KEEPER = """
     openat2 readlinkat getdents64 inotify_init1 inotify_add_watch pread64
 """
@@ -43,7 +42,7 @@ _KEEPER = """
 # What the inbox does beside: read a payload from its memfd, whatever becomes of the message; start a thread to close
 # what came with a message; see how many of these it may hold.
 _INBOX = """
-    pread64 set_robust_list rseq prlimit64
+    pread64 set_robust_list rseq prlimit64 shutdown
 """
 # What the store alone does (inbox/store.py and inbox/reserve.py), by itself and by SQLite: Landlock says in which
 # folder. An inbox without a store touches no file, so it may do none of this. A call that any other module of the inbox
@@ -147,24 +146,30 @@ NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
     "witness": {},
     "refuser": {"clone": (0, (_THREAD,)), "setsockopt": (2, (socket.SO_OOBINLINE,))},
 }
-# What is allowed without certain flags only: in which argument, and which flags. No process makes code once it is
-# confined, and none connects: what is sent with the first packet of a TCP connection would.
+# What is allowed with certain flags only: in which argument, which flags are looked at, and which of these must be set.
+# No process makes code once it is confined, and none connects: what is sent with the first packet of a TCP connection
+# would.
 _MSG_FASTOPEN = 0x2000_0000  # linux/socket.h
 _WITHOUT = {
-    "mmap": (2, mmap.PROT_EXEC),
-    "mprotect": (2, mmap.PROT_EXEC),
-    "sendto": (3, _MSG_FASTOPEN),
-    "sendmsg": (2, _MSG_FASTOPEN),
+    "mmap": (2, mmap.PROT_EXEC, 0),
+    "mprotect": (2, mmap.PROT_EXEC, 0),
+    "sendto": (3, _MSG_FASTOPEN, 0),
+    "sendmsg": (2, _MSG_FASTOPEN, 0),
 }
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-WITHOUT: dict[str, dict[str, tuple[int, int]]] = {
+_READING = {"openat": (2, _WRITING, 0)}
+WITHOUT: dict[str, dict[str, tuple[int, int, int]]] = {
     "opener": _WITHOUT,
-    "keeper": {**_WITHOUT, "openat": (2, _WRITING)},
+    # it opens folders alone, and sends no descriptor
+    "keeper": {
+        **{name: flags for name, flags in _WITHOUT.items() if name != "sendmsg"},
+        "openat": (2, _WRITING | os.O_DIRECTORY, os.O_DIRECTORY),
+    },
     "inbox": _WITHOUT,
     "inbox-store": _WITHOUT,
     # it has no Landlock, and reads only; so not openat2 either, whose flags no filter sees
-    "namespaces": {**_WITHOUT, "openat": (2, _WRITING)},
-    "witness": {**_WITHOUT, "openat": (2, _WRITING)},
+    "namespaces": {**_WITHOUT, **_READING},
+    "witness": {**_WITHOUT, **_READING},
     "refuser": _WITHOUT,
 }
 # NSS may ask a server.
@@ -200,8 +205,8 @@ def compile_filter(process: str) -> int:
     for name, (position, values) in narrowed.items():
         for value in values:
             _add(program, pyseccomp.ALLOW, name, pyseccomp.Arg(position, pyseccomp.EQ, value))
-    for name, (position, flags) in without.items():
-        _add(program, pyseccomp.ALLOW, name, pyseccomp.Arg(position, pyseccomp.MASKED_EQ, flags, 0))
+    for name, (position, flags, wanted) in without.items():
+        _add(program, pyseccomp.ALLOW, name, pyseccomp.Arg(position, pyseccomp.MASKED_EQ, flags, wanted))
     for name in set(_DEADLY.split()).difference(allowed, narrowed):
         _add(program, pyseccomp.KILL_PROCESS, name)
     # glibc then falls back to clone, which is not on the list

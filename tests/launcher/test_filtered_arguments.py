@@ -54,19 +54,40 @@ def test_nothing_is_connected_by_what_is_sent_first(process):
     one, other = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with one, other, socket.socket() as sock:
         assert _under(program, lambda: one.send(b"x")) == 0
-        assert _under(program, lambda: one.sendmsg([b"x"])) == 0
+        assert _under(program, lambda: one.sendmsg([b"x"])) == (errno.EPERM if process == "keeper" else 0)
         nobody = ("127.0.0.1", 9)
         assert _under(program, lambda: sock.sendto(b"x", fast_open, nobody)) == errno.EPERM
         assert _under(program, lambda: sock.sendmsg([b"x"], [], fast_open, nobody)) == errno.EPERM
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_CREAT, os.O_RDONLY | os.O_TRUNC])
-@pytest.mark.parametrize("process", ["keeper", "namespaces", "witness"])
-def test_who_lists_or_reads_opens_files_for_reading_alone(tmp_path, process, flags):
+@pytest.mark.parametrize("process", ["namespaces", "witness"])
+def test_who_has_no_landlock_opens_files_for_reading_alone(tmp_path, process, flags):
     program, path = _program(process), str(tmp_path / "file")
     (tmp_path / "file").touch()
     assert _under(program, lambda: os.open(path, os.O_RDONLY)) == 0
     assert _under(program, lambda: os.open(path, flags, 0o600)) == errno.EPERM
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_PATH, os.O_RDONLY | os.O_CREAT])
+def test_the_keeper_opens_no_file_by_openat_whatever_landlock_says(tmp_path, flags):
+    """By openat2 it could: test_taken_over.py."""
+    program, path = _program("keeper"), str(tmp_path / "file")
+    (tmp_path / "file").touch()
+    assert _under(program, lambda: os.listdir(tmp_path)) == 0
+    assert _under(program, lambda: os.open(path, flags, 0o600)) == errno.EPERM
+    assert _under(program, lambda: os.open(path, flags | os.O_DIRECTORY, 0o600)) != 0  # it is none
+    assert _under(program, lambda: os.open("/dev/null", flags)) == errno.EPERM
+    for writes in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC):
+        assert _under(program, lambda: os.open(tmp_path, writes | os.O_DIRECTORY)) == errno.EPERM
+
+
+def test_the_keeper_sends_no_descriptor():
+    one, other = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with one, other:
+        for process in filters.PROCESSES:
+            number = _under(_program(process), lambda: socket.send_fds(one, [b"x"], [2]))
+            assert number == (errno.EPERM if process == "keeper" else 0), process
 
 
 def test_the_launcher_starts_nothing_and_makes_no_namespace():

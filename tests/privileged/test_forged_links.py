@@ -326,20 +326,19 @@ def test_a_keeper_that_breaks_its_rules_ends_the_service(dev, case):
 
 
 TO_LAUNCHER_BY_KEEPER = {
-    "unknown": (b"\xff", 0, "unknown message type 255"),
-    "cut": (keeper.KEEPER_TO_LAUNCHER.encode(link.Applied(1))[:-1], 0, "Applied: cut at 4 bytes"),
-    "with a descriptor": (link.PONG, 1, "descriptors were cut"),
-    "to stop": (link.STOP_ASKED, 0, f"unknown message type {link.STOP_ASKED[0]}"),
-    "to reload": (link.OPENER_TO_LAUNCHER.encode(admin.ReloadAsked(1)), 0, "unknown message type 13"),
-    "to judge": (link.OPENER_TO_LAUNCHER.encode(admin.Judge(1)), 0, "unknown message type"),
-    "that an administrator is at home": (YES, 0, "unknown message type 12"),
+    "unknown": (b"\xff", "unknown message type 255"),
+    "cut": (keeper.KEEPER_TO_LAUNCHER.encode(link.Applied(1))[:-1], "Applied: cut at 4 bytes"),
+    "to stop": (link.STOP_ASKED, f"unknown message type {link.STOP_ASKED[0]}"),
+    "to reload": (link.OPENER_TO_LAUNCHER.encode(admin.ReloadAsked(1)), "unknown message type 13"),
+    "to judge": (link.OPENER_TO_LAUNCHER.encode(admin.Judge(1)), "unknown message type"),
+    "that an administrator is at home": (YES, "unknown message type 12"),
 }
 
 
 @pytest.mark.parametrize("case", TO_LAUNCHER_BY_KEEPER)
 def test_a_keeper_can_tell_the_launcher_three_words_only(dev, case):
-    message, descriptors, why = TO_LAUNCHER_BY_KEEPER[case]
-    with forging("keeper", "launcher", [(message, descriptors)], after=FIRST) as broker, Raw(broker.socket):
+    message, why = TO_LAUNCHER_BY_KEEPER[case]
+    with forging("keeper", "launcher", [(message, 0)], after=FIRST) as broker, Raw(broker.socket):
         assert why in _ended(broker)
 
 
@@ -385,22 +384,11 @@ def test_a_keeper_cannot_answer_what_was_asked_of_the_opener(dev):
         assert client.reply() is None
 
 
-def test_descriptors_of_a_keepers_are_never_taken(dev):
-    """It has none of a client's or a device's; what it sends with each message gets nowhere."""
-    for to, message in (
-        ("opener", keeper.KEEPER_TO_OPENER.encode(REFUSED)),
-        ("inbox", lists.KEEPER_TO_INBOX.encode(REFUSED._replace(connection=99))),
-    ):
-        with forging("keeper", to, [(message, 5)] * 50, after=SECOND) as broker, Raw(broker.socket) as client:
-            assert outcome(client.open("/dev/null")) == "granted"
-            with Raw(broker.socket) as other:
-                assert outcome(other.open("/dev/null")) == "granted"
-                time.sleep(0.5)
-                assert outcome(client.open("/dev/null")) == "granted"
-                counts = broker.counts()
-            kept = {name: counts[name] - broker.idle[name] for name in ("launcher", "opener", "inbox", "keeper")}
-            assert kept == {"launcher": 0, "opener": 2, "inbox": 2, "keeper": 0}, to  # the two connections
-            assert broker.process.poll() is None
+@pytest.mark.parametrize("to", ["launcher", "opener", "inbox"])
+def test_a_keeper_can_send_no_descriptor(dev, to):
+    """It has none of a client's or a device's either."""
+    with forging("keeper", to, [(b"x", 1)], after=FIRST) as broker, Raw(broker.socket):
+        assert "the keeper failed with PermissionError; a system call that its seccomp filter" in _ended(broker)
 
 
 def test_a_keeper_can_forge_a_listing_and_what_is_in_it_is_still_refused(dev):
