@@ -246,7 +246,7 @@ class Launcher:
             if watchdog_s and now_s >= ping_at_s:
                 ping_at_s = now_s + watchdog_s
                 self._silent = {*_PINGED}
-                for name in _PINGED:
+                for name in () if self._stop_at_s else _PINGED:  # when it stops, they end one by one
                     self._child(name).link.send(link.PING)
             if now_s >= look_at_s:
                 look_at_s = now_s + _LOOK_S

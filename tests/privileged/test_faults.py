@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -322,9 +324,96 @@ def test_killed_by_the_kernel_out_of_memory_nothing_is_granted_unrecorded_or_los
 
 @pytest.mark.parametrize("name", ["opener", "keeper", "inbox", "witness"])
 def test_a_process_that_does_not_stop_in_its_time_is_ended(dev, name):
-    """Nothing of it is left, and the launcher says nothing but that it stops: also on a machine that is slow."""
-    with running(harness.EVERYONE_NULL) as broker:
+    """Nothing of it is left, and the launcher says nothing but that it stops: also on a machine that is slow.
+
+    Nor does it ask for signs of life any more, of processes that have ended.
+    """
+    environment = {"PATH": os.environ["PATH"], "WATCHDOG_USEC": "200000"}
+    with running(harness.EVERYONE_NULL, environment=environment) as broker:
         os.kill(broker.pids[name], signal.SIGSTOP)
         assert broker.stop() == 0
         assert [pid for pid in broker.pids.values() if os.path.exists(f"/proc/{pid}")] == []
         assert "Traceback" not in broker.text()
+
+
+# ---- the keeper
+
+LIST = "io.fdbroker.Broker.List"
+
+
+@contextlib.contextmanager
+def watched_over():
+    """A broker that has a watchdog, and how many signs of life came in so many seconds."""
+    with harness.folder() as where, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(where / "notify"))
+        environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(where / "notify"), "WATCHDOG_USEC": "1000000"}
+
+        def signs(seconds):
+            """The first half second is for what was on its way."""
+            found, begin_s = 0, time.monotonic()
+            while (left_s := begin_s + seconds - time.monotonic()) > 0:
+                manager.settimeout(left_s)
+                with contextlib.suppress(TimeoutError):
+                    said = manager.recv(4096)
+                    found += said == b"WATCHDOG=1" and time.monotonic() > begin_s + 0.5
+            return found
+
+        with running(harness.EVERYONE_NULL, environment=environment) as broker:
+            yield broker, signs
+
+
+@pytest.mark.parametrize("name", ["keeper", "opener", "inbox"])
+def test_the_watchdog_notices_who_hangs_and_no_other_speaks_for_it(dev, name):
+    with watched_over() as (broker, signs):
+        assert signs(2.5) >= 2
+        os.kill(broker.pids[name], signal.SIGSTOP)
+        assert signs(3) == 0
+        os.kill(broker.pids[name], signal.SIGCONT)
+        assert signs(3) >= 2
+
+
+def test_while_the_keeper_hangs_lists_wait_and_who_is_connected_does_not_notice(dev):
+    """Who comes is let in for as long as the keeper can be told; then it waits, and is served when that goes on."""
+    with running(harness.EVERYONE_NULL) as broker:
+        with harness.Raw(broker.socket) as client, harness.Raw(broker.socket) as lists:
+            assert harness.outcome(client.open("/dev/null")) == "granted"
+            first = lists.call(LIST)
+            assert harness.outcome(first) == "granted"
+            os.kill(broker.pids["keeper"], signal.SIGSTOP)
+            lists.send_call(LIST)
+            for came in range(5000):
+                late = harness.Raw(broker.socket)
+                late.sock.settimeout(2)
+                try:
+                    assert harness.outcome(late.open("/dev/null")) == "granted"
+                except TimeoutError:
+                    break
+                late.close()
+            assert 50 < came < 4999
+            for _ in range(20):
+                assert harness.outcome(client.open("/dev/null")) == "granted"
+            lists.sock.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                lists.reply()
+            os.kill(broker.pids["keeper"], signal.SIGCONT)
+            for one in (lists, late):
+                one.sock.settimeout(harness.PATIENCE_S)
+            assert lists.reply() == first
+            assert harness.outcome(late.reply()) == "granted"
+            late.close()
+        broker.wait_idle()
+
+
+def test_the_keeper_killed_while_lists_are_made_ends_the_service_and_nobody_waits(dev):
+    with running(harness.EVERYONE_NULL) as broker:
+        broker.expected_code = None
+        with harness.Raw(broker.socket) as watches, harness.Raw(broker.socket) as lists:
+            watches.send_call(LIST, more=True)
+            assert watches.reply()
+            os.kill(broker.pids["keeper"], signal.SIGSTOP)
+            lists.send_call(LIST)
+            os.kill(broker.pids["keeper"], signal.SIGKILL)
+            assert lists.reply() is None
+            assert watches.reply() is None
+        assert broker.process.wait(20) == 70
+        assert re.search(r"the keeper (was killed|ended with signal 9)", broker.text()), broker.text()
