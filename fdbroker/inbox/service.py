@@ -169,13 +169,11 @@ class Inbox:
     def _read_keeper(self) -> bool:
         """Take one message of the keeper; false when it is gone. Raises LinkViolation when it is out of turn."""
         data = self._keeper.receive()
-        if data:
-            message = lists.KEEPER_TO_INBOX.decode(data)
-            if known := self._by_number.get(message.connection):
-                link.turned(known.number, known.state, "Offered")  # a refusal, too, is for who asks the keeper
+        if data and (known := self._by_number.get((message := lists.KEEPER_TO_INBOX.decode(data)).connection)):
+            link.turned(known.number, known.state, "Offered")  # a refusal, too, is for who asks the keeper
             if isinstance(message, ListRefused):
                 self._outcome(message.connection, RateLimited(message.wait_ms, "rate"))
-            elif known:
+            else:
                 self._offered(known, message.offers, last=message.last)
         return data != b""
 
