@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -104,6 +105,32 @@ def test_what_the_kernel_says_of_each(dev):
         for name in ("opener", "keeper", "inbox", "witness", "worker"):
             # dumpable off: what its user owns nowhere belongs to root here
             assert os.stat(f"/proc/{broker.pids[name]}/environ").st_uid == 0
+
+
+def test_the_keeper_may_list_the_folders_of_the_rules_and_nothing_else(dev):
+    """Its orders, which test_taken_over.py tries; whoever is root reads them back from the command line."""
+    node("/dev/snd/pcm", MEM["zero"])
+    os.chown("/dev/snd/pcm", 0, GROUP)
+    os.chmod("/dev/snd/pcm", 0o660)
+    node("/dev/input/event0", MEM["zero"])
+    devices = '[{path: "/dev/snd/*", access: rw}, {path: "/dev/input/*"}, {path: /dev/null}]'
+    rules = f'devices: {devices}, namespaces: [{{type: net, name: "*"}}]'
+    with running(f"version: 1\neveryone: {{{rules}}}\n") as broker:
+        orders = {}
+        for name in ("opener", "keeper"):
+            words = Path(f"/proc/{broker.pids[name]}/cmdline").read_bytes().split(b"\0")
+            orders[name] = json.loads(next(word for word in words if word.startswith(b"{")))
+        opener, keeper = orders["opener"], orders["keeper"]
+        assert (opener["groups"], opener["capabilities"]) == ([GROUP], ["CAP_DAC_READ_SEARCH"])
+        assert (keeper["groups"], keeper["capabilities"]) == ([], [])
+        places = sorted(path for path, _ in opener["files"])
+        assert places == ["/dev/input", "/dev/null", "/dev/snd", "/proc", "/run"]
+        assert sorted(keeper["files"]) == [
+            ["/dev/input", 8],
+            ["/dev/snd", 8],
+            ["/run", 8],
+        ]  # LANDLOCK_ACCESS_FS_READ_DIR
+        assert set(keeper["descriptors"]) == {"launcher", "opener", "inbox", "policy", "filter"}
 
 
 def test_what_the_kernel_says_of_the_refuser(dev):
