@@ -469,6 +469,10 @@ def test_a_keeper_that_does_not_take_a_policy_holds_up_the_next_reload_and_not_t
             time.sleep(0.05)
         time.sleep(0.5)
         assert "is reloaded" not in broker.text()
+        broker.policy.write_text(POLICY)
+        broker.process.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        assert outcome(client.open("/dev/null")) == "Denied"
         assert broker.process.poll() is None
         broker.process.kill()  # the keeper does not end when it is told to
 
