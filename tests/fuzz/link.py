@@ -20,7 +20,7 @@ from fdbroker.errors import (
     RateLimited,
 )
 from fdbroker.terms import Device, Namespace, Offer, Socket, Topic, TopicUse, Uplink, User
-from fdbroker.wire import admin, link, rights, worker
+from fdbroker.wire import admin, keeper, link, lists, rights, worker
 
 TABLES = (
     link.INBOX_TO_OPENER,
@@ -32,10 +32,16 @@ TABLES = (
     link.WORKER_TO_LAUNCHER,
     worker.TO_WORKER,
     worker.FROM_WORKER,
+    lists.INBOX_TO_KEEPER,
+    lists.KEEPER_TO_INBOX,
+    keeper.OPENER_TO_KEEPER,
+    keeper.KEEPER_TO_OPENER,
+    keeper.LAUNCHER_TO_KEEPER,
+    keeper.KEEPER_TO_LAUNCHER,
 )
-ASK, ANSWER = len(TABLES) - 2, len(TABLES) - 1
+ASK, ANSWER = TABLES.index(worker.TO_WORKER), TABLES.index(worker.FROM_WORKER)
 WORDS = (b"\0\0\0\0\0\0\0\1", b"\xff" * 8, b"\0\x08/dev/snd", b"\0\xff", b"\xff\xfe", b"\xef\xbf\xbd")
-FROM_INBOX = 0  # of TABLES
+FROM_INBOX = (link.INBOX_TO_OPENER, lists.INBOX_TO_KEEPER)
 
 
 def seeds() -> Iterator[bytes]:
@@ -44,7 +50,6 @@ def seeds() -> Iterator[bytes]:
     yield b"\0" + link.INBOX_TO_OPENER.encode(link.Open(2**64 - 1, tuple(asked)))
     yield b"\0" + link.INBOX_TO_OPENER.encode(rights.DeniedUse(1, TopicUse("subscribe", "nö")))
     for one in (
-        link.INBOX_TO_OPENER.encode(link.List(1, watch=True)),
         link.INBOX_TO_OPENER.encode(link.Closed(1, 4)),
         link.INBOX_TO_OPENER.encode(link.Shutdown(1)),
         link.DRAINED,
@@ -59,7 +64,6 @@ def seeds() -> Iterator[bytes]:
     yield from (
         b"\1" + one for one in map(link.OPENER_TO_INBOX.encode, rights.split_users([User(1000, "bob", frozenset({1}))]))
     )
-    yield b"\1" + link.OPENER_TO_INBOX.encode(link.Offered(1, True, [Offer(one, "/etc/p.yaml:7") for one in asked]))
     for refusal in (
         *(None, Denied("x", index=3), NoSuchResource("x", index=0), NotWhatItWas("a FIFO", index=63)),
         *(OpenFailed(16), QuotaExceeded("burst", 9), RateLimited(10), ClientNotReading()),
@@ -78,6 +82,24 @@ def seeds() -> Iterator[bytes]:
     yield bytes([ANSWER]) + worker.FROM_WORKER.encode(worker.Made(1, 4026531840, 2, (True, False)))
     yield bytes([ANSWER]) + worker.FROM_WORKER.encode(worker.Failed(1, OpenFailed(110)))
     yield bytes([ANSWER]) + worker.LOST
+    for table, *messages in (
+        (lists.INBOX_TO_KEEPER, lists.List(1, watch=True)),
+        (
+            lists.KEEPER_TO_INBOX,
+            lists.Offered(1, True, [Offer(one, "/etc/p.yaml:7") for one in asked]),
+            keeper.ListRefused(1, 10),
+        ),
+        (
+            keeper.OPENER_TO_KEEPER,
+            keeper.Came(1, 100_000, 1000, 7, True, "a//b (enforce)", (29, 44)),
+            keeper.Use(2, 1),
+            keeper.Ended(1),
+        ),
+        (keeper.KEEPER_TO_OPENER, keeper.ListRefused(1, 10)),
+        (keeper.LAUNCHER_TO_KEEPER, link.Policy(2), link.Stop(), link.Ping(), keeper.Given(True, False, (29,))),
+        (keeper.KEEPER_TO_LAUNCHER, link.Applied(2), link.Ready(), link.Pong()),
+    ):
+        yield from (bytes([TABLES.index(table)]) + table.encode(message) for message in messages)
 
 
 def plain(message: Any) -> Any:
@@ -101,7 +123,7 @@ def target(data: bytes) -> None:
     cut_text = isinstance(message, may_be_cut) and "\N{REPLACEMENT CHARACTER}" in str(message)
     if not cut_text:  # which could not be read anyway
         assert plain(TABLES[direction].decode(again)) == plain(message)
-        assert direction != FROM_INBOX or again == data
+        assert TABLES[direction] not in FROM_INBOX or again == data
     judge(message)
 
 
@@ -116,6 +138,10 @@ def judge(message: Any) -> None:
             assert len(use.topic) <= limits.NAME_BYTES
         case rights.Connected(_, sender) | rights.Connected(_, sender, _):
             assert len(sender.session) <= 32
+        case keeper.Came(gids=gids) | keeper.Given(gids=gids):
+            assert len(gids) <= limits.POLICY_GROUPS
+        case lists.Offered(_, _, offers):
+            assert len(lists.split_offers(1, offers)) == 1
         case worker.Ask():
             assert len(message.known) <= worker.KNOWN
             assert message.maximum <= worker.KNOWN

@@ -25,7 +25,7 @@ from fdbroker.policy.load import parse
 from fdbroker.policy.paths import is_device_path, matcher
 from fdbroker.policy.spelling import glob_error, label_glob_error
 from fdbroker.terms import NAMESPACE_TYPES, DenyRule, Device, DeviceRule, NamespaceRule, SocketRule, Subject, Uplink
-from fdbroker.wire import link, varlink
+from fdbroker.wire import keeper, link, lists, varlink
 from fdbroker.wire.frame import FrameReader
 from fdbroker.wire.journal import encode_fields, escaped
 
@@ -44,6 +44,12 @@ def test_whatever_a_link_says_is_a_message_or_a_violation(data):
         link.LAUNCHER_TO_OPENER,
         link.OPENER_TO_LAUNCHER,
         link.INBOX_TO_LAUNCHER,
+        lists.INBOX_TO_KEEPER,
+        lists.KEEPER_TO_INBOX,
+        keeper.OPENER_TO_KEEPER,
+        keeper.KEEPER_TO_OPENER,
+        keeper.LAUNCHER_TO_KEEPER,
+        keeper.KEEPER_TO_LAUNCHER,
     ):
         with contextlib.suppress(LinkViolation):
             table.decode(data)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from fdbroker import limits
 from fdbroker.errors import LinkViolation
 from fdbroker.terms import Device
-from fdbroker.wire import codec, link, worker
+from fdbroker.wire import codec, keeper, link, lists, worker
 
 TABLES = {
     f"{module.__name__}.{name}": table
-    for module in (link, worker)
+    for module in (keeper, link, lists, worker)
     for name, table in vars(module).items()
     if isinstance(table, codec.Table)
 }
@@ -40,8 +40,8 @@ def _bytes_of(field: codec.Field) -> st.SearchStrategy[bytes]:
         case codec.Maybe(inner):
             return st.just(b"\0") | _bytes_of(inner).map(lambda data: b"\1" + data)
         case codec.Some(inner, most, least, _):
-            lists = st.lists(_bytes_of(inner), min_size=least, max_size=min(most, max(least, 3)))
-            return lists.map(lambda parts: struct.pack("!H", len(parts)) + b"".join(parts))
+            several = st.lists(_bytes_of(inner), min_size=least, max_size=min(most, max(least, 3)))
+            return several.map(lambda parts: struct.pack("!H", len(parts)) + b"".join(parts))
         case codec.Record():
             return st.tuples(*map(_bytes_of, field.fields)).map(b"".join)
         case codec.Choice():

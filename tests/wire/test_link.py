@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fdbroker import limits
 from fdbroker.errors import (
     ClientNotReading,
     Denied,
@@ -15,7 +16,7 @@ from fdbroker.errors import (
     RateLimited,
 )
 from fdbroker.terms import Device, Offer, Topic, TopicUse
-from fdbroker.wire import link, rights
+from fdbroker.wire import keeper, link, lists, rights
 from fdbroker.wire.rights import Rights, Sender
 
 BIG = 2**64 - 1
@@ -31,7 +32,6 @@ OFFERS = [Offer(Device(f"/dev/{index}", "rw"), f"/etc/policy.yaml:{index}") for 
             link.INBOX_TO_OPENER.encode(link.Open(BIG, (Device("/dev/ä", "rw"),))),
             link.Open(BIG, (Device("/dev/ä", "rw"),)),
         ),
-        (link.INBOX_TO_OPENER, link.INBOX_TO_OPENER.encode(link.List(1, watch=True)), link.List(1, True)),
         (link.INBOX_TO_OPENER, link.INBOX_TO_OPENER.encode(link.Closed(1, 2)), link.Closed(1, 2)),
         (link.INBOX_TO_OPENER, link.DRAINED, link.Drained()),
         (link.INBOX_TO_OPENER, link.INBOX_TO_OPENER.encode(link.Shutdown(BIG)), link.Shutdown(BIG)),
@@ -52,11 +52,6 @@ OFFERS = [Offer(Device(f"/dev/{index}", "rw"), f"/etc/policy.yaml:{index}") for 
             rights.RightsChanged(BIG, Rights(frozenset({9}))),
         ),
         (link.OPENER_TO_INBOX, link.OPENER_TO_INBOX.encode(rights.Topics(tuple(TOPICS))), rights.Topics(TOPICS)),
-        (
-            link.OPENER_TO_INBOX,
-            link.OPENER_TO_INBOX.encode(link.Offered(7, True, OFFERS[:2])),
-            link.Offered(7, True, OFFERS[:2]),
-        ),
         (link.OPENER_TO_INBOX, link.DRAIN, link.Drain()),
         (link.OPENER_TO_INBOX, link.PING, link.Ping()),
         (link.LAUNCHER_TO_OPENER, link.LAUNCHER_TO_OPENER.encode(link.Policy(3)), link.Policy(3)),
@@ -101,7 +96,7 @@ def test_a_grant_is_an_outcome_without_refusal():
 
 def test_a_listing_of_any_length_comes_whole():
     for count in (0, 1, 8, 9, 20):
-        parts = [link.OPENER_TO_INBOX.decode(part) for part in link.split_offers(5, OFFERS[:count])]
+        parts = [lists.KEEPER_TO_INBOX.decode(part) for part in lists.split_offers(5, OFFERS[:count])]
         assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
         assert [offer for part in parts for offer in part.offers] == OFFERS[:count]
 
@@ -117,7 +112,7 @@ def test_a_listing_of_any_length_comes_whole():
         link.INBOX_TO_OPENER.encode(link.Open(1, (Device("/dev/x", "ro"),)))[:10] + b"\x03\0\x01x",
         link.INBOX_TO_OPENER.encode(link.Open(1, (Device("/dev/x", "ro"),)))[:10] + b"\0\xff\xffx",
         link.INBOX_TO_OPENER.encode(link.Open(1, (Device("/dev/x", "ro"),)))[:10] + b"\0\0\x02\xff\xfe",
-        link.INBOX_TO_OPENER.encode(link.List(1, watch=True))[:-1] + b"\x02",
+        b"\2" + link.INBOX_TO_OPENER.encode(link.Shutdown(1))[1:] + b"\1",  # List, which is the keeper's now
         link.INBOX_TO_OPENER.encode(link.Closed(1, 0))[:-1] + bytes([len(link.CLOSED_REASONS)]),
     ],
 )
@@ -139,7 +134,7 @@ def test_a_message_of_the_other_direction_is_not_understood():
     with pytest.raises(LinkViolation):
         link.INBOX_TO_OPENER.decode(link.STOP)
     with pytest.raises(LinkViolation):
-        link.LAUNCHER_TO_OPENER.decode(link.INBOX_TO_OPENER.encode(link.List(1, watch=False)))
+        link.LAUNCHER_TO_OPENER.decode(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)))
 
 
 def test_a_denied_topic_is_told_as_far_as_a_record_needs_it():
@@ -151,3 +146,93 @@ def test_a_denied_topic_is_told_as_far_as_a_record_needs_it():
     for wrong in (data + b"x", data[:9], data[:9] + b"\x02"):
         with pytest.raises(LinkViolation):
             link.INBOX_TO_OPENER.decode(wrong)
+
+
+# ---- the keeper's links
+
+CAME = keeper.Came(BIG, 2**32 - 2, 1000, 7, True, "a//b (enforce)", (4, 2**32 - 1))
+KEEPERS = [
+    (keeper.OPENER_TO_KEEPER, CAME),
+    (keeper.OPENER_TO_KEEPER, keeper.Came(1, 0, 0, 1, False, "", ())),
+    (keeper.OPENER_TO_KEEPER, keeper.Use(3, 20_000)),
+    (keeper.OPENER_TO_KEEPER, keeper.Ended(BIG)),
+    (keeper.KEEPER_TO_OPENER, keeper.ListRefused(BIG, 10_000)),
+    (keeper.LAUNCHER_TO_KEEPER, link.Policy(3)),
+    (keeper.LAUNCHER_TO_KEEPER, link.Stop()),
+    (keeper.LAUNCHER_TO_KEEPER, link.Ping()),
+    (keeper.LAUNCHER_TO_KEEPER, keeper.Given(True, False, (5, 29))),
+    (keeper.KEEPER_TO_LAUNCHER, link.Applied(3)),
+    (keeper.KEEPER_TO_LAUNCHER, link.Ready()),
+    (keeper.KEEPER_TO_LAUNCHER, link.Pong()),
+    (lists.INBOX_TO_KEEPER, lists.List(BIG, True)),
+    (lists.KEEPER_TO_INBOX, lists.Offered(7, True, OFFERS[:2])),
+    (lists.KEEPER_TO_INBOX, lists.Offered(7, False, [])),
+    (lists.KEEPER_TO_INBOX, keeper.ListRefused(7, 10_000)),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), KEEPERS, ids=[type(message).__name__ for _, message in KEEPERS])
+def test_each_message_of_the_keeper_goes_both_ways_and_cut_or_longer_is_a_violation(table, message):
+    data = table.encode(message)
+    assert table.decode(data) == message
+    for wrong in (*(data[:size] for size in range(len(data))), data + b"\0", data + data):
+        with pytest.raises(LinkViolation):
+            table.decode(wrong)
+
+
+def test_every_message_of_the_keeper_is_among_those():
+    tables = {id(table): table for table, _ in KEEPERS}.values()
+    assert len(tables) == 6
+    for table in tables:
+        assert {type(message) for one, message in KEEPERS if one is table} == set(table.kinds.values())
+
+
+@pytest.mark.parametrize("message", [link.PING, link.STOP, link.LAUNCHER_TO_OPENER.encode(link.Policy(3))])
+def test_what_the_launcher_says_to_keeper_and_opener_alike_both_understand(message):
+    assert keeper.LAUNCHER_TO_KEEPER.decode(message) == link.LAUNCHER_TO_OPENER.decode(message)
+
+
+def test_what_the_opener_alone_may_hear_or_say_is_nothing_to_the_keeper():
+    for table, data in (
+        (keeper.LAUNCHER_TO_KEEPER, link.LAUNCHER_TO_OPENER.encode(link.admin.Judged(1, home=True))),
+        (keeper.KEEPER_TO_LAUNCHER, link.STOP_ASKED),
+        (keeper.KEEPER_TO_LAUNCHER, link.WORKER_STUCK),
+        (keeper.KEEPER_TO_LAUNCHER, link.OPENER_TO_LAUNCHER.encode(link.admin.ReloadAsked(1))),
+        (lists.INBOX_TO_KEEPER, keeper.OPENER_TO_KEEPER.encode(keeper.Ended(1))),
+        (keeper.KEEPER_TO_OPENER, lists.KEEPER_TO_INBOX.encode(lists.Offered(1, True, []))),
+    ):
+        with pytest.raises(LinkViolation):
+            table.decode(data)
+
+
+def test_a_client_may_be_in_so_many_groups_of_the_policy_and_not_in_one_more():
+    """POLICY_GROUPS, and still one message; with the longest label."""
+    came = CAME._replace(gids=tuple(range(limits.POLICY_GROUPS)), label="x" * limits.LABEL_BYTES)
+    data = keeper.OPENER_TO_KEEPER.encode(came)
+    assert len(data) <= limits.LINK_BYTES
+    assert keeper.OPENER_TO_KEEPER.decode(data) == came
+    more = came._replace(gids=(*came.gids, 1))
+    with pytest.raises(ValueError, match=f"at most {limits.POLICY_GROUPS}"):
+        keeper.OPENER_TO_KEEPER.encode(more)
+    at = len(data) - 4 * limits.POLICY_GROUPS - 2
+    longer = data[:at] + (limits.POLICY_GROUPS + 1).to_bytes(2, "big") + data[at + 2 :] + bytes(4)
+    with pytest.raises(LinkViolation, match=f"{limits.POLICY_GROUPS + 1} values"):
+        keeper.OPENER_TO_KEEPER.decode(longer)
+
+
+@pytest.mark.parametrize(
+    ("table", "data"),
+    [
+        (lists.INBOX_TO_KEEPER, lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=True))[:-1] + b"\x02"),
+        (keeper.LAUNCHER_TO_KEEPER, b"\x0f\2\0\0\0"),
+        (
+            keeper.OPENER_TO_KEEPER,
+            keeper.OPENER_TO_KEEPER.encode(keeper.Came(1, 0, 0, 1, False, "xx", ())).replace(b"xx", b"\xff\xfe"),
+        ),
+        (lists.KEEPER_TO_INBOX, b"\1" + bytes(8) + b"\1\0\x09" + bytes(300)),
+    ],
+    ids=["flag", "given", "label", "offers"],
+)
+def test_a_value_that_its_field_cannot_have_is_a_violation(table, data):
+    with pytest.raises(LinkViolation):
+        table.decode(data)
