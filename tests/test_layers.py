@@ -26,6 +26,7 @@ RANKS = {
     "kernel": 3,
     "nodes": 4,
     "opener": 5,
+    "keeper": 5,
     "inbox": 5,
     "launcher": 5,
     "namespaces": 5,

@@ -52,7 +52,7 @@ MAXIMA = {
     # --- what can sleep in the kernel
     "OPENING_HELD": "opener/test_authorize.py::test_what_a_thread_opens_counts",
     "CLOSING_HELD": "opener/test_authorize.py::test_what_is_not_closed_yet_counts",
-    "LOOKED_AT_ONCE": "opener/test_listing.py::test_so_many_nodes_are_looked_at_in_one_step",
+    "LOOKED_AT_ONCE": "keeper/test_listing.py::test_so_many_nodes_are_looked_at_in_one_step",
     # --- the service as a whole
     "FOR_ADMINISTRATORS": "test_maxima.py::test_the_last_connections_are_for_administrators",
     "DESCRIPTORS": "test_maxima.py::test_descriptors_of_the_opener",
@@ -100,6 +100,7 @@ MAXIMA = {
     "POLICY_FILE_BYTES": "test_maxima.py::test_bytes_of_a_policy_file",
     "POLICY_BYTES": "test_maxima.py::test_bytes_of_all_files_of_a_policy",
     "POLICY_FILES": "test_maxima.py::test_files_of_a_policy",
+    "POLICY_GROUPS": "test_maxima.py::test_groups_that_a_policy_names",
     "POLICY_DEPTH": "test_maxima.py::test_levels_of_a_policy",
     "POLICY_FINDINGS": "test_maxima.py::test_errors_that_are_said_at_once",
     "WAIT_LIMIT_MS": "test_maxima.py::test_a_wait_that_is_promised",

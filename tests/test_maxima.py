@@ -38,6 +38,7 @@ from fdbroker.inbox.member import Member
 from fdbroker.inbox.reserve import Reserve
 from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.inbox.topics import Topics
+from fdbroker.keeper import connections, listing
 from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
@@ -46,9 +47,9 @@ from fdbroker.launcher import needs, start
 from fdbroker.namespaces import answer
 from fdbroker.namespaces import service as namespaces
 from fdbroker.opener import door as door_module
-from fdbroker.opener import listing, send
+from fdbroker.opener import send
 from fdbroker.opener.audit import Audit, Record, fields
-from fdbroker.opener.authorize import Account, Connection, Flight
+from fdbroker.opener.authorize import Account
 from fdbroker.opener.close import Closing
 from fdbroker.opener.door import Door
 from fdbroker.opener.views import views as views_of
@@ -60,7 +61,7 @@ from fdbroker.policy.decide import View
 from fdbroker.policy.owners import Owners
 from fdbroker.terms import Device, DeviceRule, Grant, Namespace, Offer, SocketRule, Subject, Topic, TopicUse
 from fdbroker.terms import User as Known
-from fdbroker.wire import link, resources, rights, worker
+from fdbroker.wire import link, lists, resources, rights, worker
 from fdbroker.wire.rights import Rights, Sender
 
 MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
@@ -178,14 +179,12 @@ def test_a_listing(monkeypatch, tmp_path):
         maxima = dict(MAXIMA)
         seen = View((), (rule,), (), (), maxima, administrator=False)
         subject = Subject(UID, frozenset(), UID, 1, "", "", foreign=True)
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            asked = Connection(1, ours, subject, seen, Account(maxima, 0.0), Flight(9))
-            lister = listing.Lister(None, -1)
-            lister.add(asked)
-            while lister.busy:
-                for _, parts in lister.step(0.0):
-                    return [one for part in parts for one in link.OPENER_TO_INBOX.decode(part).offers]
+        asked = connections.Connection(1, subject, seen, Bucket(maxima["burst"], 0.0))
+        lister = listing.Lister(None, -1)
+        lister.add(asked)
+        while lister.busy:
+            for _, parts in lister.step(0.0):
+                return [one for part in parts for one in lists.KEEPER_TO_INBOX.decode(part).offers]
 
     most = limits.OFFERS
     assert [len(listed(count)) for count in (most - 1, most, most + 1)] == [most - 1, most, most]
@@ -271,6 +270,7 @@ def test_a_question_to_the_worker_has_its_time(monkeypatch, pair, stuck):
 def make_door(monkeypatch, pair):
     """A door on a clock of the test's, which lets in whom it lets in by a list; and its address."""
     clock, made = Clock(), []
+    keepers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     monkeypatch.setattr(door_module, "time", clock)
 
     def make():
@@ -281,6 +281,7 @@ def make_door(monkeypatch, pair):
         door = Door(
             listener,
             Link(pair[0]),
+            Link(keepers[0]),
             views_of(Policy(frozenset(), frozenset(), MAXIMA, {}, {}, (), (), {}, {}, {})),
             Audit(None),
             {},
@@ -296,6 +297,8 @@ def make_door(monkeypatch, pair):
     for door in doors:
         door._acceptor.close()
         door.identifier.close()
+    for end in keepers:
+        end.close()
 
 
 def test_descriptors_of_the_opener(monkeypatch, make_door):
@@ -674,13 +677,11 @@ class Desk:
         def ends(kind):
             return [stack.enter_context(end) for end in socket.socketpair(socket.AF_UNIX, kind)]
 
-        (self.launcher, to_launcher), (self.opener, to_opener) = (
-            ends(socket.SOCK_SEQPACKET),
-            ends(socket.SOCK_SEQPACKET),
-        )
+        links = [ends(socket.SOCK_SEQPACKET) for _ in range(3)]
+        (self.launcher, to_launcher), (self.opener, to_opener), (self.keeper, to_keeper) = links
         self.client, sock = ends(socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.inbox = service.Inbox(Link(to_launcher), Link(to_opener), Topics(Records(None)))
+        self.inbox = service.Inbox(Link(to_launcher), Link(to_opener), Link(to_keeper), Topics(Records(None)))
         stack.callback(self.inbox._epoll.close)
         sender = Sender(UID, 0, 1, "", UID)
         self.inbox._connected(rights.Connected(1, sender, MAY), [os.dup(sock.fileno())])
@@ -910,6 +911,24 @@ def test_files_of_a_policy(tmp_path):
     (folder / "more.yaml").touch()
     with pytest.raises(PolicyError, match=f"over {limits.POLICY_FILES} files"):
         files.policy_files(policy, [])
+
+
+def test_groups_that_a_policy_names(monkeypatch, tmp_path):
+    """POLICY_GROUPS: of all rules, limits, deny rules and administrators together, each once."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "version: 1\n"
+        "groups: {50001: {devices: [{path: /dev/null}]}, 50002: {limits: {connections: 3}}}\n"
+        "deny: [{groups: [50001, 50003], devices: [/dev/zero]}]\n"
+        "administrators: {groups: [50004]}\n"
+    )
+    monkeypatch.setattr(needs, "load_policy", lambda file, *, trusted: load_policy(file, trusted=False))
+    assert load_policy(str(path), trusted=False).policy.gids == {50001, 50002, 50003, 50004}
+    at(monkeypatch, "POLICY_GROUPS", 4)
+    assert needs.checked_policy(str(path))
+    at(monkeypatch, "POLICY_GROUPS", 3)
+    with pytest.raises(PolicyError, match="names too many groups, expected at most 3 groups, found 4 groups"):
+        needs.checked_policy(str(path))
 
 
 def test_levels_of_a_policy():

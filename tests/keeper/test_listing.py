@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 
 from fdbroker import limits
-from fdbroker.kernel.capabilities import Bracket
-from fdbroker.opener.authorize import Account, Connection, Flight
-from fdbroker.opener.listing import Lister
-from fdbroker.opener.open import Nodes
+from fdbroker.bucket import Bucket
+from fdbroker.keeper import listing
+from fdbroker.keeper.connections import Connection
+from fdbroker.keeper.listing import Lister
+from fdbroker.nodes.find import Finder
 from fdbroker.policy.decide import View
 from fdbroker.terms import DeviceRule, NamespaceRule, Subject
-from fdbroker.wire import link
+from fdbroker.wire import lists
+from fdbroker.wire.keeper import Given
 
 MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
 FITS = DeviceRule("/dev/many/*", "rw", "mem", "1:3", False, "everyone", "f:1")
@@ -23,7 +24,7 @@ AT_ONCE = limits.LOOKED_AT_ONCE
 COUNT = AT_ONCE * 5 + 1
 
 
-class Counted(Nodes):
+class Counted(Finder):
     looked = 0
 
     def look(self, path, seen, index=None):
@@ -36,34 +37,33 @@ def world(dev):
     os.mkdir("/dev/many")
     for number in range(COUNT):
         os.mknod(f"/dev/many/{number}", 0o20600, os.makedev(1, 3))
-    nodes, made = Counted(Bracket(frozenset())), []
+        os.chmod(f"/dev/many/{number}", 0o666)  # else the opener could not open it
+    nodes = Counted()
 
     class World:
         lister = Lister(nodes, -1)
-        accounts: dict[int, Account] = {}
+        owners: dict[int, Bucket] = {}
+        last = 0
 
         def connect(self, owner, rule=FITS, state="listing"):
             """Each connection of an owner is one of another uid."""
-            pair = socket.socketpair()
-            made.extend(pair)
-            account = self.accounts.setdefault(owner, Account(MAXIMA, 0.0))
-            uid = owner * 1000 + len(made)
+            self.last += 1
+            work = self.owners.setdefault(owner, Bucket(MAXIMA["burst"], 0.0))
+            uid = owner * 1000 + self.last
             subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=owner)
             seen = View((rule,), (), (), (), MAXIMA, administrator=False)
-            connection = Connection(len(made), pair[0], subject, seen, account, Flight(9))
+            connection = Connection(self.last, subject, seen, work)
             connection.state = state
             return connection
 
     world = World()
     world.nodes = nodes
     yield world
-    for sock in made:
-        sock.close()
     nodes.close()
 
 
 def offers(parts):
-    return [one for part in parts for one in link.OPENER_TO_INBOX.decode(part).offers]
+    return [one for part in parts for one in lists.KEEPER_TO_INBOX.decode(part).offers]
 
 
 def test_so_many_nodes_are_looked_at_in_one_step(world):
@@ -82,12 +82,12 @@ def test_so_many_nodes_are_looked_at_in_one_step(world):
 def test_nodes_that_do_not_fit_are_looked_at_once_and_charged(world):
     one = world.connect(5, NOT)
     world.lister.add(one)
-    before = one.account.lists.tokens
+    before = one.work.tokens
     while world.lister.busy:
         for _, parts in world.lister.step(0.0):
             assert offers(parts) == []
     assert world.nodes.looked == COUNT
-    assert before - one.account.lists.tokens == COUNT + 1  # the folder
+    assert before - one.work.tokens == COUNT + 1  # the folder
 
 
 def test_rules_that_name_nothing_are_charged_and_take_several_steps(world):
@@ -96,14 +96,14 @@ def test_rules_that_name_nothing_are_charged_and_take_several_steps(world):
     one = world.connect(5)
     one.view = one.view._replace(devices=rules)
     world.lister.add(one)
-    before = one.account.lists.tokens
+    before = one.work.tokens
     steps = 0
     while world.lister.busy:
         steps += 1
         for _, parts in world.lister.step(0.0):
             assert offers(parts) == []
     assert steps > 5
-    assert before - one.account.lists.tokens == len(rules)
+    assert before - one.work.tokens == len(rules)
 
 
 def test_owners_take_turns_and_each_has_one_at_a_time(world):
@@ -128,13 +128,13 @@ def test_a_watch_is_told_what_is_new_and_a_change_is_nothing_that_it_pays_for(wo
         return [offers(parts) for _ in range(20) if world.lister.busy for _, parts in world.lister.step(0.0)]
 
     assert [len(found) for found in again()] == [COUNT]
-    tokens = one.account.lists.tokens
+    tokens = one.work.tokens
     world.lister.list_again()
     assert again() == []  # nothing has changed
     os.unlink("/dev/many/0")
     world.lister.list_again()
     assert [len(found) for found in again()] == [COUNT - 1]
-    assert one.account.lists.tokens == tokens
+    assert one.work.tokens == tokens
     world.lister.drop(one)
     assert not world.lister.watched
 
@@ -160,12 +160,12 @@ def test_connections_of_an_owner_for_which_the_policy_says_the_same_share_a_list
     assert world.nodes.looked == COUNT * 2
     os.unlink("/dev/many/0")
     world.lister.list_again()
-    tokens = asking.account.lists.tokens
+    tokens = asking.work.tokens
     world.lister.add(asking)
     world.lister.drop(first)
     assert again() == [(one, COUNT - 1) for one in (*watching[1:], asking)]
     assert world.nodes.looked == (COUNT - 1) * 2
-    assert tokens - asking.account.lists.tokens == COUNT  # and the folder: once
+    assert tokens - asking.work.tokens == COUNT  # and the folder: once
 
 
 def test_whoever_comes_while_a_listing_is_made_gets_one_of_its_own(world):
@@ -225,3 +225,86 @@ def test_who_goes_is_not_listed(world):
     world.lister.add(one)
     world.lister.drop(one)
     assert not world.lister.busy
+
+
+# ---- what the opener can open
+
+
+def allowed(given, mode, gid=0):
+    """The accesses with which the opener, given that, can open a node of that mode and group."""
+    status = os.stat_result((0o20000 | mode, *[0] * 4, gid, *[0] * 4))
+    return [access for access in ("ro", "wo", "rw") if listing._can_open(given, status, access)]
+
+
+NOTHING, IN_GROUP = Given(False, False, ()), Given(False, False, (7, 29))
+
+
+@pytest.mark.parametrize(
+    ("mode", "accesses"),
+    [
+        (0o000, []),
+        (0o004, ["ro"]),
+        (0o002, ["wo"]),
+        (0o006, ["ro", "wo", "rw"]),
+        (0o001, []),
+        (0o770, []),  # its owner is never the opener, and its group is none of the opener's
+        (0o774, ["ro"]),
+    ],
+    ids=str,
+)
+def test_without_groups_and_capabilities_the_bits_of_others_count(mode, accesses):
+    assert allowed(NOTHING, mode, gid=29) == accesses
+
+
+@pytest.mark.parametrize(
+    ("mode", "accesses"),
+    [
+        (0o060, ["ro", "wo", "rw"]),
+        (0o040, ["ro"]),
+        (0o020, ["wo"]),
+        (0o606, []),  # of its group, and not of others: whatever they may is nothing to a member
+        (0o646, ["ro"]),
+        (0o700, []),
+    ],
+    ids=str,
+)
+def test_in_its_group_the_bits_of_the_group_count_and_no_others(mode, accesses):
+    assert allowed(IN_GROUP, mode, gid=29) == accesses
+    assert allowed(IN_GROUP, mode, gid=30) == allowed(NOTHING, mode)
+
+
+def test_whoever_may_read_all_may_read_and_for_the_rest_the_bits_count():
+    given = Given(True, False, ())
+    assert [allowed(given, mode) for mode in (0o000, 0o002, 0o006)] == [["ro"], ["ro", "wo"], ["ro", "wo", "rw"]]
+
+
+def test_whoever_may_write_all_may_do_all():
+    assert allowed(Given(False, True, ()), 0) == ["ro", "wo", "rw"]
+    assert allowed(Given(True, True, ()), 0) == ["ro", "wo", "rw"]
+
+
+def test_a_node_is_listed_with_the_most_that_both_rule_and_mode_allow(world):
+    """What the opener could not open is not listed, whatever rules say."""
+    os.makedirs("/dev/few")
+    rule = FITS._replace(pattern="/dev/few/node")
+    os.mknod("/dev/few/node", 0o20000, os.makedev(1, 3))
+    found = []
+    for given, mode, gid in (
+        (NOTHING, 0o600, 0),
+        (NOTHING, 0o604, 0),
+        (NOTHING, 0o602, 0),
+        (NOTHING, 0o660, 29),
+        (IN_GROUP, 0o660, 29),
+        (IN_GROUP, 0o640, 29),
+        (Given(True, False, ()), 0o600, 0),
+        (Given(True, True, ()), 0o600, 0),
+    ):
+        os.chmod("/dev/few/node", mode)
+        os.chown("/dev/few/node", 0, gid)
+        world.lister.given = given
+        world.lister.add(world.connect(5, rule))
+        made = []
+        while world.lister.busy:
+            made += [one.resource.access for _, parts in world.lister.step(0.0) for one in offers(parts)]
+        found.append("".join(made))
+    assert found == ["", "ro", "wo", "", "rw", "ro", "ro", "rw"]
