@@ -60,9 +60,12 @@ class Keeper:
             if inbox.fileno() >= 0:  # while it does not take our answers, or some are to come, its next questions wait
                 inbox.poll(poll, read=not (inbox.waiting or opener.waiting or self._to_come))
             ready = dict(poll.poll(timeout_s))
-            for one in (launcher, opener, inbox):
+            for one in (launcher, opener):
                 if ready.get(one.fileno(), 0) & select.EPOLLOUT:
                     one.flush()
+            if ready.get(inbox.fileno(), 0) & select.EPOLLOUT:
+                with contextlib.suppress(OSError):  # it has ended, as the launcher knows
+                    inbox.flush()
             if launcher.fileno() in ready and not self._read_launcher():
                 return
             if opener.fileno() in ready and not self._read_opener():
@@ -143,11 +146,11 @@ class Keeper:
         number, uid, owner, pid, foreign, label, gids = came
         subject = Subject(uid, frozenset(gids), uid, pid, "", label, foreign, owner=owner)
         seen = self._views.of(subject)
+        work = self._owners.of(owner, seen.limits["burst"], time.monotonic())
         known = self._connections.get(number)
-        if known is not None:
-            known.subject, known.view = subject, seen
+        if known is not None:  # or another one, which has the number of one that was turned away after all
+            known.subject, known.view, known.work = subject, seen, work
         else:
-            work = self._owners.of(owner, seen.limits["burst"], time.monotonic())
             self._connections[number] = Connection(number, subject, seen, work)
             self._last = max(self._last, number)
         if self._to_come:
