@@ -1,4 +1,4 @@
-"""The inbox's loop with a scripted opener: order of answers, half messages, clients that do not read, draining."""
+"""The inbox's loop with a scripted opener and keeper: order of answers, half messages, clients that do not read, draining."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
 from fdbroker.terms import Device, Offer, Topic, User
-from fdbroker.wire import admin, link, rights, varlink
+from fdbroker.wire import admin, link, lists, rights, varlink
+from fdbroker.wire.keeper import ListRefused
 from fdbroker.wire.rights import Rights, Sender
 
 NOTHING = Rights()
@@ -37,17 +38,18 @@ LIST = b'{"method":"io.fdbroker.Broker.List","more":true}\0'
 
 
 class Opener:
-    """Plays the opener and the launcher, by hand."""
+    """Plays opener, keeper and launcher, by hand."""
 
     def __init__(self, store=None):
         pair = lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        (self.launcher, launcher_end), (self.sock, opener_end) = pair(), pair()
+        (self.launcher, launcher_end), (self.sock, opener_end), (self.keeper, keeper_end) = pair(), pair(), pair()
         self.sock.settimeout(30)
+        self.keeper.settimeout(30)
         self.launcher.settimeout(30)
-        self.inbox = Inbox(Link(launcher_end), Link(opener_end), Topics(Records(None), store))
+        self.inbox = Inbox(*map(Link, (launcher_end, opener_end, keeper_end)), Topics(Records(None), store))
         self.error = None
         self.thread = threading.Thread(target=self._run)
-        self.ends = [launcher_end, opener_end]
+        self.ends = [launcher_end, opener_end, keeper_end]
         self.number = 0
 
     def _run(self):
@@ -79,6 +81,10 @@ class Opener:
     def send(self, data):
         self.sock.send(data)
 
+    def asked(self):
+        """What the keeper is asked next."""
+        return lists.INBOX_TO_KEEPER.decode(self.keeper.recv(1000))
+
 
 @contextmanager
 def inbox(store=None):
@@ -91,6 +97,7 @@ def inbox(store=None):
         opener.launcher.close()
         opener.thread.join(30)
         opener.sock.close()
+        opener.keeper.close()
         for end in opener.ends:
             end.close()
         for client in list(opener.inbox._by_number.values()):
@@ -148,21 +155,22 @@ def test_an_outcome_for_a_client_that_is_gone_is_dropped():
 @pytest.mark.parametrize(
     "said",
     [
-        link.OPENER_TO_INBOX.encode(link.Offered(1, False, [Offer(Device("/dev/x", "ro"), "policy.yaml:1")])),
-        link.OPENER_TO_INBOX.encode(link.Offered(1, True, [])),
+        lists.Offered(1, False, [Offer(Device("/dev/x", "ro"), "policy.yaml:1")]),
+        lists.Offered(1, True, []),
+        ListRefused(1, 1000),
         link.OPENER_TO_INBOX.encode(rights.RightsChanged(1, NOTHING)),
         link.LAUNCHER_TO_OPENER.encode(admin.Reloaded(1, ())),
     ],
-    ids=["some of a list", "the end of a list", "other rights", "a reload"],
+    ids=["some of a list", "the end of a list", "a list that is refused", "other rights", "a reload"],
 )
 def test_what_is_said_of_a_client_that_is_gone_is_dropped(said):
     with inbox() as opener:
         client = opener.client()
         client.sendall(LIST)
-        assert isinstance(opener.next(), link.List)
+        assert opener.asked() == lists.List(1, True)
         client.close()
         assert opener.next() == link.Closed(1, 0)
-        opener.send(said)
+        opener.send(said) if isinstance(said, bytes) else opener.keeper.send(lists.KEEPER_TO_INBOX.encode(said))
         with opener.client() as other:
             other.sendall(INFO)
             assert replies(other, 1)
@@ -183,10 +191,10 @@ def test_a_listing_goes_on_until_the_client_ends_it():
     with inbox() as opener:
         client = opener.client()
         client.sendall(LIST)
-        assert opener.next() == link.List(1, True)
+        assert opener.asked() == lists.List(1, True)
         for count in (0, 9, 20):
-            for part in link.split_offers(1, [Offer(Device("/dev/x", "ro"), "f:1")] * count):
-                opener.send(part)
+            for part in lists.split_offers(1, [Offer(Device("/dev/x", "ro"), "f:1")] * count):
+                opener.keeper.send(part)
             (reply,) = replies(client, 1)
             assert reply["continues"]
             assert len(reply["parameters"]["resources"]) == count
@@ -197,14 +205,68 @@ def test_a_listing_goes_on_until_the_client_ends_it():
 def test_who_does_not_read_its_listings_is_closed():
     with inbox() as opener, opener.client() as client:
         client.sendall(LIST)
-        opener.next()
+        opener.asked()
         offers = [Offer(Device("/dev/" + "x" * 200, "ro"), "f:1")] * 800
-        opener.sock.settimeout(None)
-        messages = [part for _ in range(8) for part in link.split_offers(1, offers)]
-        sender = threading.Thread(target=lambda: [opener.send(part) for part in messages])
+        opener.keeper.settimeout(None)
+        messages = [part for _ in range(8) for part in lists.split_offers(1, offers)]
+        sender = threading.Thread(target=lambda: [opener.keeper.send(part) for part in messages])
         sender.start()
         assert link.INBOX_TO_OPENER.decode(opener.sock.recv(100)) == link.Closed(1, 4)
         sender.join(30)
+
+
+def test_a_list_that_is_refused_is_answered_and_its_user_slowed():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(b'{"method":"io.fdbroker.Broker.List"}\0' + INFO)
+        assert opener.asked() == lists.List(1, False)
+        (one,) = opener.inbox._by_number.values()
+        with mock.patch.object(opener.inbox.turns, "offend") as offend:
+            opener.keeper.send(lists.KEEPER_TO_INBOX.encode(ListRefused(1, 1500)))
+            refused, info = replies(client, 2)
+        assert refused["error"] == "io.fdbroker.Broker.RateLimited"
+        assert refused["parameters"] == {"retryAfterMilliseconds": 1500}
+        assert "vendor" in info["parameters"]
+        assert offend.call_args_list == [mock.call(one.user)]
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (lists.KEEPER_TO_INBOX.encode(lists.Offered(1, True, [])), "which is idle"),
+        (lists.KEEPER_TO_INBOX.encode(ListRefused(1, 1)), "which is idle"),
+        (lists.INBOX_TO_KEEPER.encode(lists.List(1, True)), "Offered: cut at"),
+        (b"\xff", "unknown message type"),
+    ],
+    ids=["a list", "a refusal", "a question", "nothing"],
+)
+def test_a_keeper_that_breaks_its_rules_is_noticed(said, why):
+    """What nobody asked for is sent to nobody."""
+    with inbox() as opener, opener.client() as client:
+        client.sendall(INFO)
+        assert len(replies(client, 1)) == 1
+        opener.keeper.send(said)
+        opener.thread.join(30)
+        assert why in str(opener.error)
+
+
+def test_an_answer_of_the_keeper_is_none_to_what_the_opener_is_asked():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(OPEN)
+        assert isinstance(opener.next(), link.Open)
+        opener.keeper.send(lists.KEEPER_TO_INBOX.encode(lists.Offered(1, True, [])))
+        opener.thread.join(30)
+        assert "which is opening" in str(opener.error)
+
+
+@pytest.mark.parametrize("who", ["sock", "keeper", "launcher"])
+def test_it_ends_when_one_of_the_others_has(who):
+    with inbox() as opener, opener.client() as client:
+        client.sendall(INFO)
+        assert len(replies(client, 1)) == 1
+        getattr(opener, who).close()
+        opener.thread.join(30)
+        assert not opener.thread.is_alive()
+        assert opener.error is None
 
 
 def test_draining_answers_what_is_in_flight_and_ends():
@@ -270,10 +332,10 @@ def test_a_flood_is_read_no_faster_than_it_is_answered():
 def test_a_listing_that_is_asked_for_while_draining_is_answered_and_closed():
     with inbox() as opener, opener.client() as client:
         client.sendall(LIST)
-        opener.next()
+        opener.asked()
         opener.inbox.draining = True
-        for part in link.split_offers(1, [Offer(Device("/dev/x", "ro"), "f:1")]):
-            opener.send(part)
+        for part in lists.split_offers(1, [Offer(Device("/dev/x", "ro"), "f:1")]):
+            opener.keeper.send(part)
         assert len(replies(client, 1)) == 1
         assert client.recv(1) == b""
         opener.thread.join(30)
@@ -283,10 +345,10 @@ def test_a_listing_that_is_asked_for_while_draining_is_answered_and_closed():
 def test_a_long_first_listing_reaches_a_client_that_reads():
     with inbox() as opener, opener.client() as client:
         client.sendall(LIST)
-        opener.next()
+        opener.asked()
         offers = [Offer(Device("/dev/" + "x" * 200, "ro"), "f:1")] * 3000
-        opener.sock.settimeout(None)
-        sender = threading.Thread(target=lambda: [opener.send(part) for part in link.split_offers(1, offers)])
+        opener.keeper.settimeout(None)
+        sender = threading.Thread(target=lambda: [opener.keeper.send(part) for part in lists.split_offers(1, offers)])
         sender.start()
         (reply,) = replies(client, 1)
         sender.join(30)

@@ -1,4 +1,4 @@
-"""The opener's loop with a scripted inbox: what a taken-over inbox can and cannot make it do."""
+"""The opener's loop with a scripted inbox and keeper: what these can and cannot make it do once they are taken over."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ from fdbroker.opener.service import Opener
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
 from fdbroker.terms import Device
-from fdbroker.wire import admin, link
+from fdbroker.wire import admin, keeper, link
 from fdbroker.wire.admin import InForce
 from fdbroker.wire.rights import Topics
 
 POLICY = "version: 1\neveryone: {devices: [{path: /dev/null, access: rw}]}\n"
+ADMIN = f"administrators: {{users: [{os.getuid()}]}}\n"
+OPEN = link.INBOX_TO_OPENER.encode(link.Open(1, (Device("/dev/null", "ro"),)))
 
 
 class World:
-    """Plays the launcher, the inbox and the clients."""
+    """Plays the launcher, the inbox, the keeper and the clients."""
 
     def __init__(self, folder: Path):
         pair = lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        (self.launcher, launcher_end), (self.inbox, inbox_end) = pair(), pair()
+        (self.launcher, launcher_end), (self.inbox, inbox_end), (self.keeper, keeper_end) = pair(), pair(), pair()
         self.launcher.settimeout(30)
         self.inbox.settimeout(30)
+        self.keeper.settimeout(30)
         self.journal, journal_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.path = str(folder / "s")
         listener = socket.socket(socket.AF_UNIX)
@@ -47,12 +50,11 @@ class World:
         listener.listen()
         listener.setblocking(False)
         self.file = folder / "policy.yaml"
-        policy = self.policy(POLICY)
+        policy = self.policy(POLICY + ADMIN)
         self.nodes = Nodes(Bracket(frozenset()))
-        self.opener = Opener(
-            listener, Link(launcher_end), Link(inbox_end), Asking(None), policy, self.nodes, Audit(journal_end)
-        )
-        self.ends = [launcher_end, inbox_end, journal_end, listener]
+        links = [Link(end) for end in (launcher_end, inbox_end, keeper_end)]
+        self.opener = Opener(listener, *links, Asking(None), policy, self.nodes, Audit(journal_end))
+        self.ends = [launcher_end, inbox_end, journal_end, listener, keeper_end]
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
         self.clients: list[socket.socket] = []
@@ -70,15 +72,19 @@ class World:
     def connect(self):
         """A client, its number and uid as the inbox hears them, and the inbox's copy of its socket."""
         client = socket.socket(socket.AF_UNIX)
+        self.clients.append(client)
         client.settimeout(30)
         client.connect(self.path)
         data, (number,), _, _ = socket.recv_fds(self.inbox, 1000, 2)
         copy = socket.socket(fileno=number)
-        self.clients += [client, copy]
+        self.clients.append(copy)
         return client, link.OPENER_TO_INBOX.decode(data)
 
     def hear(self):
         return link.OPENER_TO_INBOX.decode(self.inbox.recv(200000))
+
+    def keeper_hears(self):
+        return keeper.OPENER_TO_KEEPER.decode(self.keeper.recv(200000))
 
     def violated(self):
         self.thread.join(30)
@@ -99,7 +105,7 @@ def world(tmp_path):
         one.launcher.close()
         one.thread.join(30)
         assert not one.thread.is_alive()
-        for sock in (one.inbox, one.journal, *one.ends, *one.clients):
+        for sock in (one.inbox, one.keeper, one.journal, *one.ends, *one.clients):
             sock.close()
         opener = one.opener
         for connection in opener._connections.values():
@@ -107,7 +113,6 @@ def world(tmp_path):
         opener._door.close()
         opener._epoll.close()
         for number in (
-            opener._changes.descriptor,
             opener._spare,
             opener._woken,
             opener._door.identifier._proc,
@@ -178,7 +183,8 @@ def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tm
         ([link.PING], "cut at 1"),
         ([link.PONG], "a Pong without a Ping"),
         ([link.INBOX_TO_OPENER.encode(link.Open(99, (Device("/dev/null", "ro"),)))], "does not exist"),
-        ([link.INBOX_TO_OPENER.encode(link.List(99, watch=False))], "does not exist"),
+        ([link.INBOX_TO_OPENER.encode(link.Shutdown(99))], "does not exist"),
+        ([b"\2" + link.INBOX_TO_OPENER.encode(link.Shutdown(1))[1:] + b"\1"], "unknown message type"),  # the keeper's
         ([link.INBOX_TO_OPENER.encode(link.Closed(99, 0))], "does not exist"),
         (
             [link.INBOX_TO_OPENER.encode(link.Closed(1, 0)), link.INBOX_TO_OPENER.encode(link.Closed(1, 0))],
@@ -192,18 +198,12 @@ def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tm
             "does not exist",
         ),
         (
-            [
-                link.INBOX_TO_OPENER.encode(link.List(1, watch=True)),
-                link.INBOX_TO_OPENER.encode(link.List(1, watch=True)),
-            ],
-            "which is watching",
+            [link.INBOX_TO_OPENER.encode(admin.Reload(1)), link.INBOX_TO_OPENER.encode(admin.Reload(1))],
+            "which is reloading",
         ),
         (
-            [
-                link.INBOX_TO_OPENER.encode(link.List(1, watch=True)),
-                link.INBOX_TO_OPENER.encode(link.Open(1, (Device("/dev/null", "ro"),))),
-            ],
-            "which is watching",
+            [link.INBOX_TO_OPENER.encode(link.Shutdown(1)), OPEN],
+            "which is stopping",
         ),
         (
             [
@@ -217,7 +217,7 @@ def test_the_record_is_written_before_the_descriptor_leaves_or_nothing_leaves(tm
         ([link.INBOX_TO_OPENER.encode(link.Open(1, (Device("/dev/null", "ro"),)))[:-1]], "cut at"),
         ([link.INBOX_TO_OPENER.encode(link.Open(1, (Device("/dev/null", "ro"),))) + b"x"], "too many"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_an_inbox_that_breaks_its_rules_ends_the_service(tmp_path, messages, why):
     with world(tmp_path) as one:
@@ -281,7 +281,7 @@ def test_a_request_of_a_client_that_has_left_while_draining_is_no_fault(tmp_path
         one.connect()
         one.launcher.send(link.STOP)
         assert one.hear() == link.Drain()
-        one.inbox.send(link.INBOX_TO_OPENER.encode(link.List(1, watch=False)))
+        one.inbox.send(OPEN)
         one.inbox.send(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)))
         one.inbox.close()
         one.thread.join(30)
@@ -337,3 +337,110 @@ def test_without_a_descriptor_for_an_administrators_process_it_is_told_to_come_a
         said = one.hear()
         assert isinstance(said.refusal, RateLimited)
         assert one.thread.is_alive()
+
+
+# ---- the keeper
+
+
+def came(number, gids=()):
+    return keeper.Came(number, os.getuid(), os.getuid(), os.getpid(), False, "", gids)
+
+
+def test_the_keeper_hears_of_a_connection_before_the_inbox_and_of_its_end(tmp_path):
+    with world(tmp_path) as one:
+        for number in (1, 2):
+            _, connected = one.connect()
+            one.keeper.setblocking(False)
+            said = one.keeper_hears()
+            assert said._replace(foreign=False, label="", owner=os.getuid()) == came(connected.connection)
+            assert connected.connection == number
+        one.keeper.settimeout(30)
+        one.inbox.send(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)))
+        assert one.keeper_hears() == keeper.Ended(1)
+
+
+def test_all_come_again_for_another_policy_with_the_groups_that_it_names(tmp_path):
+    with world(tmp_path) as one:
+        for _ in range(3):
+            one.connect()
+            one.keeper_hears()
+        one.inbox.send(link.INBOX_TO_OPENER.encode(link.Closed(2, 0)))
+        assert one.keeper_hears() == keeper.Ended(2)
+        mine = os.getgid()
+        text = f"version: 1\ngroups: {{{mine}: {{devices: [{{path: /dev/null}}]}}, 50001: {{limits: {{burst: 9}}}}}}\n"
+        policy_fd = memfd.sealed("policy", to_bytes(one.policy(text)))
+        socket.send_fds(one.launcher, [link.LAUNCHER_TO_OPENER.encode(link.Policy(7))], [policy_fd])
+        os.close(policy_fd)
+        assert one.keeper_hears() == keeper.Use(7, 2)
+        again = [one.keeper_hears() for _ in range(2)]
+        assert [(said.connection, said.gids) for said in again] == [(1, (mine,)), (3, (mine,))]
+        assert link.OPENER_TO_LAUNCHER.decode(one.launcher.recv(100)) == link.Applied(7)
+
+
+def test_a_list_that_the_keeper_has_refused_is_recorded(tmp_path):
+    """As far as its client is there; the refusal itself is between keeper and inbox."""
+    with world(tmp_path) as one:
+        for number in (1, 2):
+            assert one.connect()[1].connection == number
+        one.inbox.send(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)))
+        assert [type(one.keeper_hears()) for _ in range(3)] == [keeper.Came, keeper.Came, keeper.Ended]
+        for number in (1, 2):
+            one.keeper.send(keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(number, 250)))
+        text = one.journal.recv(65536).decode()
+        assert "refused" in text
+        assert "FDBROKER_CAUSE=rate\n" in text
+        assert "250" in text
+        one.journal.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            one.journal.recv(65536)
+        one.inbox.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            one.inbox.recv(100)
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (b"\xff", "unknown message type"),
+        (b"", "the keeper is gone"),
+        (keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(2, 1)), "connection 2, which does not exist"),
+        (keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(1, 1))[:-1], "cut at"),
+        (keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(1, 1)) + b"x", "1 bytes too many"),
+        (b"x" * 140000, "at most 131072"),
+    ],
+    ids=range(6),
+)
+def test_a_keeper_that_breaks_its_rules_ends_the_service(tmp_path, message, why):
+    with world(tmp_path) as one:
+        one.connect()
+        one.keeper.send(message) if message else one.keeper.shutdown(socket.SHUT_RDWR)
+        assert why in one.violated()
+
+
+def test_while_the_keeper_reads_nothing_nobody_more_is_let_in_and_the_others_are_served(tmp_path):
+    """What waits for it stays bounded, and whoever comes later is told of first to the keeper, as everybody."""
+    with world(tmp_path) as one:
+        one.ends[4].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+        one.inbox.settimeout(0.5)
+        count = 0
+        with pytest.raises(TimeoutError):
+            while count < 60:
+                one.connect()
+                count += 1
+        assert 1 <= count < 60
+        late = socket.socket(socket.AF_UNIX)
+        one.clients.append(late)
+        late.connect(one.path)
+        one.inbox.settimeout(30)
+        one.inbox.send(OPEN)
+        assert one.hear() == link.Outcome(1, None)
+        numbers = []
+        while count + 2 not in numbers:
+            numbers.append(one.keeper_hears().connection)
+        assert sorted(set(numbers)) == list(range(1, count + 3))
+        for number in (count + 1, count + 2):
+            data, (copy,), _, _ = socket.recv_fds(one.inbox, 1000, 2)
+            os.close(copy)
+            assert link.OPENER_TO_INBOX.decode(data).connection == number
+        _, numbers, _, _ = socket.recv_fds(one.clients[0], 65536, 2)
+        os.close(numbers[0])
