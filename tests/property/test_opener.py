@@ -27,7 +27,7 @@ from fdbroker.opener.open import Nodes
 from fdbroker.opener.service import Opener
 from fdbroker.policy.compiled import Policy
 from fdbroker.terms import Device, DeviceRule, Subject, TopicUse
-from fdbroker.wire import admin, link, rights
+from fdbroker.wire import admin, keeper, link, rights
 
 ALLOWED, DENIED = Device("/dev/null", "rw"), Device("/dev/zero", "ro")
 RULE = DeviceRule("/dev/null", "rw", "", "", False, "everyone", "p.yaml:1")
@@ -54,9 +54,13 @@ class Wire:
 
     def __init__(self):
         self.sent = []
+        self.heard = []
 
     def fileno(self):
         return -1
+
+    def receive(self):
+        return self.heard.pop() if self.heard else None
 
     def send(self, message):
         self.sent.append(message)
@@ -74,6 +78,7 @@ class Audit:
     def __init__(self):
         self.full = False
         self.granted = 0
+        self.refused = 0
 
     def grant(self, connection, subject, grant, count):
         self.write(None)
@@ -88,6 +93,11 @@ class Audit:
 
     def refuse(self, record, now_s):
         assert str(record.reason)
+        self.refused += 1
+
+
+def came(number, uid):
+    return keeper.Came(number, uid, uid, 1, False, "", ())
 
 
 class One:
@@ -113,9 +123,10 @@ class Machine(RuleBasedStateMachine):
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(os.path.join(self.folder.name, "s"))
         listener.listen()
-        self.launcher, self.inbox, self.audit, self.nodes = Wire(), Wire(), Audit(), Nodes(Bracket(frozenset()))
-        self.policy = POLICIES[0]
-        self.opener = Opener(listener, self.launcher, self.inbox, Asking(None), self.policy, self.nodes, self.audit)
+        self.launcher, self.inbox, self.keeper, self.audit = Wire(), Wire(), Wire(), Audit()
+        self.policy, self.nodes = POLICIES[0], Nodes(Bracket(frozenset()))
+        links = self.launcher, self.inbox, self.keeper
+        self.opener = Opener(listener, *links, Asking(None), self.policy, self.nodes, self.audit)
         self.opener._door.identifier.close()
         self.opener._door.identifier = SimpleNamespace(
             identify=lambda sock, owners: Subject(
@@ -129,7 +140,8 @@ class Machine(RuleBasedStateMachine):
         self.ended: list[One] = []  # by us, but the client may still have something to read
         self.last = 0
         self.granted = 0
-        self.buckets: dict[tuple[int, str], tuple[float, float]] = {}  # tokens, when
+        self.buckets: dict[int, tuple[float, float]] = {}  # tokens, when
+        self.policies = 0
 
     @initialize(uids=st.lists(UIDS, min_size=2, max_size=4))
     def begin(self, uids):
@@ -139,6 +151,11 @@ class Machine(RuleBasedStateMachine):
     def said(self):
         messages, self.inbox.sent = self.inbox.sent, []
         return [link.OPENER_TO_INBOX.decode(message) for message in messages]
+
+    def told(self):
+        """What the keeper has been told."""
+        messages, self.keeper.sent = self.keeper.sent, []
+        return [keeper.OPENER_TO_KEEPER.decode(message) for message in messages]
 
     def outcome(self, number):
         """The class of the one refusal that was said, None for a grant."""
@@ -165,11 +182,10 @@ class Machine(RuleBasedStateMachine):
         client, ours = socket.socketpair()
         client.setblocking(False)
         refused = self.in_use(uid) >= self.policy.limits["connections"]
-        for kind in ("requests", "lists"):
-            self.buckets.setdefault((uid, kind), (float(self.policy.limits["burst"]), self.now))
+        self.buckets.setdefault(uid, (float(self.policy.limits["burst"]), self.now))
         self.opener._door._welcome(ours)
         if refused:
-            assert self.said() == []
+            assert (self.said(), self.told()) == ([], [])
             assert b"QuotaExceeded" in client.recv(1000)
             assert client.recv(10) == b""
             client.close()
@@ -177,6 +193,7 @@ class Machine(RuleBasedStateMachine):
         self.last += 1
         (said,) = self.said()
         assert (type(said), said.connection, said.sender.uid) == (rights.Connected, self.last, uid)
+        assert self.told() == [came(self.last, uid)]
         self.open[self.last] = One(uid, client, ours)
 
     @precondition(lambda self: self.open or self.ended)
@@ -216,17 +233,15 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, len(POLICIES) - 1))
     def reload(self, which):
         self.policy = POLICIES[which]
-        self.opener._use(self.policy)
-        while self.opener._lister.busy:
-            self.opener._timers()
+        self.policies += 1
+        self.opener._use(self.policy, self.policies)
+        again = [came(number, one.uid) for number, one in self.open.items()]
+        assert self.told() == [keeper.Use(self.policies, len(self.open)), *again]
         said = self.said()
         assert said.pop(0) == rights.Topics(())
         assert isinstance(said.pop(0), admin.InForce)
-        changed = [message.connection for message in said if isinstance(message, rights.RightsChanged)]
-        assert changed == list(self.open)
-        offered = {message.connection for message in said if isinstance(message, link.Offered)}
-        assert offered <= {number for number, one in self.open.items() if one.state == "watching"}
-        assert len(said) == len(changed) + len(offered)
+        assert {type(message) for message in said} <= {rights.RightsChanged}
+        assert [message.connection for message in said] == list(self.open)
 
     # ---- what the inbox says
 
@@ -241,13 +256,13 @@ class Machine(RuleBasedStateMachine):
         self.opener._answer(link.INBOX_TO_OPENER.decode(message))
         return True
 
-    def limited(self, one, cost=1, kind="requests"):
+    def limited(self, one, cost=1):
         """Whether a request is refused for its rate; tokens are taken unless there are too few."""
         maxima = self.policy.limits
-        tokens, since = self.buckets[one.uid, kind]
+        tokens, since = self.buckets[one.uid]
         tokens = min(float(maxima["burst"]), tokens + (self.now - since) * maxima["requests_per_second"])
         wanted = min(cost, maxima["burst"])
-        self.buckets[one.uid, kind] = (tokens - wanted * (tokens >= wanted), self.now)
+        self.buckets[one.uid] = (tokens - wanted * (tokens >= wanted), self.now)
         return "RateLimited" if tokens < wanted else ""
 
     def full(self, one, count):
@@ -279,34 +294,23 @@ class Machine(RuleBasedStateMachine):
             one.unread.append(count)
             self.granted += 1
 
-    @rule(which=WHICH, what=st.sampled_from(["list", "watch", "shutdown", "reload"]), home=st.booleans())
-    def ask_other(self, which, what, home):
-        if what in ("shutdown", "reload"):
-            self.ask_admin(self.number(which), stop=what == "shutdown", home=home)
+    @rule(which=WHICH, wait_ms=st.integers(0, 2**32 - 1))
+    def list_refused(self, which, wait_ms):
+        """The keeper's word for it, which is recorded of who is there; it may be one that has ended."""
+        number = self.number(which)
+        self.keeper.heard.append(keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(number, wait_ms)))
+        before = self.audit.refused
+        if number > self.last:
+            with pytest.raises(LinkViolation):
+                self.opener._read_keeper()
         else:
-            self.ask_list(self.number(which), watch=what == "watch")
+            self.opener._read_keeper()
+        assert self.audit.refused - before == (number in self.open)
+        assert (self.said(), self.told()) == ([], [])
 
-    def ask_list(self, number, *, watch):
-        if not self.turn(
-            number, "Watch" if watch else "List", link.INBOX_TO_OPENER.encode(link.List(number, watch=watch))
-        ):
-            return
-        one = self.open[number]
-        wanted = self.limited(one) or self.limited(one, kind="lists")
-        if wanted:
-            assert self.outcome(number) == wanted
-            return
-        assert self.said() == []
-        self.opener._timers()
-        (said,) = self.said()
-        assert (type(said), said.connection, said.last) == (link.Offered, number, True)
-        assert [offer.resource for offer in said.offers] == [ALLOWED] * len(self.policy.everyone)
-        tokens, since = self.buckets[one.uid, "lists"]  # the node that was looked at is charged, and its rule
-        self.buckets[one.uid, "lists"] = (
-            max(tokens - 2 * len(said.offers), -self.policy.limits["requests_per_second"]),
-            since,
-        )
-        one.state = "watching" if watch else "idle"
+    @rule(which=WHICH, stop=st.booleans(), home=st.booleans())
+    def ask_other(self, which, stop, home):
+        self.ask_admin(self.number(which), stop=stop, home=home)
 
     def ask_admin(self, number, *, stop, home):
         message = (
@@ -353,7 +357,7 @@ class Machine(RuleBasedStateMachine):
             reason = 0  # the service would end: tests/flow/test_opener.py
         if not self.turn(number, "Closed", link.INBOX_TO_OPENER.encode(link.Closed(number, reason))):
             return
-        assert self.said() == []
+        assert (self.said(), self.told()) == ([], [keeper.Ended(number)])
         self.ended.append(self.open.pop(number))
 
     @rule(which=WHICH, message=st.sampled_from([link.PONG, link.DRAINED, b""]))
@@ -384,9 +388,6 @@ class Machine(RuleBasedStateMachine):
         assert {number: one.state for number, one in opener._connections.items()} == {
             number: one.state for number, one in self.open.items()
         }
-        assert {one.number for one in opener._lister._watching} == {
-            number for number, one in self.open.items() if one.state == "watching"
-        }
         for number, connection in opener._connections.items():
             assert connection.subject.uid == self.open[number].uid
         for uid, account in opener._door._accounts._by_owner.items():
@@ -404,7 +405,6 @@ class Machine(RuleBasedStateMachine):
         self.opener._door.close()
         self.opener._epoll.close()
         for number in (
-            self.opener._changes.descriptor,
             self.opener._spare,
             self.opener._woken,
             *vars(self.nodes).values(),
