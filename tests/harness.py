@@ -506,7 +506,7 @@ _CONSOLE = """
 import array, ctypes, errno, fcntl, mmap, os, select, signal, socket, struct, sys, threading, time
 from fdbroker.kernel import capabilities, libc, openat
 from fdbroker.terms import Device, Namespace, Socket
-from fdbroker.wire import link, resources, rights, worker
+from fdbroker.wire import keeper, link, lists, resources, rights, worker
 
 def console(sock, names):
     poll = select.poll()

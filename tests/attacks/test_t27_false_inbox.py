@@ -1,4 +1,4 @@
-"""T27: the inbox is taken over, and sends the opener and the launcher what it likes."""
+"""T27: the inbox is taken over, and sends opener, keeper and launcher what it likes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ POLICY = f"version: 1\nusers: {{{BOB}: {{devices: [{{path: /dev/bobs}}]}}}}\n"
 # In the place of the inbox: the first client tells it what to do; it has what any inbox has.
 INBOX = """
 class Inbox:
-    def __init__(self, launcher, opener, topics, unit_s):
-        self.launcher, self.opener = launcher, opener
+    def __init__(self, launcher, opener, keeper, topics, unit_s):
+        self.launcher, self.opener, self.keeper = launcher, opener, keeper
 
     def serve(self):
         self.launcher.send(link.READY)
@@ -37,6 +37,15 @@ class Inbox:
     def ask(self, number, *paths):
         self.opener.send(link.INBOX_TO_OPENER.encode(link.Open(number, tuple(Device(path, "ro") for path in paths))))
         return self.hear()
+
+    def listed(self, number):
+        # what the keeper shows of a client's nodes, and with how many descriptors
+        self.keeper.send(lists.INBOX_TO_KEEPER.encode(lists.List(number, False)))
+        poll = select.poll()
+        poll.register(self.keeper.fileno(), select.POLLIN)
+        poll.poll(5000)
+        data, descriptors = self.keeper.receive_with_descriptors(5)
+        return [one.resource.path for one in lists.KEEPER_TO_INBOX.decode(data).offers], len(descriptors)
 """
 
 
@@ -77,6 +86,8 @@ def test_it_asks_in_the_name_of_a_client_and_that_client_alone_gets_the_descript
     assert console.say("self.ask(2, '/dev/other')") == "('Outcome', 2, 'Denied', 0)"
     assert console.say("self.ask(2, '/dev/bobs', '/dev/other')") == "('Outcome', 2, 'Denied', 0)"
     assert console.say("self.ask(2, '/dev/bobs')") == "('Outcome', 2, 'NoneType', 0)"
+    # and of what each may open, the names
+    assert [console.say(f"self.listed({number})") for number in (1, 2)] == ["([], 0)", "(['/dev/bobs'], 0)"]
     os.write(done[1], b"x")
     assert os.waitstatus_to_exitcode(os.waitpid(bob, 0)[1]) == 0
     for number in (*go, *done):
@@ -104,11 +115,10 @@ OPEN = "link.INBOX_TO_OPENER.encode(link.Open(1, (Device('/dev/x', 'ro'),)))"
         (["b'\\xff'"], "unknown message type"),
         ([f"{OPEN}[:-1]"], "cut at"),
         (["b'x' * 140000"], "at most 131072"),
-        (["link.INBOX_TO_OPENER.encode(link.List(99, watch=False))"], "does not exist"),
+        (["link.INBOX_TO_OPENER.encode(link.Shutdown(99))"], "does not exist"),
         (["link.INBOX_TO_OPENER.encode(link.Closed(1, 0))", OPEN], "does not exist"),
-        (["link.INBOX_TO_OPENER.encode(link.List(1, watch=True))", OPEN], "which is watching"),
     ],
-    ids=range(6),
+    ids=range(5),
 )
 def test_whatever_breaks_its_rules_ends_the_service_and_is_recorded(taken, sends, why):
     broker, console = taken
@@ -117,6 +127,30 @@ def test_whatever_breaks_its_rules_ends_the_service_and_is_recorded(taken, sends
     (record,) = [one for one in broker.records() if one["MESSAGE"].startswith("violation: ")]
     assert why in record["FDBROKER_REASON"]
     assert record["PRIORITY"] == "2"
+    assert console.say("1") is None  # and it does not live on
+
+
+LIST = "lists.INBOX_TO_KEEPER.encode(lists.List({}, watch={}))"
+
+
+@pytest.mark.parametrize(
+    ("sends", "why"),
+    [
+        (["b'\\xff'"], "unknown message type"),
+        ([f"{LIST.format(1, True)}[:-1]"], "cut at"),
+        (["b'x' * 140000"], "at most 131072"),
+        ([LIST.format(99, False)], "does not exist"),
+        ([LIST.format(1, True)] * 2, "which is watching"),
+        ([LIST.format(1, True), LIST.format(1, False)], "which is watching"),
+    ],
+    ids=range(6),
+)
+def test_whatever_breaks_its_rules_with_the_keeper_ends_the_service_too(taken, sends, why):
+    broker, console = taken
+    assert console.say("1") == "1"
+    console.say(f"[self.keeper.send(one) for one in [{', '.join(sends)}]]")
+    assert broker.process.wait(60) == 70
+    assert why in broker.text()
     assert console.say("1") is None  # and it does not live on
 
 

@@ -417,6 +417,18 @@ def test_who_asks_too_often_is_refused_and_the_opener_hears_of_it_to_record_it(d
         assert one.hear() == (2, ["/dev/known"])
 
 
+def test_all_uids_of_an_owner_have_one_rate(dev, tmp_path):
+    """One user can be each of its subordinate uids, and connect as often as it may."""
+    with world(tmp_path) as one:
+        for number, uid in enumerate((1000, 100_001, 100_002), 1):
+            one.say(Came(number, uid, 1000, 1, True, "", ()))
+        answers = []
+        for number in (1, 2, 3) * 7:
+            one.ask(number)
+            answers.append(one.hear())
+        assert [isinstance(said, ListRefused) for said in answers] == [False] * 20 + [True]
+
+
 def test_a_number_that_another_client_gets_is_that_ones_owners(dev, tmp_path):
     """The first one of that number was turned away after all, and the inbox never heard of it."""
     with world(tmp_path) as one:
