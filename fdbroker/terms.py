@@ -326,18 +326,6 @@ class Grant(NamedTuple):
     unusable: str | None = None
 
 
-class Offer(NamedTuple):
-    """One resource that a subject may open now, with the most access it may ask for, and the rule that says so.
-
-    `generation`, 0 to 2**53 - 1, is another number once the node at a device's path is another one, or has another
-    mode or owner; 0 for what is no device.
-    """
-
-    resource: Resource
-    where: str
-    generation: int = 0
-
-
 class Finding(NamedTuple):
     """One thing that is wrong in a policy file; `line` and `column` count from 1, 0 for the whole of it."""
 

@@ -18,6 +18,7 @@ RANKS = {
     "refusals": 0,
     "limits": 0,
     "errors": 1,
+    "offers": 1,
     "typed": 1,
     "bucket": 1,
     "pace": 1,

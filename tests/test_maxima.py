@@ -46,6 +46,7 @@ from fdbroker.kernel.records import NotRecorded, Records
 from fdbroker.launcher import needs, start
 from fdbroker.namespaces import answer
 from fdbroker.namespaces import service as namespaces
+from fdbroker.offers import Offer
 from fdbroker.opener import door as door_module
 from fdbroker.opener import send
 from fdbroker.opener.audit import Audit, Record, fields
@@ -59,7 +60,7 @@ from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.decide import View
 from fdbroker.policy.owners import Owners
-from fdbroker.terms import Device, DeviceRule, Grant, Namespace, Offer, SocketRule, Subject, Topic, TopicUse
+from fdbroker.terms import Device, DeviceRule, Grant, Namespace, SocketRule, Subject, Topic, TopicUse
 from fdbroker.terms import User as Known
 from fdbroker.wire import link, lists, resources, rights, worker
 from fdbroker.wire.rights import Rights, Sender

@@ -28,7 +28,7 @@ from fdbroker.errors import (
     ProtocolViolation,
 )
 from fdbroker.kernel import sockets
-from fdbroker.terms import Offer
+from fdbroker.offers import Offer
 from fdbroker.wire import varlink
 
 _READ_BYTES = 65536

@@ -25,7 +25,8 @@ from fdbroker.errors import (
     ProtocolViolation,
     Refused,
 )
-from fdbroker.terms import ACCESS_NAMES, INVALID_ID, OTHERS, Offer, Resource
+from fdbroker.offers import Offer
+from fdbroker.terms import ACCESS_NAMES, INVALID_ID, OTHERS, Resource
 from fdbroker.typed import parse
 from fdbroker.wire import frame, varlink
 from fdbroker.wire.asked import WrongMember, from_json

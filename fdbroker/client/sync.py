@@ -21,7 +21,7 @@ from fdbroker.client.descriptor import Descriptor
 from fdbroker.client.replies import Continued, Replies
 from fdbroker.errors import BrokerUnavailable, NoSuchRecipient, PolicyBroken, PolicyError, ProtocolViolation
 from fdbroker.kernel import memfd, sockets
-from fdbroker.terms import Offer
+from fdbroker.offers import Offer
 from fdbroker.wire import frame, varlink
 
 _READ_BYTES = 65536

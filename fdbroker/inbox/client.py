@@ -19,8 +19,9 @@ from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.decode import Decoder
 from fdbroker.inbox.member import BEGIN, Member
 from fdbroker.kernel import sockets
+from fdbroker.offers import Offer
 from fdbroker.pace import Pace
-from fdbroker.terms import Offer, Resource
+from fdbroker.terms import Resource
 from fdbroker.wire import link
 from fdbroker.wire.rights import Rights, Sender
 

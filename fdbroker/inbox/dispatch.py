@@ -17,7 +17,8 @@ from fdbroker.errors import (
     Refused,
 )
 from fdbroker.inbox.attached import Attached
-from fdbroker.terms import FRAMED_TOPIC, Device, Offer, Resource
+from fdbroker.offers import Offer
+from fdbroker.terms import FRAMED_TOPIC, Device, Resource
 from fdbroker.wire import admin, frame, link, varlink
 from fdbroker.wire.asked import WrongMember, from_json
 from fdbroker.wire.resources import to_json

@@ -27,7 +27,7 @@ from fdbroker.inbox.topics import Topics
 from fdbroker.inbox.turns import Turns, timed
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
-from fdbroker.terms import Offer
+from fdbroker.offers import Offer
 from fdbroker.wire import admin, frame, link, lists, rights
 from fdbroker.wire.frame import TooLong
 from fdbroker.wire.keeper import ListRefused

@@ -18,6 +18,7 @@ from fdbroker.keeper.connections import Connection
 from fdbroker.kernel import inotify
 from fdbroker.kernel.devices import nodes_matching
 from fdbroker.nodes.find import Finder
+from fdbroker.offers import Offer
 from fdbroker.policy.decide import View, decide
 from fdbroker.policy.paths import matcher
 from fdbroker.refusals import Refused
@@ -27,7 +28,6 @@ from fdbroker.terms import (
     DeviceRule,
     Namespace,
     NamespaceRule,
-    Offer,
     Resource,
     Socket,
     SocketRule,

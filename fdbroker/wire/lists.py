@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fdbroker.terms import Offer
+from fdbroker.offers import Offer
 from fdbroker.wire import codec, resources
 from fdbroker.wire.keeper import ListRefused
 

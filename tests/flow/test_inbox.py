@@ -26,7 +26,8 @@ from fdbroker.inbox.topics import Topics
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
-from fdbroker.terms import Device, Offer, Topic, User
+from fdbroker.offers import Offer
+from fdbroker.terms import Device, Topic, User
 from fdbroker.wire import admin, link, lists, rights, varlink
 from fdbroker.wire.keeper import ListRefused
 from fdbroker.wire.rights import Rights, Sender

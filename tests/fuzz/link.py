@@ -19,7 +19,8 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
-from fdbroker.terms import Device, Namespace, Offer, Socket, Topic, TopicUse, Uplink, User
+from fdbroker.offers import Offer
+from fdbroker.terms import Device, Namespace, Socket, Topic, TopicUse, Uplink, User
 from fdbroker.wire import admin, keeper, link, lists, rights, worker
 
 TABLES = (

@@ -15,7 +15,8 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
-from fdbroker.terms import Device, Offer, Topic, TopicUse
+from fdbroker.offers import Offer
+from fdbroker.terms import Device, Topic, TopicUse
 from fdbroker.wire import keeper, link, lists, rights
 from fdbroker.wire.rights import Rights, Sender
 
