@@ -751,6 +751,19 @@ def test_no_denial_is_lost_while_the_opener_reads_nothing():
         assert len(replies(other, 3)) == 2
 
 
+def test_no_list_is_lost_while_the_keeper_reads_nothing():
+    with inbox() as opener, contextlib.ExitStack() as stack:
+        opener.ends[2].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)  # room for some messages
+        clients = [stack.enter_context(opener.client()) for _ in range(30)]
+        for client in clients:
+            client.sendall(LIST)
+        end_s = time.monotonic() + 30
+        while not opener.inbox._keeper.waiting:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+        assert sorted(opener.asked() for _ in clients) == [lists.List(number, True) for number in range(1, 31)]
+
+
 def test_messages_that_are_shed_give_back_the_losses_that_they_tell_of():
     """Nine were lost, and the client was told of one."""
     ours, theirs = socket.socketpair()
