@@ -259,8 +259,12 @@ def test_an_inbox_that_breaks_its_rules_ends_the_service(dev, tmp_path, messages
         one.came(1)
         one.came(2)
         one.say(Ended(2))
+        one.hand_on(1, POLICY)
+        one.say(Use(1, 1))
+        assert one.pinged() == link.Pong()  # and the inbox is not read yet: all come at once
         for message in messages:
             one.inbox.send(message)
+        one.came(1)
         assert why in one.violated()
 
 
