@@ -361,6 +361,7 @@ def test_nobody_is_refused_for_its_rate_by_a_policy_that_is_no_more(dev, tmp_pat
             last = one.hear()
         assert isinstance(last, ListRefused)
         one.hand_on(1, OTHER + "limits: {burst: 1000, requests_per_second: 1000}\n")
+        assert one.pinged() == link.Pong()
         one.say(Use(1, 1))
         assert one.pinged() == link.Pong()
         one.ask(1)
