@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from harness import folder
 
+from fdbroker.wire.connections import Came
+
 
 @contextlib.contextmanager
 def answering(answer: bytes, *, unread: bool) -> Iterator[str]:
@@ -39,3 +41,8 @@ def answering(answer: bytes, *, unread: bool) -> Iterator[str]:
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
+
+
+def came(number, uid, owner=None, pid=1, foreign=False, label="", gids=(), gid=0):
+    """What the opener says of a connection, whose owner is its uid unless it is said."""
+    return Came(number, uid, gid, pid, uid if owner is None else owner, foreign, label, "", gids)

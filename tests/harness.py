@@ -506,7 +506,8 @@ _CONSOLE = """
 import array, ctypes, errno, fcntl, mmap, os, select, signal, socket, struct, sys, threading, time
 from fdbroker.kernel import capabilities, libc, openat
 from fdbroker.terms import Device, Namespace, Socket
-from fdbroker.wire import keeper, link, lists, resources, rights, worker
+from fdbroker.wire import keeper, link, lists, resources, worker
+from fdbroker.wire.connections import Came, Use
 
 def console(sock, names):
     poll = select.poll()

@@ -47,21 +47,23 @@ _ENOUGH_S = 20.0
 _SERVES = {"opener": "Opener", "keeper": "Keeper", "inbox": "Inbox", "namespaces": "Worker"}
 
 
-def program(folder: str, store: bool) -> tuple[str, ...]:
-    """What to give Python in the place of `-m fdbroker`."""
-    return ("-c", f"import sys; {code(folder, store)}")
+def program(folder: str, store: bool, limits: dict[str, int] | None = None) -> tuple[str, ...]:
+    """What to give Python in the place of `-m fdbroker`; with other `limits` in the launcher."""
+    return ("-c", f"import sys; {code(folder, store, limits)}")
 
 
-def code(folder: str, store: bool) -> str:
+def code(folder: str, store: bool, limits: dict[str, int] | None = None) -> str:
     """The same as the end of a program that has imported sys."""
-    return f"sys.path.insert(0, {TESTS!r}); import takeover; takeover.launcher({folder!r}, {store})"
+    return f"sys.path.insert(0, {TESTS!r}); import takeover; takeover.launcher({folder!r}, {store}, {limits or {}})"
 
 
-def launcher(folder: str, store: bool) -> NoReturn:
-    """The real `fdbroker serve`, whose children are started by `child`."""
+def launcher(folder: str, store: bool, others: dict[str, int]) -> NoReturn:
+    """The real `fdbroker serve`, whose children are started by `child`; with other limits."""
+    from fdbroker import limits
     from fdbroker.cli import main
     from fdbroker.launcher import own, start
 
+    vars(limits).update(others)
     sys.path.remove(TESTS)  # what can be imported, the launcher's Landlock rules let it read
 
     def popen(command: list[str], **more: Any) -> subprocess.Popen[bytes]:

@@ -26,6 +26,7 @@ RANKS = {
     "policy": 2,
     "kernel": 3,
     "nodes": 4,
+    "renewal": 4,
     "opener": 5,
     "keeper": 5,
     "inbox": 5,

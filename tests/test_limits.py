@@ -33,6 +33,7 @@ MAXIMA = {
     "UNSENT_BYTES": "test_maxima.py::test_answers_that_wait_for_who_does_not_read",
     "RECIPIENTS_OF_OWNER": "inbox/test_topics.py::test_of_one_owner_so_many_who_are_here_and_not_one_more",
     "OFFERS": "test_maxima.py::test_a_listing",
+    "DEVICES_KEPT": "nodes/test_find.py::test_so_many_devices_are_kept",
     "WAITING_BYTES": "inbox/test_memory.py::test_above_the_sum_who_has_more_than_a_share_loses",
     "WAITING_SHARE_BYTES": "inbox/test_memory.py::test_a_share_is_never_less_than_this",
     # --- the links between our processes
@@ -130,7 +131,6 @@ OTHERS = {
         "kernel/test_jobs.py::test_so_many_jobs_may_be_stuck_and_a_quarter_of_one_owner",
     ),
     "CLOSING_THREADS": ("threads of ours", "kernel/test_jobs.py::test_no_more_threads_than_allowed"),
-    "DEVICES_KEPT": "nodes/test_find.py::test_so_many_devices_are_kept",
     "FLIGHT_LOOK_MS": ("an interval of ours", "opener/test_authorize.py::test_what_was_read_meanwhile_is_room_again"),
     "BROKEN_SECONDS": (
         "an interval of ours",
@@ -144,6 +144,10 @@ OTHERS = {
     "STOP_SECONDS": (
         "the longest time that a stop takes; who ends in time ends it earlier",
         "attacks/test_t48_outliving.py::test_the_launchers_end_takes_all_with_it_although_they_do_nothing_by_themselves_any_more",
+    ),
+    "POLICY_SECONDS": (
+        "the longest time that a reload takes, on a machine that cannot do it",
+        "privileged/test_forged_links.py::test_a_keeper_that_does_not_take_a_policy_ends_the_service",
     ),
     "START_SECONDS": (
         "the longest time that a start takes, on a machine that cannot do it; with 0 it fails at once",

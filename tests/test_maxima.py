@@ -17,6 +17,7 @@ from unittest import mock
 
 import harness
 import pytest
+from fakes import came
 
 from fdbroker import limits
 from fdbroker.bucket import Bucket
@@ -30,12 +31,13 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
-from fdbroker.inbox import deadlines, dispatch, service, topics
+from fdbroker.inbox import client, deadlines, dispatch, service, topics
 from fdbroker.inbox import store as store_module
 from fdbroker.inbox.attached import Ledger, Unread
 from fdbroker.inbox.client import User
 from fdbroker.inbox.member import Member
 from fdbroker.inbox.reserve import Reserve
+from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.inbox.topics import Topics
 from fdbroker.keeper import connections, listing
@@ -62,13 +64,13 @@ from fdbroker.policy.decide import View
 from fdbroker.policy.owners import Owners
 from fdbroker.terms import Device, DeviceRule, Grant, Namespace, SocketRule, Subject, Topic, TopicUse
 from fdbroker.terms import User as Known
-from fdbroker.wire import link, lists, resources, rights, worker
-from fdbroker.wire.rights import Rights, Sender
+from fdbroker.wire import link, lists, resources, worker
 
 MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
 UID = os.getuid()
 FAR_US = 1 << 60
-MAY = Rights(frozenset({0}), frozenset({0}), 100_000, 100_000, 2, 10_000, 1 << 30, 100_000, 100_000)
+TOPIC_NAMES = frozenset({"x", "mail", "news", "inbox"})
+MAY = Rights(TOPIC_NAMES, TOPIC_NAMES, 100_000, 100_000, 2, 10_000, 1 << 30, 100_000, 100_000)
 
 
 def at(monkeypatch, name, value):
@@ -107,6 +109,8 @@ def policy_errors(tmp_path, text):
         return "\n".join(map(str, error.findings))
     return ""
 
+
+POLICY = Policy(frozenset(), frozenset(), MAXIMA, {}, {}, (), (), {}, {}, {})
 
 # ---- the wire
 
@@ -162,7 +166,7 @@ def test_a_name():
     assert [paths.is_device_path(f"/dev/{name}") for name in names] == [True, False]
     assert [paths.is_namespace_name(name) for name in names] == [True, False]
     assert [spelling.name_glob_error(name) for name in names] == ["", f"a name is over {most} bytes"]
-    message = link.INBOX_TO_OPENER.encode(rights.DeniedUse(1, TopicUse("send", names[1])))  # cut
+    message = link.INBOX_TO_OPENER.encode(link.DeniedUse(1, TopicUse("send", names[1])))  # cut
     assert link.INBOX_TO_OPENER.decode(message).use.topic == names[0]
     longer = message[:10] + (most + 1).to_bytes(2, "big") + message[12:] + b"x"
     with pytest.raises(LinkViolation, match=f"a text of {most + 1} bytes"):
@@ -283,7 +287,7 @@ def make_door(monkeypatch, pair):
             listener,
             Link(pair[0]),
             Link(keepers[0]),
-            views_of(Policy(frozenset(), frozenset(), MAXIMA, {}, {}, (), (), {}, {}, {})),
+            views_of(POLICY),
             Audit(None),
             {},
             Closing(),
@@ -559,8 +563,8 @@ def store():
 def queue(store, users=(7,), keep_s=60, **others):
     """Topics with one that is stored for these users, and who may send to it."""
     made = Topics(Records(None), store)
-    made.add_users([Known(uid, f"u{uid}", frozenset({0})) for uid in users])
-    made.use((Topic("mail", ("queue",), 65536, keep_s),))
+    known = [Known(uid, f"u{uid}", frozenset({0})) for uid in users]
+    made.use((Topic("mail", ("queue",), 65536, keep_s),), known)
     sender = Member(Sender(5, 5, 5, "", 5))
     made.allow(sender, MAY._replace(subscribe=frozenset(), **others))
     return made, sender
@@ -682,10 +686,10 @@ class Desk:
         (self.launcher, to_launcher), (self.opener, to_opener), (self.keeper, to_keeper) = links
         self.client, sock = ends(socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.inbox = service.Inbox(Link(to_launcher), Link(to_opener), Link(to_keeper), Topics(Records(None)))
+        links = Link(to_launcher), Link(to_opener), Link(to_keeper)
+        self.inbox = service.Inbox(*links, POLICY, Topics(Records(None)))
         stack.callback(self.inbox._epoll.close)
-        sender = Sender(UID, 0, 1, "", UID)
-        self.inbox._connected(rights.Connected(1, sender, MAY), [os.dup(sock.fileno())])
+        self.inbox._connected(came(1, UID), MAY, [os.dup(sock.fileno())])
         self.one = self.inbox._by_number[1]
         stack.callback(self.one.sock.close)
 
@@ -716,7 +720,7 @@ def test_a_message_must_be_complete_in_time(desk, monkeypatch):
     clock.now_s += 1
     desk.inbox._end_slow()
     assert desk.inbox._by_number == {}
-    assert desk.said() == link.Closed(1, service.SLOW)
+    assert desk.said() == link.Closed(1, client.SLOW)
 
 
 def test_a_message_with_descriptors_must_be_complete_sooner(desk, monkeypatch):
@@ -733,7 +737,7 @@ def test_a_message_with_descriptors_must_be_complete_sooner(desk, monkeypatch):
     clock.now_s += 1
     desk.inbox._end_slow()
     assert desk.inbox._by_number == {}
-    assert desk.said() == link.Closed(1, service.SLOW)
+    assert desk.said() == link.Closed(1, client.SLOW)
 
 
 def test_an_answer_must_be_taken_in_time(desk, monkeypatch):

@@ -5,19 +5,21 @@ Runs in: inbox, as root until `obey` returns. Everything is imported before that
 
 from __future__ import annotations
 
+import os
 import socket
 import sqlite3
 import sys
 from typing import NoReturn
 
-from fdbroker import errors
+from fdbroker import errors, limits
 from fdbroker.inbox.service import Inbox
 from fdbroker.inbox.store import opened
 from fdbroker.inbox.topics import Topics
 from fdbroker.inbox.turns import unit_of_this_machine_s
-from fdbroker.kernel import orders
+from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
+from fdbroker.policy.compiled import from_bytes
 
 
 def main() -> NoReturn:
@@ -32,15 +34,18 @@ def main() -> NoReturn:
         except sqlite3.Error as error:
             Topics(records).say(f"the stored messages in {folder} cannot be opened: {error}")
             orders.end(errors.EX_OSERR)
-    topics = Topics(records, store)
+    topics, unit_s = Topics(records, store), unit_of_this_machine_s()
+    policy = from_bytes(memfd.read(descriptors["policy"], limits.POLICY_LINK_BYTES))
+    os.close(descriptors["policy"])
     if damage:
         topics.say(damage)
     inbox = Inbox(
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["opener"])),
         Link(socket.socket(fileno=descriptors["keeper"])),
+        policy,
         topics,
-        unit_of_this_machine_s(),
+        unit_s,
     )
     try:
         inbox.serve()

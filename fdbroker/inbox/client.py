@@ -18,12 +18,12 @@ from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.decode import Decoder
 from fdbroker.inbox.member import BEGIN, Member
+from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.kernel import sockets
 from fdbroker.offers import Offer
 from fdbroker.pace import Pace
 from fdbroker.terms import Resource
 from fdbroker.wire import link
-from fdbroker.wire.rights import Rights, Sender
 
 _UNITS_PER_REQUEST = limits.UNITS_PER_REQUEST
 _LOST = re.compile(re.escape(BEGIN) + rb'"lost":([0-9]+),')  # as Member.take says it

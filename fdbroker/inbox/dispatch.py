@@ -18,6 +18,7 @@ from fdbroker.errors import (
 )
 from fdbroker.inbox.attached import Attached
 from fdbroker.offers import Offer
+from fdbroker.policy.compiled import Policy
 from fdbroker.terms import FRAMED_TOPIC, Device, Resource
 from fdbroker.wire import admin, frame, link, varlink
 from fdbroker.wire.asked import WrongMember, from_json
@@ -357,14 +358,14 @@ def _parameters(refusal: Refused, resources: Sequence[Resource] = ()) -> dict[st
     return said
 
 
-def about_reply(said: admin.InForce) -> bytes:
+def about_reply(policy: Policy) -> bytes:
     """The reply of About."""
     return varlink.encode_reply(
         {
             "version": __version__,
-            "generation": said.generation,
-            "digest": said.digest,
-            "loadedAt": said.loaded_us,
+            "generation": policy.generation,
+            "digest": policy.digest,
+            "loadedAt": policy.loaded_us,
         }
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from fdbroker import limits
 from fdbroker.inbox.attached import Attached
-from fdbroker.wire.rights import Rights, Sender
+from fdbroker.inbox.rights import Rights, Sender
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 # how every message begins: where `lost` is put, when there is something to say

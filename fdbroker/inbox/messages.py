@@ -14,11 +14,12 @@ from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
 from fdbroker.inbox.client import Client
 from fdbroker.inbox.member import Member
+from fdbroker.inbox.rights import Rights
 from fdbroker.inbox.topics import Topics
 from fdbroker.inbox.turns import Turns, clock
 from fdbroker.kernel.link import Link
 from fdbroker.terms import TopicUse
-from fdbroker.wire import link, rights
+from fdbroker.wire import link
 
 _BYTES_PER_UNIT = limits.BYTES_PER_UNIT
 
@@ -108,7 +109,7 @@ class Messages:
             client.answer(asked)
             self._uncommitted[client.number] = client
 
-    def allow(self, client: Client, allowed: rights.Rights) -> bool:
+    def allow(self, client: Client, allowed: Rights) -> bool:
         """Other rights for a client; false when they ended its subscription, which it is told."""
         try:
             self._topics.allow(client.member, allowed)
@@ -122,7 +123,7 @@ class Messages:
     def _note(self, client: Client, refusal: Refused, verb: str) -> None:
         """Have a denial recorded; while there is no room in the opener's link, the client's next message waits."""
         if isinstance(refusal, TopicDenied):
-            denied = link.INBOX_TO_OPENER.encode(rights.DeniedUse(client.number, TopicUse(verb, refusal.topic)))
+            denied = link.INBOX_TO_OPENER.encode(link.DeniedUse(client.number, TopicUse(verb, refusal.topic)))
             if self._opener.waiting or self.unsaid:
                 self.unsaid[client.number] = client, denied
             else:

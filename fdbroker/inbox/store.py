@@ -342,9 +342,9 @@ def opened(folder: str) -> tuple[Store, str]:
     try:
         return Store(path, Reserve(f"{path}-reserve")), ""
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        # but for SQLITE_ERROR, which says that a table is not what it was made as, and SQLITE_READONLY for a file that we
-        # may write, whose header says so: no access, another process, no room, a newer version; nothing is wrong with
-        # the file. What is no text stands in a schema that SQLite quotes.
+        # But for SQLITE_ERROR, which says that a table is not what it was made as, and for SQLITE_READONLY where we may
+        # write, which the header says: no access, another process, no room, a newer version; nothing is wrong with the
+        # file. What is no text stands in a schema that SQLite quotes.
         code = getattr(error, "sqlite_errorcode", None)
         damaged = code == sqlite3.SQLITE_ERROR or (code == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK))
         if isinstance(error, sqlite3.OperationalError) and not damaged:

@@ -24,11 +24,11 @@ from fdbroker.errors import (
 from fdbroker.inbox.attached import Attached
 from fdbroker.inbox.dispatch import Publish, text_of
 from fdbroker.inbox.member import Member
+from fdbroker.inbox.rights import Rights
 from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.kernel.records import NotRecorded, Records
 from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Topic, User, owner_text
 from fdbroker.wire import varlink
-from fdbroker.wire.rights import Rights
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 _JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
@@ -77,6 +77,11 @@ def _reply(data: bytes) -> bytes:
     return varlink.encode_reply({"message": varlink.Raw(data)}, continues=True)
 
 
+def _can_be_named(name: str) -> bool:
+    """Whether a name of the databases is a text that is not too long: cut, it could be another's."""
+    return name.isprintable() and len(name.encode(errors="replace")) <= limits.NAME_BYTES
+
+
 class Topics:
     """All topics, their subscribers, and the rate of every user.
 
@@ -87,10 +92,8 @@ class Topics:
         self._records = records
         self._store = store
         self._topics: dict[str, Topic] = {}
-        self._order: tuple[Topic, ...] = ()
         self._listed: dict[str, set[int]] = {}  # topic -> those that may subscribe, by the policy
         self._uids: dict[str, int] = {}  # by name
-        self._next_users: list[User] = []
         self._work = 0
         self._members: dict[int, dict[Member, None]] = {}  # of each connected user
         self._subscribers: dict[str, dict[Member, None]] = {}
@@ -103,35 +106,24 @@ class Topics:
         self._shared: list[_Shared] = []  # what this turn has brought for all subscribers of a topic
         self.fresh: dict[Member, None] = {}  # in whose own queue something has come
 
-    def use(self, topics: tuple[Topic, ...]) -> None:
-        """The policy's topics, and the users that were told before them, from now on."""
-        users, self._next_users = self._next_users, []
-        self._order = topics
+    def use(self, topics: Sequence[Topic], users: Iterable[User] = ()) -> None:
+        """The policy's topics, and the users whom it, or the machine's databases, name, from now on."""
         self._topics = {topic.name: topic for topic in topics}
         self._listed = {topic.name: set() for topic in topics}
-        self._uids = {user.name: user.uid for user in users}
+        self._uids = {}
         for user in users:
+            if _can_be_named(user.name):
+                self._uids[user.name] = user.uid
             for position in user.topics:
-                if position < len(topics):
-                    self._listed[topics[position].name].add(user.uid)
-
-    def add_users(self, users: Iterable[User]) -> None:
-        """Users whom the policy, or the machine's databases, name: in force with the topics that come next.
-
-        Not before: a message that comes meanwhile would be stored for some of them only.
-        """
-        self._next_users += users
+                self._listed[topics[position].name].add(user.uid)
 
     def allow(self, member: Member, rights: Rights) -> None:
-        """What a connection may do from now on, by the topics that were told last.
+        """What a connection may do from now on.
 
         Raises TopicDenied when it may no longer have what it has subscribed to: then that has ended.
         """
         self._members.setdefault(member.sender.uid, {})[member] = None
-        member.send, member.subscribe = (
-            frozenset(self._order[position].name for position in positions if position < len(self._order))
-            for positions in (rights.send, rights.subscribe)
-        )
+        member.send, member.subscribe = rights.send, rights.subscribe
         member.maxima = rights
         for topic in member.subscribed - member.subscribe:
             self.unsubscribe(member)

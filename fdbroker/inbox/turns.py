@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 from fdbroker import limits
 from fdbroker.inbox.client import Client, User
-from fdbroker.wire.rights import Rights
+from fdbroker.inbox.rights import Rights
 
 _SHARE, _SHARE_ALONE = limits.TURN_UNITS, limits.TURN_UNITS_ALONE
 _UNDIVIDED = limits.UNDIVIDED_FACTOR

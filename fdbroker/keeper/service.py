@@ -7,24 +7,21 @@ raises LinkViolation, which ends the service. It gets names of nodes, and nothin
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import time
 from typing import assert_never
 
-from fdbroker import limits
 from fdbroker.keeper.changes import Changes
 from fdbroker.keeper.connections import Connection, Owners
 from fdbroker.keeper.listing import Lister
-from fdbroker.kernel import memfd
 from fdbroker.kernel.link import Link
 from fdbroker.nodes.find import Finder
-from fdbroker.policy.compiled import Policy, from_bytes
+from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import View
 from fdbroker.policy.views import Views
 from fdbroker.refusals import LinkViolation
-from fdbroker.terms import Subject
-from fdbroker.wire import keeper, link, lists
+from fdbroker.renewal import Renewal
+from fdbroker.wire import connections, keeper, link, lists
 
 _MESSAGES_PER_TURN = 64
 _to_launcher, _to_opener = keeper.KEEPER_TO_LAUNCHER.encode, keeper.KEEPER_TO_OPENER.encode
@@ -38,9 +35,7 @@ class Keeper:
         self._opener = opener
         self._inbox = inbox
         self._views = Views(policy, _just_the_view)
-        self._policies: dict[int, Policy] = {}  # by number, those that the opener does not use yet
-        self._using = 0  # the number of the policy in force
-        self._to_come = 0  # connections that come again, since another policy is in force
+        self._renewal = Renewal(launcher)
         self._connections: dict[int, Connection] = {}
         self._last = 0  # the highest number of a connection so far
         self._owners = Owners()
@@ -58,7 +53,7 @@ class Keeper:
             launcher.poll(poll)
             opener.poll(poll)
             if inbox.fileno() >= 0:  # while it does not take our answers, or some are to come, its next questions wait
-                inbox.poll(poll, read=not (inbox.waiting or opener.waiting or self._to_come))
+                inbox.poll(poll, read=not (inbox.waiting or opener.waiting or self._renewal.to_come))
             ready = dict(poll.poll(timeout_s))
             for one in (launcher, opener):
                 if ready.get(one.fileno(), 0) & select.EPOLLOUT:
@@ -79,7 +74,7 @@ class Keeper:
 
     def _timers(self) -> float:
         """Look at what is to be listed, and return in how many seconds there is more to do; -1: with a message."""
-        if self._inbox.waiting or self._to_come:
+        if self._inbox.waiting or self._renewal.to_come:
             return -1
         if self._lister.busy:
             self._list_some()
@@ -107,21 +102,17 @@ class Keeper:
             data, descriptors = received
             if not data:
                 return False
-            try:
-                match keeper.LAUNCHER_TO_KEEPER.decode(data):
-                    case link.Policy(number):
-                        self._policies[number] = from_bytes(memfd.read(descriptors[0], limits.POLICY_LINK_BYTES))
-                    case keeper.Given() as given:
-                        self._lister.given = given
-                    case link.Ping():
-                        self._launcher.send(_to_launcher(link.Pong()))
-                    case link.Stop():
-                        return False
-                    case other:
-                        assert_never(other)
-            finally:
-                for descriptor in descriptors:
-                    os.close(descriptor)
+            match keeper.LAUNCHER_TO_KEEPER.decode(data):
+                case link.Policy(number):
+                    self._renewal.put(number, descriptors)
+                case keeper.Given() as given:
+                    self._lister.given = given
+                case link.Ping():
+                    self._launcher.send(_to_launcher(link.Pong()))
+                case link.Stop():
+                    return False
+                case other:
+                    assert_never(other)
         return True
 
     def _read_opener(self) -> bool:
@@ -130,10 +121,10 @@ class Keeper:
             if not data:
                 return False
             match keeper.OPENER_TO_KEEPER.decode(data):
-                case keeper.Came() as came:
+                case connections.Came() as came:
                     self._came(came)
-                case keeper.Use(number, connections):
-                    self._use(number, connections)
+                case connections.Use(number, count):
+                    self._use(number, count)
                 case keeper.Ended(number):
                     ended = self._connections.pop(number, None)
                     if ended is not None:
@@ -142,38 +133,24 @@ class Keeper:
                     assert_never(other)
         return True
 
-    def _came(self, came: keeper.Came) -> None:
-        number, uid, owner, pid, foreign, label, gids = came
-        subject = Subject(uid, frozenset(gids), uid, pid, "", label, foreign, owner=owner)
+    def _came(self, came: connections.Came) -> None:
+        subject, number = came.subject, came.connection
         seen = self._views.of(subject)
-        work = self._owners.of(owner, seen.limits["burst"], time.monotonic())
+        work = self._owners.of(subject.owner, seen.limits["burst"], time.monotonic())
         known = self._connections.get(number)
         if known is not None:  # or another one, which has the number of one that was turned away after all
             known.subject, known.view, known.work = subject, seen, work
         else:
             self._connections[number] = Connection(number, subject, seen, work)
             self._last = max(self._last, number)
-        if self._to_come:
-            self._to_come -= 1
-            self._go_on()
+        self._renewal.came()
 
-    def _use(self, number: int, connections: int) -> None:
+    def _use(self, number: int, count: int) -> None:
         """The opener judges by that policy now; whoever is there comes again, and nobody is answered before."""
-        if number not in self._policies:
+        if not self._renewal.knows(number):
             self._read_launcher()  # which has sent it to us before
-        policy = self._policies.pop(number, None)
-        if policy is None:
-            raise LinkViolation(f"the opener uses policy {number}, which did not come")
-        self._views = Views(policy, _just_the_view)
-        self._policies = {later: policy for later, policy in self._policies.items() if later > number}
-        self._using, self._to_come = number, connections
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """With another policy, once all have come again."""
-        if not self._to_come:
-            self._lister.list_again()
-            self._launcher.send(_to_launcher(link.Applied(self._using)))
+        self._views = Views(self._renewal.use(number, count), _just_the_view)
+        self._lister.list_again()
 
     def _read_inbox(self) -> None:
         for _ in range(_MESSAGES_PER_TURN):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from fdbroker.policy.paths import is_literal, literal, matcher
+from fdbroker.policy.literals import is_literal
+from fdbroker.policy.paths import literal, matcher
 
 
 def nodes_matching(pattern: str, folders: set[str]) -> Iterator[str]:

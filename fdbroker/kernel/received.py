@@ -6,10 +6,12 @@ credentials.
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from fdbroker.kernel.sockets import CREDENTIALS_SPACE, DONT_WAIT, FD_SIZE, UCRED, descriptors_in
 
+SO_PASSRIGHTS = 83  # asm-generic/socket.h; Python 3.11 has no name for it
 _CLOEXEC, _CTRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
 
 
@@ -42,3 +44,12 @@ def receive_with_sender(sock: socket.socket, size: int, room: int = 0) -> tuple[
         elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers += descriptors_in(value)
     return data, uid, numbers, bool(flags & _CTRUNC)
+
+
+def let_descriptors(sock: socket.socket, *, allowed: bool) -> None:
+    """Whether the peer may send descriptors: else its attempt fails (Linux 6.16). Older kernels let it."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, allowed)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise

@@ -24,7 +24,6 @@ from fdbroker.kernel import libc
 
 # asm-generic/socket.h; Python 3.11 has no names for these
 SO_PEERPIDFD = 77
-SO_PASSRIGHTS = 83
 _SO_PEERSEC = 31
 _SO_PEERGROUPS = 59
 UCRED = struct.Struct("iII")  # struct ucred: pid, uid, gid
@@ -117,15 +116,6 @@ def says_peer_pidfd(sock: socket.socket) -> bool:
         if pidfd is not None:
             os.close(pidfd)
     return True
-
-
-def let_descriptors(sock: socket.socket, *, allowed: bool) -> None:
-    """Whether the peer may send descriptors: else its attempt fails (Linux 6.16). Older kernels let it."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, allowed)
-    except OSError as error:
-        if error.errno != errno.ENOPROTOOPT:
-            raise
 
 
 def hear_urgent(sock: socket.socket) -> None:

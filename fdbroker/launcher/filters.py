@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from fdbroker.kernel import libc
 from fdbroker.kernel.namespaces import CLONE, QUESTIONS
+from fdbroker.kernel.received import SO_PASSRIGHTS
 from fdbroker.kernel.seccomp import pyseccomp
-from fdbroker.kernel.sockets import SO_PASSRIGHTS
 from fdbroker.terms import NEW_NAMESPACE_TYPES
 
 # What Python and the C library do in any process.
@@ -123,12 +123,13 @@ _OF_INBOX: dict[str, tuple[int, tuple[int, ...]]] = {
     "ioctl": _ioctls("inbox"),
     "clone": (0, (_THREAD,)),
     "socketpair": (0, (socket.AF_UNIX,)),
+    "setsockopt": (2, (SO_PASSRIGHTS,)),  # whether a client may send descriptors
 }
 NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
-    # whether a client may send descriptors; threads for drivers that sleep
+    # threads for drivers that sleep
     "opener": {
         "ioctl": _ioctls("opener"),
-        "setsockopt": (2, (SO_PASSRIGHTS, socket.SO_OOBINLINE)),
+        "setsockopt": (2, (socket.SO_OOBINLINE,)),
         "clone": (0, (_THREAD,)),
     },
     "keeper": {},

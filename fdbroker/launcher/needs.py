@@ -19,7 +19,7 @@ from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
 from fdbroker.policy.compile import Loaded, failed_tests, load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.fit import number_fits
-from fdbroker.policy.paths import is_literal
+from fdbroker.policy.literals import is_literal
 from fdbroker.policy.rules import all_rules
 from fdbroker.policy.spelling import literal_folder
 from fdbroker.terms import DeviceRule, NamespaceRule, SocketRule, TopicRule

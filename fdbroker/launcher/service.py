@@ -45,6 +45,7 @@ _STOP_LOOK_S = 0.05
 # whether the databases of users and groups have changed.
 _LOOK_S = 2.0
 _PINGED = ("opener", "keeper")  # the opener asks the inbox
+_JUDGES = ("keeper", "inbox", "opener")
 _SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
@@ -88,7 +89,7 @@ class Launcher:
         self._reload_for: list[int] = []  # connections that wait for the next load
         self._applying: list[int] | None = None  # those that wait for the policy to be in force, while it is not yet
         self._handed_on = 0  # policies since the start
-        self._missing: set[str] = set()  # children that do not use the last of these yet
+        self._missing: set[str] = set()  # children that do not use the last of these yet, as they must by `_late_at_s`
         self._silent: set[str] = set()  # children that have not answered the last Ping
         self._stop_at_s = 0.0
         self._children: list[start.Child] = []
@@ -230,6 +231,8 @@ class Launcher:
 
         The main thread of every process that ends is gone a moment before the process is: so two looks must find it so.
         """
+        if self._missing and self._applying is not None and time.monotonic() >= self._late_at_s:
+            raise ServiceFailed(f"{' and '.join(sorted(self._missing))} did not take the new policy")
         before, self._half_ended = self._half_ended, set()
         for child in self._children:
             if child.process.poll() is None and ends.main_thread_ended(child.process.pid):
@@ -386,20 +389,20 @@ class Launcher:
             self._databases, self._loaded, self._applying = databases, loaded, asked
 
     def _hand_on(self, policy: Policy) -> str:
-        """Give keeper and opener a policy, in this order; why that is not possible now, or ""."""
+        """Give the children a policy, the opener, which says when it counts, last; why that cannot be now, or ""."""
         self._handed_on += 1
-        self._missing = {"keeper", "opener"}
+        self._missing = set(_JUDGES)
+        self._late_at_s = time.monotonic() + limits.POLICY_SECONDS
         message = _to_opener(link.Policy(self._handed_on))
         try:
             descriptor = memfd.sealed("policy", to_bytes(policy))
             try:
-                keeper_, opener = self._child("keeper").link, self._opener.link
-                sent = all(one.send_with_descriptors(message, [descriptor]) for one in (keeper_, opener))
+                sent = all(self._child(name).link.send_with_descriptors(message, [descriptor]) for name in _JUDGES)
             finally:
                 os.close(descriptor)
         except OSError as error:  # no descriptors, or too many of root's in flight
-            return f"opener and keeper cannot be told: {error}"
-        return "" if sent else "opener or keeper is busy, try again"
+            return f"the service's processes cannot be told: {error}"
+        return "" if sent else "the service's processes are busy, try again"
 
     def _read_databases(self) -> None:
         """When users, groups or subordinate uids have changed, compile the policy in force with the new ones.

@@ -150,6 +150,7 @@ def start_children(
             "launcher": inbox_end.fileno(),
             "opener": inbox_opener.fileno(),
             "keeper": inbox_keeper.fileno(),
+            "policy": policy_fd,
         }
         keeper = {
             "launcher": keeper_end.fileno(),

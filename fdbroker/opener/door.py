@@ -24,8 +24,8 @@ from fdbroker.policy.decide import View
 from fdbroker.policy.views import Views
 from fdbroker.refusals import QuotaExceeded
 from fdbroker.terms import OTHERS, Subject
-from fdbroker.wire import keeper, link, rights
-from fdbroker.wire.rights import Sender
+from fdbroker.wire import link
+from fdbroker.wire.connections import Came
 
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
 # How often we look whether what an ended connection left unread is gone.
@@ -276,12 +276,10 @@ class Door:
 
         Without room in their links the client is held, and told of again later; none is accepted meanwhile.
         """
-        seen, allowed, decided = self.views.of(subject)
-        sender = Sender(subject.uid, subject.gid, subject.pid, subject.session, subject.owner)
+        seen, decided = self.views.of(subject)
         sockets.hear_urgent(sock)
-        sockets.let_descriptors(sock, allowed=bool(allowed.send))
-        message = link.OPENER_TO_INBOX.encode(rights.Connected(self.last_number + 1, sender, allowed))
-        self._keeper.send(came(self.last_number + 1, subject, self.views))
+        message = came(self.last_number + 1, subject, self.views)
+        self._keeper.send(message)
         try:
             if self._keeper.waiting or not self._inbox.send_with_descriptors(message, [sock.fileno()]):
                 self._held = (sock, subject, account)
@@ -323,7 +321,5 @@ class Door:
 
 
 def came(number: int, subject: Subject, views: Views[Seen]) -> bytes:
-    """What the keeper is told of a connection."""
-    uid, owner, pid, foreign, label = subject.uid, subject.owner, subject.pid, subject.foreign, subject.label
-    said = keeper.Came(number, uid, owner, pid, foreign, label, views.groups(subject))
-    return keeper.OPENER_TO_KEEPER.encode(said)
+    """What keeper and inbox are told of a connection."""
+    return link.OPENER_TO_INBOX.encode(Came.of(number, subject, views.groups(subject)))

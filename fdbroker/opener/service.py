@@ -17,7 +17,7 @@ from functools import partial
 from typing import assert_never
 
 from fdbroker import limits
-from fdbroker.kernel import memfd, sockets
+from fdbroker.kernel import memfd
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded
@@ -36,7 +36,8 @@ from fdbroker.opener.views import views
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.refusals import Denied, LinkViolation, RateLimited, Refused
 from fdbroker.terms import Resource
-from fdbroker.wire import admin, keeper, link, rights
+from fdbroker.wire import admin, keeper, link
+from fdbroker.wire.connections import Use
 
 _RETRY_MS = limits.JOURNAL_RETRY_MS
 _to_inbox, _to_launcher = link.OPENER_TO_INBOX.encode, link.OPENER_TO_LAUNCHER.encode
@@ -92,7 +93,6 @@ class Opener:
         poll.register(self._woken, select.EPOLLIN)
         if self._asking.fileno() >= 0:
             poll.register(self._asking.fileno(), select.EPOLLIN)
-        self._tell_topics()
         self._launcher.send(link.READY)
         inbox, keeper_, launcher = self._inbox.fileno(), self._keeper.fileno(), self._launcher.fileno()
         timeout_s = -1.0
@@ -186,7 +186,7 @@ class Opener:
                 self._administer(self._turn(number, "Reload"))
             case link.Closed(number, reason):
                 self._close(self._turn(number, "Closed"), reason)
-            case rights.DeniedUse(number, use):
+            case link.DeniedUse(number, use):
                 connection = self._turn(number, "DeniedUse")
                 why = "no rule allows it"
                 record = Record("refused", "authorize", number, connection.subject, use, why, cause=Denied.cause)
@@ -377,24 +377,17 @@ class Opener:
         return "gone" if connection is None else connection.state
 
     def _use(self, policy: Policy, number: int) -> None:
-        """Judge by `policy` from the next request on; the keeper has it, too, by that number."""
+        """Judge by `policy` from the next request on; inbox and keeper have it, too, by that number."""
         self._views = self._door.views = views(policy)
         self._asking.owners = policy.owners
-        self._tell_topics()
-        self._keeper.send(_to_keeper(keeper.Use(number, len(self._connections))))
+        message = _to_inbox(Use(number, len(self._connections)))
+        self._inbox.send(message)
+        self._keeper.send(message)
         for connection in self._connections.values():
-            self._keeper.send(came(connection.number, connection.subject, self._views))
-            seen, allowed, decided = self._views.of(connection.subject)
-            connection.judge_by(seen, decided)
-            sockets.let_descriptors(connection.sock, allowed=bool(allowed.send))
-            self._inbox.send(_to_inbox(rights.RightsChanged(connection.number, allowed)))
-
-    def _tell_topics(self) -> None:
-        for message in map(_to_inbox, rights.split_users(self._views.policy.users)):
+            connection.judge_by(*self._views.of(connection.subject))
+            message = came(connection.number, connection.subject, self._views)
             self._inbox.send(message)
-        self._inbox.send(_to_inbox(rights.Topics(self._views.policy.topics)))  # now all of it is in force
-        about = self._views.policy
-        self._inbox.send(_to_inbox(admin.InForce(about.generation, about.digest, about.loaded_us)))
+            self._keeper.send(message)
 
     def _stop(self) -> None:
         if not self._door.closed:

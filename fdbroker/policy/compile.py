@@ -16,8 +16,8 @@ from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import decide, view
 from fdbroker.policy.globs import dangerous_rule
+from fdbroker.policy.literals import is_literal
 from fdbroker.policy.load import Digest, Node, close, in_order, load
-from fdbroker.policy.paths import is_literal
 from fdbroker.policy.ranges import known_owner
 from fdbroker.policy.recipients import with_recipients
 from fdbroker.policy.spelling import glob_error, label_glob_error, name_glob_error

@@ -9,7 +9,8 @@ import re
 from functools import lru_cache
 
 from fdbroker.policy.fit import DANGEROUS_CLASSES, DANGEROUS_NAMES, dangerous_number, is_dangerous_name
-from fdbroker.policy.paths import BACKSLASH, PIECE, component_regex, is_literal, literal
+from fdbroker.policy.literals import is_literal
+from fdbroker.policy.paths import BACKSLASH, PIECE, component_regex, literal
 
 # the glob for a character of a path, where that is not the character itself
 _AS_GLOB = {"\\": BACKSLASH, "*": "[*]", "?": "[?]", "[": "[[]", "{": "?", "}": "?"}

@@ -103,8 +103,3 @@ class Globs(Generic[_Value]):
 def _beginning(pattern: str) -> str:
     """What every path begins with that the glob matches."""
     return literal(re.split(r"[*?\[]", pattern, maxsplit=1)[0])
-
-
-def is_literal(pattern: str) -> bool:
-    """Whether a glob names one path only."""
-    return not any(character in pattern for character in "*?[")

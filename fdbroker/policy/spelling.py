@@ -9,7 +9,8 @@ import re
 
 from fdbroker import limits
 from fdbroker.policy.labels import MODE, NO_PROFILE, STACK
-from fdbroker.policy.paths import BACKSLASH, PIECE, is_literal, literal, set_regex
+from fdbroker.policy.literals import is_literal
+from fdbroker.policy.paths import BACKSLASH, PIECE, literal, set_regex
 
 _PATH_BYTES, _NAME_BYTES, _LABEL_BYTES = limits.PATH_BYTES, limits.NAME_BYTES, limits.LABEL_BYTES
 

@@ -1,4 +1,4 @@
-"""What administrators ask for, and which policy is in force: the messages of it between our processes.
+"""What administrators ask for: the messages of it between our processes.
 
 Runs in: launcher, witness, opener, inbox. A taken-over process controls what the others decode here.
 """
@@ -26,14 +26,6 @@ class Reloaded(NamedTuple):
 
     connection: int
     findings: tuple[Finding, ...]
-
-
-class InForce(NamedTuple):
-    """Which policy is in force: how many were before it, the digest of its files, when it was loaded."""
-
-    generation: int
-    digest: str
-    loaded_us: int
 
 
 class Judge(NamedTuple):

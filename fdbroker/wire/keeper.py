@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fdbroker import limits
-from fdbroker.wire import codec, link
+from fdbroker.wire import codec, connections, link
 
 
 class Given(NamedTuple):
@@ -17,28 +16,6 @@ class Given(NamedTuple):
     reads: bool
     writes: bool
     gids: tuple[int, ...]
-
-
-class Came(NamedTuple):
-    """Who connected. Said before the inbox hears of the connection, and again after a `Use`.
-
-    `gids` are those of its groups that the policy names.
-    """
-
-    connection: int
-    uid: int
-    owner: int
-    pid: int
-    foreign: bool
-    label: str
-    gids: tuple[int, ...]
-
-
-class Use(NamedTuple):
-    """The launcher's policy of that number counts from now on; who is there now comes again, `connections` of them."""
-
-    number: int
-    connections: int
 
 
 class Ended(NamedTuple):
@@ -54,19 +31,14 @@ class ListRefused(NamedTuple):
     wait_ms: int
 
 
-ToKeeper = Came | Use | Ended
-_GIDS = codec.Some(codec.U32, limits.POLICY_GROUPS)
-OPENER_TO_KEEPER: codec.Table[ToKeeper] = codec.Table(
-    (1, Came, (codec.U64, codec.U32, codec.U32, codec.U32, codec.FLAG, codec.Text(limits.LABEL_BYTES), _GIDS)),
-    (2, Use, (codec.U32, codec.U32)),
-    (3, Ended, (codec.U64,)),
-)
+ToKeeper = connections.Came | connections.Use | Ended
+OPENER_TO_KEEPER: codec.Table[ToKeeper] = codec.Table(*connections.ROWS, (3, Ended, (codec.U64,)))
 KEEPER_TO_OPENER: codec.Table[ListRefused] = codec.Table((1, ListRefused, (codec.U64, codec.U32)))
 LAUNCHER_TO_KEEPER: codec.Table[link.Policy | link.Stop | link.Ping | Given] = codec.Table(
     (1, link.Policy, (codec.U32,)),
     (5, link.Stop, ()),
     (7, link.Ping, ()),
-    (15, Given, (codec.FLAG, codec.FLAG, _GIDS)),
+    (15, Given, (codec.FLAG, codec.FLAG, connections.GIDS)),
 )
 KEEPER_TO_LAUNCHER: codec.Table[link.Ready | link.Applied | link.Pong] = codec.Table(
     (4, link.Applied, (codec.U32,)), (6, link.Ready, ()), (8, link.Pong, ())

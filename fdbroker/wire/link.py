@@ -23,8 +23,8 @@ from fdbroker.refusals import (
     RateLimited,
     Refused,
 )
-from fdbroker.terms import Resource
-from fdbroker.wire import admin, codec, resources, rights
+from fdbroker.terms import TOPIC_VERBS, Resource, TopicUse
+from fdbroker.wire import admin, codec, connections, resources
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
 
@@ -67,6 +67,13 @@ class Slowed(NamedTuple):
     """The inbox has begun to read the user of `connection` more slowly than it sends."""
 
     connection: int
+
+
+class DeniedUse(NamedTuple):
+    """The client of `connection` was not allowed to use a topic: for the record. `use` may be cut."""
+
+    connection: int
+    use: TopicUse
 
 
 class Drained(NamedTuple):
@@ -138,18 +145,8 @@ class Pong(NamedTuple):
     """The answer, the same way back: so one answer speaks for both children."""
 
 
-FromInbox = Open | Shutdown | admin.Reload | Closed | Slowed | Drained | Pong | rights.DeniedUse
-ToInbox = (
-    rights.Connected
-    | Outcome
-    | admin.Reloaded
-    | admin.InForce
-    | Drain
-    | Ping
-    | rights.RightsChanged
-    | rights.Topics
-    | rights.Users
-)
+FromInbox = Open | Shutdown | admin.Reload | Closed | Slowed | Drained | Pong | DeniedUse
+ToInbox = connections.Came | connections.Use | Outcome | admin.Reloaded | Drain | Ping
 ToLauncher = Applied | Ready | Pong | StopAsked | admin.ReloadAsked | admin.Judge | WorkerStuck
 FromLauncher = Policy | Stop | Ping | admin.Judged | admin.Reloaded
 
@@ -220,6 +217,7 @@ _TOLD = codec.Record(
 _REFUSAL = codec.Mapped(_TOLD, _told, _refusal)
 REFUSAL_AND_WHY = codec.Mapped(_TOLD, partial(_told, why=True), _refusal)
 _REASON = codec.number(8, len(CLOSED_REASONS) - 1)
+_USE = codec.Record(TopicUse, codec.word(*TOPIC_VERBS), codec.Text(limits.NAME_BYTES, cut=True))
 _ONE = (codec.U64,)  # just the connection's number
 
 INBOX_TO_OPENER: codec.Table[FromInbox] = codec.Table(
@@ -227,20 +225,16 @@ INBOX_TO_OPENER: codec.Table[FromInbox] = codec.Table(
     (3, Closed, (codec.U64, _REASON)),
     (4, Drained, ()),
     (5, Shutdown, _ONE),
-    (6, rights.DeniedUse, (codec.U64, rights.USE)),
+    (6, DeniedUse, (codec.U64, _USE)),
     (7, Slowed, _ONE),
     (8, Pong, ()),
     (9, admin.Reload, _ONE),
 )
 OPENER_TO_INBOX: codec.Table[ToInbox] = codec.Table(
-    (1, rights.Connected, (codec.U64, rights.SENDER, rights.RIGHTS)),
-    (2, Outcome, (codec.U64, codec.Maybe(_REFUSAL))),
+    *connections.ROWS,
+    (3, Outcome, (codec.U64, codec.Maybe(_REFUSAL))),
     (4, Drain, ()),
-    (5, rights.RightsChanged, (codec.U64, rights.RIGHTS)),
-    (6, rights.Topics, (codec.Some(rights.TOPIC, limits.TOPICS),)),
     (7, Ping, ()),
-    (8, rights.Users, (codec.Some(rights.USER, rights.USERS_AT_ONCE),)),
-    (9, admin.InForce, (codec.U32, codec.Text(64), codec.U64)),
     (13, admin.Reloaded, (codec.U64, admin.FINDINGS)),
 )
 LAUNCHER_TO_OPENER: codec.Table[FromLauncher] = codec.Table(
@@ -263,8 +257,9 @@ OPENER_TO_LAUNCHER: codec.Table[ToLauncher] = codec.Table(
 REFUSER_TO_LAUNCHER: codec.Table[Ready | Look] = codec.Table((6, Ready, ()), (14, Look, ()))
 LAUNCHER_TO_REFUSER: codec.Table[Stop | StillBroken] = codec.Table((5, Stop, ()), (14, StillBroken, ()))
 LAUNCHER_TO_WORKER: codec.Table[Stop | Restart] = codec.Table((5, Stop, ()), (11, Restart, ()))
-# They may say that they are there, and nothing else: a taken-over inbox must not speak for the opener.
-INBOX_TO_LAUNCHER: codec.Table[Ready] = codec.Table((6, Ready, ()))
+# They may say that they are there, and which policy they use, and nothing else: none speaks for the opener.
+LAUNCHER_TO_INBOX: codec.Table[Policy] = codec.Table((1, Policy, (codec.U32,)))
+INBOX_TO_LAUNCHER: codec.Table[Ready | Applied] = codec.Table((4, Applied, (codec.U32,)), (6, Ready, ()))
 WORKER_TO_LAUNCHER: codec.Table[Ready] = codec.Table((6, Ready, ()))
 LAUNCHER_TO_WITNESS: codec.Table[Stop | admin.Judge] = codec.Table((5, Stop, ()), (12, admin.Judge, _ONE))
 WITNESS_TO_LAUNCHER: codec.Table[Ready | admin.Judged] = codec.Table(

@@ -30,7 +30,7 @@ class Inbox:
             return None
         data, descriptors = self.opener.receive_with_descriptors(5)
         said = link.OPENER_TO_INBOX.decode(data) if data else "gone"
-        if isinstance(said, rights.Connected):
+        if isinstance(said, Came):
             self.clients[said.connection] = socket.socket(fileno=descriptors[0])
         return type(said).__name__, getattr(said, "connection", 0), type(getattr(said, "refusal", None)).__name__, len(descriptors)
 
@@ -80,7 +80,7 @@ def test_it_asks_in_the_name_of_a_client_and_that_client_alone_gets_the_descript
             code = 0 if got == ["granted", MEM["zero"]] else 2
         os._exit(code)
     os.read(go[0], 1)
-    assert console.say("self.hear()[:2]") == "('Connected', 2)"
+    assert console.say("self.hear()[:2]") == "('Came', 2)"
     # its own client has no rule; another one's rights do not become larger, and it gets no descriptor itself
     assert console.say("self.ask(1, '/dev/bobs')") == "('Outcome', 1, 'Denied', 0)"
     assert console.say("self.ask(2, '/dev/other')") == "('Outcome', 2, 'Denied', 0)"

@@ -14,40 +14,57 @@ from contextlib import contextmanager
 from unittest import mock
 
 import pytest
+from fakes import came
 
 from fdbroker.errors import ClientNotReading, Denied, RateLimited
-from fdbroker.inbox import deadlines, dispatch
+from fdbroker.inbox import deadlines, dispatch, service
 from fdbroker.inbox.client import Client
 from fdbroker.inbox.client import User as Somebody
 from fdbroker.inbox.reserve import Reserve
+from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.service import Inbox
 from fdbroker.inbox.store import Store
 from fdbroker.inbox.topics import Topics
-from fdbroker.kernel import sockets
+from fdbroker.kernel import memfd, sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
 from fdbroker.offers import Offer
+from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.terms import Device, Topic, User
-from fdbroker.wire import admin, link, lists, rights, varlink
+from fdbroker.wire import admin, link, lists, varlink
+from fdbroker.wire.connections import Use
 from fdbroker.wire.keeper import ListRefused
-from fdbroker.wire.rights import Rights, Sender
 
 NOTHING = Rights()
+POLICY = Policy(frozenset(), frozenset(), {}, {}, {}, (), (), {}, {}, {})
 OPEN = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/x"}]}}\0'
 INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
 LIST = b'{"method":"io.fdbroker.Broker.List","more":true}\0'
 
 
+class Allowed:
+    """In the place of what a policy allows: what the test says, by the pid, which is here the connection's number."""
+
+    def __init__(self):
+        self.by_number = {}
+
+    def of(self, subject):
+        return self.by_number.get(subject.pid, NOTHING)
+
+
 class Opener:
     """Plays opener, keeper and launcher, by hand."""
 
-    def __init__(self, store=None):
+    def __init__(self, store=None, policy=POLICY):
         pair = lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         (self.launcher, launcher_end), (self.sock, opener_end), (self.keeper, keeper_end) = pair(), pair(), pair()
         self.sock.settimeout(30)
         self.keeper.settimeout(30)
         self.launcher.settimeout(30)
-        self.inbox = Inbox(*map(Link, (launcher_end, opener_end, keeper_end)), Topics(Records(None), store))
+        self.allowed = Allowed()
+        with mock.patch.object(service, "rights_by", return_value=self.allowed):
+            links = map(Link, (launcher_end, opener_end, keeper_end))
+            self.inbox = Inbox(*links, policy, Topics(Records(None), store))
         self.error = None
         self.thread = threading.Thread(target=self._run)
         self.ends = [launcher_end, opener_end, keeper_end]
@@ -63,18 +80,23 @@ class Opener:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         sockets.ask_credentials(theirs)
         ours.settimeout(30)
-        self.number += 1
-        socket.send_fds(
-            self.sock,
-            [
-                link.OPENER_TO_INBOX.encode(
-                    rights.Connected(self.number, Sender(os.getuid(), 0, 1, "", os.getuid()), allowed)
-                )
-            ],
-            [theirs.fileno()],
-        )
+        socket.send_fds(self.sock, [self.came(allowed)], [theirs.fileno()])
         theirs.close()
         return ours
+
+    def came(self, allowed=NOTHING):
+        """What is said of one more connection, which may do so much."""
+        self.number += 1
+        self.allowed.by_number[self.number] = allowed
+        return link.OPENER_TO_INBOX.encode(came(self.number, os.getuid(), pid=self.number))
+
+    def use(self, number, policy, allowed):
+        """Another policy, and what each connection may do by it: the messages, of which the launcher's is sent."""
+        descriptor = memfd.sealed("policy", to_bytes(policy))
+        socket.send_fds(self.launcher, [link.LAUNCHER_TO_INBOX.encode(link.Policy(number))], [descriptor])
+        os.close(descriptor)
+        again = [came(one, os.getuid(), pid=one) for one in allowed]
+        return list(map(link.OPENER_TO_INBOX.encode, (Use(number, len(allowed)), *again)))
 
     def next(self):
         return link.INBOX_TO_OPENER.decode(self.sock.recv(200000))
@@ -88,8 +110,10 @@ class Opener:
 
 
 @contextmanager
-def inbox(store=None):
-    opener = Opener(store)
+def inbox(store=None, policy=POLICY):
+    opener = Opener(store, policy)
+    patched = mock.patch.object(service, "rights_by", return_value=opener.allowed)
+    patched.start()
     opener.thread.start()
     assert opener.launcher.recv(10) == link.READY
     try:
@@ -97,6 +121,7 @@ def inbox(store=None):
     finally:
         opener.launcher.close()
         opener.thread.join(30)
+        patched.stop()
         opener.sock.close()
         opener.keeper.close()
         for end in opener.ends:
@@ -159,10 +184,10 @@ def test_an_outcome_for_a_client_that_is_gone_is_dropped():
         lists.Offered(1, False, [Offer(Device("/dev/x", "ro"), "policy.yaml:1")]),
         lists.Offered(1, True, []),
         ListRefused(1, 1000),
-        link.OPENER_TO_INBOX.encode(rights.RightsChanged(1, NOTHING)),
+        link.OPENER_TO_INBOX.encode(came(1, os.getuid())),
         link.LAUNCHER_TO_OPENER.encode(admin.Reloaded(1, ())),
     ],
-    ids=["some of a list", "the end of a list", "a list that is refused", "other rights", "a reload"],
+    ids=["some of a list", "the end of a list", "a list that is refused", "it came again", "a reload"],
 )
 def test_what_is_said_of_a_client_that_is_gone_is_dropped(said):
     with inbox() as opener:
@@ -414,7 +439,8 @@ def test_a_message_that_waits_for_us_to_read_it_has_its_time_anew(monkeypatch):
 
 STORED = Topic("inbox", ("subscribers", "queue"), 65536, 60)
 PLAIN = Topic("plain", ("subscribers",), 65536)
-MAY = Rights(frozenset({0, 1}), frozenset({0, 1}), 10_000, 10_000, 8, 1000, 1 << 20, 1000, 1000)
+BOTH = frozenset({STORED.name, PLAIN.name})
+MAY = Rights(BOTH, BOTH, 10_000, 10_000, 8, 1000, 1 << 20, 1000, 1000)
 
 
 class Slow(Store):
@@ -439,8 +465,7 @@ def stored_inbox(tmp_path, monkeypatch):
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **k, check_same_thread=False))
     store = Slow(str(tmp_path / "messages.sqlite"))
-    with inbox(store) as opener:
-        opener.send(link.OPENER_TO_INBOX.encode(rights.Topics((STORED, PLAIN))))
+    with inbox(store, POLICY._replace(topics=(STORED, PLAIN))) as opener:
         yield opener, store
     store.close()
 
@@ -544,9 +569,8 @@ def test_a_client_that_is_gone_before_the_commit_has_its_message_stored(stored_i
 
 def test_what_came_with_half_a_message_goes_with_its_connection():
     """At once, and not with the next event: nothing else happens here."""
-    with inbox() as opener:
-        opener.send(link.OPENER_TO_INBOX.encode(rights.Topics((PLAIN,))))
-        client = opener.client(MAY._replace(send=frozenset({0}), subscribe=frozenset()))
+    with inbox(policy=POLICY._replace(topics=(PLAIN,))) as opener:
+        client = opener.client(MAY._replace(send=frozenset({PLAIN.name}), subscribe=frozenset()))
         null = os.open("/dev/null", os.O_RDWR)  # whoever has a copy has the same file
         number = os.fstat(null).st_ino
         before = copies(number)
@@ -583,11 +607,7 @@ def test_a_client_for_whom_no_descriptor_is_left_is_closed_and_the_others_go_on(
             os.close(spare)  # the lowest that is free
             resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limit[1]))
             try:
-                opener.number += 1
-                message = link.OPENER_TO_INBOX.encode(
-                    rights.Connected(opener.number, Sender(os.getuid(), 0, 1, "", os.getuid()), NOTHING)
-                )
-                socket.send_fds(opener.sock, [message], [theirs.fileno()])
+                socket.send_fds(opener.sock, [opener.came()], [theirs.fileno()])
                 assert opener.next() == link.Closed(opener.number, link.NOT_TAKEN)
                 first.sendall(INFO)
                 assert len(replies(first, 1)) == 1
@@ -596,28 +616,43 @@ def test_a_client_for_whom_no_descriptor_is_left_is_closed_and_the_others_go_on(
 
 
 def test_half_of_a_new_policy_is_not_in_force(stored_inbox):
+    """Nobody is answered from the moment on that another policy counts until all have come again."""
     opener, store = stored_inbox
-    may_send = Rights(frozenset({0}), frozenset(), 1000, 1000, 0, 100, 10_000)
-    users = [User(7, "bob", frozenset({0})), User(8, "carol", frozenset({0}))]
-    told = [
-        *map(link.OPENER_TO_INBOX.encode, rights.split_users(users[:1])),
-        *map(link.OPENER_TO_INBOX.encode, rights.split_users(users[1:])),
-        link.OPENER_TO_INBOX.encode(rights.Topics((Topic("mail", ("queue",), 100, 3600),))),
-    ]
-    with opener.client() as client:
-        for part in (*told, link.OPENER_TO_INBOX.encode(rights.RightsChanged(1, may_send))):
+    mail = Topic("mail", ("queue",), 100, 3600)
+    users = (User(7, "bob", frozenset({0})), User(8, "carol", frozenset({0})))
+    send = call("Send", topic="mail", payload="x") + call("Send", topic="mail", payload="y", to="carol")
+    with opener.client() as client, opener.client() as other:
+        client.sendall(INFO)
+        assert "vendor" in replies(client, 1)[0]["parameters"]
+        opener.allowed.by_number[1] = Rights(frozenset({"mail"}), frozenset(), 1000, 1000, 0, 100, 10_000)
+        first, *rest = opener.use(1, POLICY._replace(topics=(mail,), users=users), (1, 2))
+        opener.send(first)
+        client.sendall(send)
+        other.sendall(INFO)
+        for part in rest:
+            for one in (client, other):
+                one.settimeout(0.2)
+                with pytest.raises(TimeoutError):
+                    one.recv(1)
+                one.settimeout(30)
             opener.send(part)
-        for part in (link.PING, *told):  # the same policy again, with messages after each part of it
-            opener.send(part)
-            if part != link.PING:
-                opener.send(link.PING)
-            assert opener.next() == link.Pong()  # it has read so far
-            store.go.release()
-            client.sendall(
-                call("Send", topic="mail", payload="x") + call("Send", topic="mail", payload="y", to="carol")
-            )
-            assert [reply.get("error") for reply in replies(client, 2)] == [None, None]
-    assert [len(store.waiting(uid, ["mail"], 0, 100)) for uid in (7, 8)] == [4, 8]
+        assert link.INBOX_TO_LAUNCHER.decode(opener.launcher.recv(10)) == link.Applied(1)
+        store.go.release()
+        assert [reply.get("error") for reply in replies(client, 2)] == [None, None]
+        assert "vendor" in replies(other, 1)[0]["parameters"]
+    assert [len(store.waiting(uid, ["mail"], 0, 100)) for uid in (7, 8)] == [1, 2]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_policy_that_did_not_come_is_a_violation(number):
+    with inbox() as opener:
+        for message in opener.use(number, POLICY, ()) if number == 2 else ():
+            opener.send(message)  # that one did
+        if number == 2:
+            assert link.INBOX_TO_LAUNCHER.decode(opener.launcher.recv(10)) == link.Applied(2)
+        opener.send(link.OPENER_TO_INBOX.encode(Use(1, 0)))
+        opener.thread.join(30)
+        assert "policy 1 is to be used, which did not come" in str(opener.error)
 
 
 def test_a_oneway_acknowledgement_is_one(stored_inbox):
@@ -648,7 +683,7 @@ def test_a_client_for_which_no_descriptor_is_left_is_given_up_and_the_service_go
             try:
                 socket.send_fds(
                     opener.sock,
-                    [link.OPENER_TO_INBOX.encode(rights.Connected(9, Sender(0, 0, 1, "", 0), NOTHING))],
+                    [link.OPENER_TO_INBOX.encode(came(9, 0))],
                     [theirs.fileno()],
                 )
                 assert opener.next() == link.Closed(9, link.NOT_TAKEN)
@@ -744,7 +779,7 @@ def test_no_denial_is_lost_while_the_opener_reads_nothing():
         while len(said) < count + 3:
             said.append(opener.next())
         assert [
-            one.use.topic for one in said if getattr(one, "connection", 0) == 1 and isinstance(one, rights.DeniedUse)
+            one.use.topic for one in said if getattr(one, "connection", 0) == 1 and isinstance(one, link.DeniedUse)
         ] == [f"t{number}" for number in range(count)]
         assert [type(one).__name__ for one in said if one.connection == 2] == ["DeniedUse", "Closed"]
         assert len(replies(client, count + 1)) == count

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fakes import came
 
 from fdbroker import limits
 from fdbroker.keeper import changes
@@ -22,7 +23,8 @@ from fdbroker.policy.compiled import to_bytes
 from fdbroker.refusals import LinkViolation
 from fdbroker.terms import Device
 from fdbroker.wire import keeper, link, lists
-from fdbroker.wire.keeper import Came, Ended, ListRefused, Use
+from fdbroker.wire.connections import Use
+from fdbroker.wire.keeper import Ended, ListRefused
 
 POLICY = 'version: 1\neveryone: {devices: [{path: "/dev/known*", access: rw}]}\nlimits: {burst: 60, requests_per_second: 1}\n'
 OTHER = 'version: 1\neveryone: {devices: [{path: "/dev/other*", access: rw}]}\n'
@@ -61,7 +63,7 @@ class World:
         self.opener.send(keeper.OPENER_TO_KEEPER.encode(message))
 
     def came(self, number, owner=1000):
-        self.say(Came(number, owner, owner, 1, False, "", ()))
+        self.say(came(number, owner, owner, 1, False, "", ()))
 
     def hand_on(self, number, text):
         """The launcher's policy of that number."""
@@ -152,8 +154,8 @@ def test_who_is_in_a_group_that_the_policy_names_has_its_rights(dev, tmp_path):
         one.hand_on(1, OTHER + "groups: {50001: {devices: [{path: /dev/known}]}}\n")
         one.say(Use(1, 0))
         assert one.launchers() == link.Applied(1)
-        one.say(Came(1, 1000, 1000, 1, False, "", (50001,)))
-        one.say(Came(2, 1000, 1000, 1, False, "", ()))
+        one.say(came(1, 1000, 1000, 1, False, "", (50001,)))
+        one.say(came(2, 1000, 1000, 1, False, "", ()))
         for number, paths in ((1, ["/dev/known", "/dev/other"]), (2, ["/dev/other"])):
             one.ask(number)
             assert one.hear() == (number, paths)
@@ -277,7 +279,7 @@ def test_a_policy_that_did_not_come_cannot_be_used(dev, tmp_path, number):
         one.say(Use(2, 0))
         assert one.launchers() == link.Applied(2)
         one.say(Use(number, 0))
-        assert f"uses policy {number}, which did not come" in one.violated()
+        assert f"policy {number} is to be used, which did not come" in one.violated()
 
 
 @pytest.mark.parametrize("data", [b"\xff", keeper.KEEPER_TO_OPENER.encode(ListRefused(1, 1)), b"\2\0\0\0\1"])
@@ -290,8 +292,10 @@ def test_what_the_opener_may_not_say_is_a_violation(dev, tmp_path, data):
 def test_descriptors_that_the_inbox_sends_are_not_taken(dev, tmp_path):
     with world(tmp_path) as one:
         one.came(1)
+        one.ask(1)
+        one.hear()  # now the device's folder is kept
         before = len(os.listdir("/proc/self/fd"))
-        for _ in range(20):
+        for _ in range(15):
             socket.send_fds(one.inbox, [LIST], [one.opener.fileno()] * 5)
             assert one.hear() == (1, ["/dev/known"])
         assert len(os.listdir("/proc/self/fd")) == before
@@ -395,10 +399,10 @@ def test_policies_that_the_opener_never_used_are_forgotten(dev, tmp_path):
             one.hand_on(number, OTHER)
         one.say(Use(2, 0))
         assert one.launchers() == link.Applied(2)
-        assert list(one.keeper._policies) == [3]
+        assert list(one.keeper._renewal._policies) == [3]
         one.say(Use(3, 0))
         assert one.launchers() == link.Applied(3)
-        assert one.keeper._policies == {}
+        assert one.keeper._renewal._policies == {}
 
 
 # ---- rates
@@ -426,7 +430,7 @@ def test_all_uids_of_an_owner_have_one_rate(dev, tmp_path):
     """One user can be each of its subordinate uids, and connect as often as it may."""
     with world(tmp_path) as one:
         for number, uid in enumerate((1000, 100_001, 100_002), 1):
-            one.say(Came(number, uid, 1000, 1, True, "", ()))
+            one.say(came(number, uid, 1000, 1, True, "", ()))
         answers = []
         for number in (1, 2, 3) * 7:
             one.ask(number)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fakes import came
 
 from fdbroker import limits
 from fdbroker.errors import LinkViolation, OpenFailed, RateLimited
@@ -26,8 +27,7 @@ from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
 from fdbroker.terms import Device
 from fdbroker.wire import admin, keeper, link
-from fdbroker.wire.admin import InForce
-from fdbroker.wire.rights import Topics
+from fdbroker.wire.connections import Came, Use
 
 POLICY = "version: 1\neveryone: {devices: [{path: /dev/null, access: rw}]}\n"
 ADMIN = f"administrators: {{users: [{os.getuid()}]}}\n"
@@ -97,8 +97,6 @@ def world(tmp_path):
     one = World(tmp_path)
     one.thread.start()
     assert one.launcher.recv(10) == link.READY
-    assert one.hear() == Topics(())
-    assert one.hear().generation == 1
     try:
         yield one
     finally:
@@ -116,17 +114,15 @@ def world(tmp_path):
             opener._spare,
             opener._woken,
             opener._door.identifier._proc,
-            one.nodes._dev,
-            one.nodes._proc_self_fd,
-            one.nodes._sys_dev,
         ):
             os.close(number)
+        one.nodes.close()
 
 
 def test_a_grant_goes_to_the_client_and_its_outcome_to_the_inbox(tmp_path):
     with world(tmp_path) as one:
         client, connected = one.connect()
-        assert connected.sender.uid == os.getuid()
+        assert connected.uid == os.getuid()
         one.inbox.send(link.INBOX_TO_OPENER.encode(link.Open(connected.connection, (Device("/dev/null", "rw"),))))
         data, (number,), _, _ = socket.recv_fds(client, 65536, 2)
         assert json.loads(data[:-1])["parameters"]["grants"][0]["rdev"] == "1:3"
@@ -268,9 +264,8 @@ def test_a_new_policy_holds_from_the_next_request_on(tmp_path):
         os.close(policy_fd)
         assert link.OPENER_TO_LAUNCHER.decode(one.launcher.recv(100)) == link.Applied(2)
         # what the inbox is told comes before the answer to anything that it asks afterwards
-        assert one.hear() == Topics(())
-        assert isinstance(one.hear(), InForce)
-        assert one.hear().connection == connected.connection
+        assert one.hear() == Use(2, 1)
+        assert one.hear() == connected._replace(gids=())
         one.inbox.send(link.INBOX_TO_OPENER.encode(link.Open(connected.connection, (Device("/dev/null", "ro"),))))
         assert type(one.hear().refusal).__name__ == "Denied"
 
@@ -342,8 +337,8 @@ def test_without_a_descriptor_for_an_administrators_process_it_is_told_to_come_a
 # ---- the keeper
 
 
-def came(number, gids=()):
-    return keeper.Came(number, os.getuid(), os.getuid(), os.getpid(), False, "", gids)
+def we_came(number, gids=()):
+    return came(number, os.getuid(), None, os.getpid(), gids=gids, gid=os.getgid())
 
 
 def test_the_keeper_hears_of_a_connection_before_the_inbox_and_of_its_end(tmp_path):
@@ -352,7 +347,7 @@ def test_the_keeper_hears_of_a_connection_before_the_inbox_and_of_its_end(tmp_pa
             _, connected = one.connect()
             one.keeper.setblocking(False)
             said = one.keeper_hears()
-            assert said._replace(foreign=False, label="", owner=os.getuid()) == came(connected.connection)
+            assert said._replace(foreign=False, label="", owner=os.getuid()) == we_came(connected.connection)
             assert connected.connection == number
         one.keeper.settimeout(30)
         one.inbox.send(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)))
@@ -371,7 +366,7 @@ def test_all_come_again_for_another_policy_with_the_groups_that_it_names(tmp_pat
         policy_fd = memfd.sealed("policy", to_bytes(one.policy(text)))
         socket.send_fds(one.launcher, [link.LAUNCHER_TO_OPENER.encode(link.Policy(7))], [policy_fd])
         os.close(policy_fd)
-        assert one.keeper_hears() == keeper.Use(7, 2)
+        assert one.keeper_hears() == Use(7, 2)
         again = [one.keeper_hears() for _ in range(2)]
         assert [(said.connection, said.gids) for said in again] == [(1, (mine,)), (3, (mine,))]
         assert link.OPENER_TO_LAUNCHER.decode(one.launcher.recv(100)) == link.Applied(7)
@@ -383,7 +378,7 @@ def test_a_list_that_the_keeper_has_refused_is_recorded(tmp_path):
         for number in (1, 2):
             assert one.connect()[1].connection == number
         one.inbox.send(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)))
-        assert [type(one.keeper_hears()) for _ in range(3)] == [keeper.Came, keeper.Came, keeper.Ended]
+        assert [type(one.keeper_hears()) for _ in range(3)] == [Came, Came, keeper.Ended]
         for number in (1, 2):
             one.keeper.send(keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(number, 250)))
         text = one.journal.recv(65536).decode()

@@ -17,6 +17,7 @@ from fdbroker.policy.compiled import to_bytes
 from fdbroker.refusals import ClientNotReading, Denied, NoSuchResource, NotWhatItWas, RateLimited
 from fdbroker.terms import Device
 from fdbroker.wire import link
+from fdbroker.wire.connections import Use
 
 NULL = Device("/dev/null", "rw")
 POLICY = """
@@ -40,7 +41,7 @@ def use(one, text):
     descriptor = memfd.sealed("policy", to_bytes(one.policy(text)))
     socket.send_fds(one.launcher, [link.LAUNCHER_TO_OPENER.encode(link.Policy(2))], [descriptor])
     os.close(descriptor)
-    while not isinstance(one.hear(), link.admin.InForce):
+    while not isinstance(one.hear(), Use):
         pass
     assert link.OPENER_TO_LAUNCHER.decode(one.launcher.recv(100)) == link.Applied(2)
 

@@ -20,8 +20,9 @@ from fdbroker.errors import (
     RateLimited,
 )
 from fdbroker.offers import Offer
-from fdbroker.terms import Device, Namespace, Socket, Topic, TopicUse, Uplink, User
-from fdbroker.wire import admin, keeper, link, lists, rights, worker
+from fdbroker.terms import Device, Namespace, Socket, TopicUse, Uplink
+from fdbroker.wire import admin, keeper, link, lists, worker
+from fdbroker.wire.connections import Came, Use
 
 TABLES = (
     link.INBOX_TO_OPENER,
@@ -39,7 +40,9 @@ TABLES = (
     keeper.KEEPER_TO_OPENER,
     keeper.LAUNCHER_TO_KEEPER,
     keeper.KEEPER_TO_LAUNCHER,
+    link.LAUNCHER_TO_INBOX,
 )
+CAME = Came(1, 100_000, 100, 7, 1000, True, "a//b (enforce)", "c1", (29, 44))
 ASK, ANSWER = TABLES.index(worker.TO_WORKER), TABLES.index(worker.FROM_WORKER)
 WORDS = (b"\0\0\0\0\0\0\0\1", b"\xff" * 8, b"\0\x08/dev/snd", b"\0\xff", b"\xff\xfe", b"\xef\xbf\xbd")
 FROM_INBOX = (link.INBOX_TO_OPENER, lists.INBOX_TO_KEEPER)
@@ -49,22 +52,13 @@ def seeds() -> Iterator[bytes]:
     asked = [Device("/dev/snd/ä", "rw"), Namespace("net", "vpn"), Namespace("mnt", pid=7), Namespace("uts")]
     asked += [Socket("vpn", "inet6", "dgram", 443)]
     yield b"\0" + link.INBOX_TO_OPENER.encode(link.Open(2**64 - 1, tuple(asked)))
-    yield b"\0" + link.INBOX_TO_OPENER.encode(rights.DeniedUse(1, TopicUse("subscribe", "nö")))
+    yield b"\0" + link.INBOX_TO_OPENER.encode(link.DeniedUse(1, TopicUse("subscribe", "nö")))
     for one in (
         link.INBOX_TO_OPENER.encode(link.Closed(1, 4)),
         link.INBOX_TO_OPENER.encode(link.Shutdown(1)),
         link.DRAINED,
     ):
         yield b"\0" + one
-    may = rights.Rights(frozenset({0, 255}), frozenset({7}), 1, 2, 3, 4, 5)
-    yield b"\1" + link.OPENER_TO_INBOX.encode(rights.Connected(1, rights.Sender(1000, 1000, 7, "c1", 1000), may))
-    yield b"\1" + link.OPENER_TO_INBOX.encode(rights.RightsChanged(1, may))
-    yield b"\1" + link.OPENER_TO_INBOX.encode(
-        rights.Topics((Topic("inbox", ("journal", "queue"), 65536, 60, everyone=True),))
-    )
-    yield from (
-        b"\1" + one for one in map(link.OPENER_TO_INBOX.encode, rights.split_users([User(1000, "bob", frozenset({1}))]))
-    )
     for refusal in (
         *(None, Denied("x", index=3), NoSuchResource("x", index=0), NotWhatItWas("a FIFO", index=63)),
         *(OpenFailed(16), QuotaExceeded("burst", 9), RateLimited(10), ClientNotReading()),
@@ -92,10 +86,11 @@ def seeds() -> Iterator[bytes]:
         ),
         (
             keeper.OPENER_TO_KEEPER,
-            keeper.Came(1, 100_000, 1000, 7, True, "a//b (enforce)", (29, 44)),
-            keeper.Use(2, 1),
-            keeper.Ended(1),
+            *(CAME, Use(2, 1), keeper.Ended(1)),
         ),
+        (link.OPENER_TO_INBOX, CAME, Use(2, 1)),
+        (link.LAUNCHER_TO_INBOX, link.Policy(2)),
+        (link.INBOX_TO_LAUNCHER, link.Applied(2)),
         (keeper.KEEPER_TO_OPENER, keeper.ListRefused(1, 10)),
         (keeper.LAUNCHER_TO_KEEPER, link.Policy(2), link.Stop(), link.Ping(), keeper.Given(True, False, (29,))),
         (keeper.KEEPER_TO_LAUNCHER, link.Applied(2), link.Ready(), link.Pong()),
@@ -120,7 +115,7 @@ def target(data: bytes) -> None:
         return
     again = TABLES[direction].encode(message)
     assert len(again) <= limits.LINK_BYTES
-    may_be_cut = rights.DeniedUse | rights.Connected | link.Outcome | worker.Failed | admin.Reloaded
+    may_be_cut = link.DeniedUse | Came | link.Outcome | worker.Failed | admin.Reloaded
     cut_text = isinstance(message, may_be_cut) and "\N{REPLACEMENT CHARACTER}" in str(message)
     if not cut_text:  # which could not be read anyway
         assert plain(TABLES[direction].decode(again)) == plain(message)
@@ -135,11 +130,12 @@ def judge(message: Any) -> None:
             assert 1 <= len(asked) <= limits.RESOURCES_PER_OPEN
         case link.Closed(_, reason):
             assert 0 <= reason < len(link.CLOSED_REASONS)
-        case rights.DeniedUse(_, use):
+        case link.DeniedUse(_, use):
             assert len(use.topic) <= limits.NAME_BYTES
-        case rights.Connected(_, sender) | rights.Connected(_, sender, _):
-            assert len(sender.session) <= 32
-        case keeper.Came(gids=gids) | keeper.Given(gids=gids):
+        case Came(session=session, gids=gids):
+            assert len(session) <= 32
+            assert len(gids) <= limits.POLICY_GROUPS
+        case keeper.Given(gids=gids):
             assert len(gids) <= limits.POLICY_GROUPS
         case lists.Offered(_, _, offers):
             assert len(lists.split_offers(1, offers)) == 1

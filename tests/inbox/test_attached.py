@@ -20,9 +20,9 @@ from fdbroker.errors import ProtocolViolation, QuotaExceeded
 from fdbroker.inbox.attached import Ledger, Unread
 from fdbroker.inbox.client import Client, User
 from fdbroker.inbox.decode import Decoder
+from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.kernel import memfd, sockets
 from fdbroker.kernel.jobs import Jobs
-from fdbroker.wire.rights import Rights, Sender
 
 INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
 

@@ -11,14 +11,14 @@ from fdbroker.errors import MessageTooLong, NoSuchRecipient, QueueFull, QuotaExc
 from fdbroker.inbox import topics as module
 from fdbroker.inbox.dispatch import Publish
 from fdbroker.inbox.member import Member
+from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.store import Store, Stored
 from fdbroker.inbox.topics import Topics
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.terms import Topic, User
-from fdbroker.wire.rights import Rights, Sender
 
 TOPICS = (Topic("inbox", ("journal", "subscribers"), 100), Topic("news", ("subscribers",), 65536))
-ALL = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2, 0, 0, 1000, 1000)
+ALL = Rights(frozenset({"inbox", "news"}), frozenset({"inbox", "news"}), 1000, 1000, 2, 0, 0, 1000, 1000)
 
 
 class Journal:
@@ -107,7 +107,7 @@ def test_who_may_not_is_denied_whether_the_topic_exists_or_not(topics):
                 attempt()
             assert caught.value.topic == name
     with pytest.raises(TopicDenied):
-        topics.subscribe(member(topics, rights=ALL._replace(subscribe=frozenset({1}))), ["news", "inbox"], None, 0)
+        topics.subscribe(member(topics, rights=ALL._replace(subscribe=frozenset({"news"}))), ["news", "inbox"], None, 0)
 
 
 def test_a_message_of_the_topics_maximum_passes_and_one_byte_more_does_not(topics):
@@ -188,7 +188,7 @@ def test_another_policy_holds_from_the_next_message_on(topics):
     with pytest.raises(TopicDenied):
         send(topics, sender, topic="other")
     with pytest.raises(TopicDenied):
-        topics.allow(one, Rights(frozenset({0}), frozenset({0}), 1, 1, 1, 0, 0, 9, 9))
+        topics.allow(one, Rights(frozenset({"other"}), frozenset({"other"}), 1, 1, 1, 0, 0, 9, 9))
     assert one.subscribed == frozenset()
     taken(one)
     send(topics, sender, topic="inbox")
@@ -211,7 +211,7 @@ STORED = (
     Topic("mail", ("queue",), 65536, 60),
     Topic("open", ("journal", "subscribers", "queue"), 65536, 60, everyone=True),
 )
-QUEUE = Rights(frozenset({0, 1}), frozenset({0, 1}), 1000, 1000, 2, 3, 10_000, 1000, 1000)
+QUEUE = Rights(frozenset({"mail", "open"}), frozenset({"mail", "open"}), 1000, 1000, 2, 3, 10_000, 1000, 1000)
 
 
 class Held:
@@ -227,8 +227,7 @@ class Held:
 def stored(journal):
     store = Store(":memory:", Held())
     made = Topics(journal, store)
-    made.add_users([User(7, "bob", frozenset({0})), User(8, "carol", frozenset({0, 1}))])
-    made.use(STORED)
+    made.use(STORED, [User(7, "bob", frozenset({0})), User(8, "carol", frozenset({0, 1}))])
     yield made
     store.close()
 
@@ -335,7 +334,7 @@ def test_one_has_only_what_it_may_have_now(stored):
     post(stored, sender, "carol", "mail", "a")
     post(stored, sender, "carol", "open", "b")
     stored.commit()
-    stored.allow(carol, QUEUE._replace(subscribe=frozenset({1})))
+    stored.allow(carol, QUEUE._replace(subscribe=frozenset({"open"})))
     assert received(stored, carol) == ["b"]
     stored.allow(carol, QUEUE)
     assert received(stored, carol) == ["a", "b"]
@@ -379,8 +378,7 @@ def test_numbers_go_on_above_those_that_are_stored(journal):
     store.put(Stored(far, 5, "mail", 1 << 62, b"{}"), frozenset({7}))
     store.commit()
     topics = Topics(journal, store)
-    topics.add_users([User(7, "bob", frozenset({0}))])
-    topics.use(STORED)
+    topics.use(STORED, [User(7, "bob", frozenset({0}))])
     post(topics, member(topics, 5, QUEUE))
     topics.commit()
     assert store.last_number == far + 1
@@ -391,8 +389,7 @@ def test_a_message_to_very_many_counts_like_several(stored, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     per = limits.ROWS_PER_MESSAGE
-    stored.add_users([User(uid, f"u{uid}", frozenset({0})) for uid in (7, *range(1000, 1000 + 5 * per))])
-    stored.use(STORED)
+    stored.use(STORED, [User(uid, f"u{uid}", frozenset({0})) for uid in (7, *range(1000, 1000 + 5 * per))])
     sender = member(
         stored, 5, QUEUE._replace(subscribe=frozenset(), messages_per_second=1, burst=10, stored_messages=9)
     )
@@ -410,7 +407,7 @@ def test_messages_of_one_turn_keep_their_order_stored_or_not(journal):
     store = Store(":memory:", Held())
     topics = Topics(journal, store)
     topics.use((*STORED, Topic("plain", ("subscribers",), 100)))
-    three = QUEUE._replace(send=frozenset({0, 1, 2}), subscribe=frozenset({0, 1, 2}))
+    three = QUEUE._replace(send=frozenset({"mail", "open", "plain"}), subscribe=frozenset({"mail", "open", "plain"}))
     sender, one = member(topics, 5, three), member(topics, 7, three)
     topics.subscribe(one, ["open", "plain"], None, 0)
     for name in ("plain", "open", "plain"):

@@ -45,7 +45,7 @@ OURS = {
     ),
     *(
         f"fdbroker.wire.{name}"
-        for name in ("admin", "codec", "journal", "keeper", "link", "resources", "rights", "worker")
+        for name in ("admin", "codec", "journal", "keeper", "link", "resources", "connections", "worker")
     ),
     *(f"fdbroker.policy.{name}" for name in ("compiled", "decide", "fit", "labels", "owners", "paths", "views")),
     *(
@@ -149,11 +149,15 @@ def test_the_opener_loads_only_what_it_needs(loaded):
     assert len(others) <= 76, sorted(others)  # with those that the interpreter itself starts with
 
 
-def test_the_inbox_loads_msgspec_and_no_policy_but_nothing_that_could_start_something(loaded):
+def test_the_inbox_loads_msgspec_and_what_judges_by_a_policy_and_nothing_that_could_start_something(loaded):
     inbox = loaded["inbox"]
     assert "msgspec" in inbox
     assert not inbox & {"yaml", "subprocess", "asyncio", "pwd", "grp", "click", "pyseccomp", "site", "runpy"}
-    assert not {name for name in inbox if name.startswith(("fdbroker.opener", "fdbroker.launcher", "fdbroker.policy"))}
+    assert not {name for name in inbox if name.startswith(("fdbroker.opener", "fdbroker.launcher", "fdbroker.keeper"))}
+    judges = {
+        f"fdbroker.policy.{name}" for name in ("compiled", "decide", "labels", "literals", "owners", "paths", "views")
+    }
+    assert {name for name in inbox if name.startswith("fdbroker.policy.")} == judges
 
 
 def test_the_keeper_loads_what_finds_and_judges_and_nothing_that_opens_or_starts_something(loaded):

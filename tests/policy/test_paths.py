@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 from fdbroker.policy import paths
 from fdbroker.policy.decide import View, decide
 from fdbroker.policy.globs import as_glob
-from fdbroker.policy.paths import (
-    Globs,
-    is_device_path,
-    is_literal,
-    literal,
-    matcher,
-)
+from fdbroker.policy.literals import is_literal
+from fdbroker.policy.paths import Globs, is_device_path, literal, matcher
 from fdbroker.policy.spelling import glob_error, literal_folder
 from fdbroker.terms import DenyRule, Device, DeviceRule
 

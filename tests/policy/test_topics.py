@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fdbroker.errors import PolicyError
-from fdbroker.opener.views import message_rights
+from fdbroker.inbox.rights import message_rights
 from fdbroker.policy.compile import failed_tests, load_policy
 from fdbroker.policy.compiled import from_bytes, to_bytes
 from fdbroker.policy.decide import view
@@ -49,9 +49,9 @@ def test_a_policy_says_which_topics_there_are_and_its_tests_hold(loaded):
 def test_rights_are_those_of_everyone_and_of_the_groups(loaded):
     policy = loaded.policy
     rights = message_rights(view(policy, subject(6)), policy.topics)
-    assert (rights.send, rights.subscribe, rights.subscriptions) == ({0}, set(), 3)
+    assert (rights.send, rights.subscribe, rights.subscriptions) == ({"inbox"}, set(), 3)
     rights = message_rights(view(policy, subject(50)), policy.topics)
-    assert (rights.send, rights.subscribe) == ({0, 1}, {0, 1})
+    assert (rights.send, rights.subscribe) == ({"inbox", "news"}, {"inbox", "news"})
     nobody = message_rights(view(policy, subject(50)._replace(uid=65534)), policy.topics)
     assert (nobody.send, nobody.subscribe) == (set(), set())
 

@@ -248,13 +248,13 @@ SENT = {
 @pytest.fixture(params=["this kernel", "one without SO_PASSRIGHTS"])
 def without_rights(request, dev):
     """A broker, which on an older kernel cannot keep descriptors off."""
-    place = Path(fdbroker.__file__).parent / "opener" / "door.py"
+    place = Path(fdbroker.__file__).parent / "inbox" / "service.py"
     text = place.read_text()
-    call = "sockets.let_descriptors(sock, allowed=bool(allowed.send))"
+    call = "let_descriptors(sock, allowed=bool(allowed.send))"
     assert call in text
     with folder() as where:
-        (where / "door.py").write_text(text if request.param == "this kernel" else text.replace(call, "pass"))
-        mount(str(where / "door.py"), str(place), "none", MS_BIND)
+        (where / "service.py").write_text(text if request.param == "this kernel" else text.replace(call, "pass"))
+        mount(str(where / "service.py"), str(place), "none", MS_BIND)
         try:
             with running(RIGHTS) as made:
                 yield made

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fdbroker import limits
 from fdbroker.errors import FdbrokerError, LinkViolation, ProtocolViolation
 from fdbroker.inbox import dispatch
-from fdbroker.opener.views import message_rights
+from fdbroker.inbox.rights import message_rights, rights_by
 from fdbroker.opener.views import views as views_of
 from fdbroker.policy import labels
 from fdbroker.policy.compiled import Policy, from_bytes, to_bytes
@@ -275,10 +275,11 @@ def test_what_is_allowed_is_allowed_by_a_rule_for_that_subject_and_denied_by_non
 @given(POLICIES, SUBJECTS.flatmap(_with_relatives))
 def test_what_is_made_once_for_many_subjects_is_what_each_would_get(policy, subjects):
     policy = policy._replace(limits={name: limit.default for name, limit in limits.USER_LIMITS.items()})
-    views = views_of(policy)
+    views, rights = views_of(policy), rights_by(policy)
     for subject in subjects:
         alone = view(policy, subject)
-        assert views.of(subject)[:2] == (alone, message_rights(alone, policy.topics))
+        assert views.of(subject).view == alone
+        assert rights.of(subject) == message_rights(alone, policy.topics)
     for one, other in itertools.combinations(subjects, 2):
         same = view(policy, one) == view(policy, other)
         assert (views.of(one).view is views.of(other).view) == same

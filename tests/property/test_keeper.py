@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from unittest import mock
 
+import fakes
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -29,6 +30,7 @@ from fdbroker.nodes.find import Finder
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.terms import Device, DeviceRule
 from fdbroker.wire import keeper, link, lists
+from fdbroker.wire.connections import Use
 
 LAB = "/dev/lab"
 DEFAULTS = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
@@ -183,7 +185,7 @@ class Machine(RuleBasedStateMachine):
         self.opener.heard.append(keeper.OPENER_TO_KEEPER.encode(message))
 
     def came(self, number):
-        self.say(keeper.Came(number, self.open[number].uid, self.open[number].owner, 1, True, "", ()))
+        self.say(fakes.came(number, self.open[number].uid, self.open[number].owner, 1, True, "", ()))
 
     # ---- what the opener says
 
@@ -234,7 +236,7 @@ class Machine(RuleBasedStateMachine):
         self.policy = self.handed_on[number]
         self.handed_on = {later: policy for later, policy in self.handed_on.items() if later > number}
         self.to_come = list(self.open)
-        self.say(keeper.Use(number, len(self.to_come)))
+        self.say(Use(number, len(self.to_come)))
         self.read()
         self.in_force(number)
         with pytest.raises(LinkViolation):
@@ -253,7 +255,7 @@ class Machine(RuleBasedStateMachine):
             self.open[number].policy = self.policy
             self.came(number)
             self.read()
-            self.in_force(self.keeper._using)
+            self.in_force(self.keeper._renewal._number)
             if not all_of_them:
                 return
 
@@ -357,7 +359,7 @@ class Machine(RuleBasedStateMachine):
         )
         for number, one in connections.items():
             assert one.work is owners[self.open[number].owner]
-        assert bool(self.keeper._to_come) == bool(self.to_come)
+        assert bool(self.keeper._renewal.to_come) == bool(self.to_come)
 
     def teardown(self):
         for _, descriptors in self.launcher.heard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fakes import came
 
 from fdbroker import limits
 from fdbroker.errors import (
@@ -17,8 +18,8 @@ from fdbroker.errors import (
 )
 from fdbroker.offers import Offer
 from fdbroker.terms import Device, Topic, TopicUse
-from fdbroker.wire import keeper, link, lists, rights
-from fdbroker.wire.rights import Rights, Sender
+from fdbroker.wire import keeper, link, lists
+from fdbroker.wire.connections import Use
 
 BIG = 2**64 - 1
 TOPICS = (Topic("inbox", ("journal", "subscribers"), 65536), Topic("x" * 64, ("subscribers",), 1))
@@ -38,21 +39,10 @@ OFFERS = [Offer(Device(f"/dev/{index}", "rw"), f"/etc/policy.yaml:{index}") for 
         (link.INBOX_TO_OPENER, link.INBOX_TO_OPENER.encode(link.Shutdown(BIG)), link.Shutdown(BIG)),
         (link.OPENER_TO_LAUNCHER, link.STOP_ASKED, link.StopAsked()),
         (link.INBOX_TO_OPENER, link.PONG, link.Pong()),
-        (
-            link.OPENER_TO_INBOX,
-            link.OPENER_TO_INBOX.encode(
-                rights.Connected(
-                    7, Sender(2**32 - 2, 5, 6, "c1", 7), Rights(frozenset({0, 255}), frozenset({7}), 1, 2, 3)
-                )
-            ),
-            rights.Connected(7, Sender(2**32 - 2, 5, 6, "c1", 7), Rights(frozenset({0, 255}), frozenset({7}), 1, 2, 3)),
-        ),
-        (
-            link.OPENER_TO_INBOX,
-            link.OPENER_TO_INBOX.encode(rights.RightsChanged(BIG, Rights(frozenset({9})))),
-            rights.RightsChanged(BIG, Rights(frozenset({9}))),
-        ),
-        (link.OPENER_TO_INBOX, link.OPENER_TO_INBOX.encode(rights.Topics(tuple(TOPICS))), rights.Topics(TOPICS)),
+        (link.OPENER_TO_INBOX, link.OPENER_TO_INBOX.encode(came(7, 2**32 - 2, 6, 5)), came(7, 2**32 - 2, 6, 5)),
+        (link.OPENER_TO_INBOX, link.OPENER_TO_INBOX.encode(Use(BIG >> 32, 3)), Use(BIG >> 32, 3)),
+        (link.LAUNCHER_TO_INBOX, link.LAUNCHER_TO_INBOX.encode(link.Policy(3)), link.Policy(3)),
+        (link.INBOX_TO_LAUNCHER, link.INBOX_TO_LAUNCHER.encode(link.Applied(3)), link.Applied(3)),
         (link.OPENER_TO_INBOX, link.DRAIN, link.Drain()),
         (link.OPENER_TO_INBOX, link.PING, link.Ping()),
         (link.LAUNCHER_TO_OPENER, link.LAUNCHER_TO_OPENER.encode(link.Policy(3)), link.Policy(3)),
@@ -123,7 +113,7 @@ def test_what_a_taken_over_inbox_may_send_is_a_violation(data):
 
 
 @pytest.mark.parametrize(
-    "data", [link.PONG, link.STOP_ASKED, link.OPENER_TO_LAUNCHER.encode(link.Applied(2)), link.PING]
+    "data", [link.PONG, link.STOP_ASKED, link.OPENER_TO_LAUNCHER.encode(link.admin.ReloadAsked(2)), link.PING]
 )
 def test_the_inbox_cannot_speak_to_the_launcher_for_the_opener(data):
     assert link.INBOX_TO_LAUNCHER.decode(link.READY) == link.Ready()
@@ -140,9 +130,9 @@ def test_a_message_of_the_other_direction_is_not_understood():
 
 def test_a_denied_topic_is_told_as_far_as_a_record_needs_it():
     for topic in ("nö\n", "x" * 255, ""):
-        data = link.INBOX_TO_OPENER.encode(rights.DeniedUse(3, TopicUse("subscribe", topic)))
-        assert link.INBOX_TO_OPENER.decode(data) == rights.DeniedUse(3, TopicUse("subscribe", topic))
-    data = link.INBOX_TO_OPENER.encode(rights.DeniedUse(3, TopicUse("send", "x" * 65536)))
+        data = link.INBOX_TO_OPENER.encode(link.DeniedUse(3, TopicUse("subscribe", topic)))
+        assert link.INBOX_TO_OPENER.decode(data) == link.DeniedUse(3, TopicUse("subscribe", topic))
+    data = link.INBOX_TO_OPENER.encode(link.DeniedUse(3, TopicUse("send", "x" * 65536)))
     assert link.INBOX_TO_OPENER.decode(data).use.topic == "x" * 255
     for wrong in (data + b"x", data[:9], data[:9] + b"\x02"):
         with pytest.raises(LinkViolation):
@@ -151,11 +141,11 @@ def test_a_denied_topic_is_told_as_far_as_a_record_needs_it():
 
 # ---- the keeper's links
 
-CAME = keeper.Came(BIG, 2**32 - 2, 1000, 7, True, "a//b (enforce)", (4, 2**32 - 1))
+CAME = came(BIG, 2**32 - 2, 1000, 7, True, "a//b (enforce)", (4, 2**32 - 1))
 KEEPERS = [
     (keeper.OPENER_TO_KEEPER, CAME),
-    (keeper.OPENER_TO_KEEPER, keeper.Came(1, 0, 0, 1, False, "", ())),
-    (keeper.OPENER_TO_KEEPER, keeper.Use(3, 20_000)),
+    (keeper.OPENER_TO_KEEPER, came(1, 0, 0, 1, False, "", ())),
+    (keeper.OPENER_TO_KEEPER, Use(3, 20_000)),
     (keeper.OPENER_TO_KEEPER, keeper.Ended(BIG)),
     (keeper.KEEPER_TO_OPENER, keeper.ListRefused(BIG, 10_000)),
     (keeper.LAUNCHER_TO_KEEPER, link.Policy(3)),
@@ -188,6 +178,14 @@ def test_every_message_of_the_keeper_is_among_those():
         assert {type(message) for one, message in KEEPERS if one is table} == set(table.kinds.values())
 
 
+def test_what_the_opener_says_of_a_connection_are_the_same_bytes_to_keeper_and_inbox():
+    """A session's name is cut."""
+    for said in (CAME, Use(3, 2), CAME._replace(session="s" * 32)):
+        assert keeper.OPENER_TO_KEEPER.encode(said) == link.OPENER_TO_INBOX.encode(said)
+    longer = link.OPENER_TO_INBOX.encode(CAME._replace(session="s" * 33))
+    assert link.OPENER_TO_INBOX.decode(longer) == CAME._replace(session="s" * 32)
+
+
 @pytest.mark.parametrize("message", [link.PING, link.STOP, link.LAUNCHER_TO_OPENER.encode(link.Policy(3))])
 def test_what_the_launcher_says_to_keeper_and_opener_alike_both_understand(message):
     assert keeper.LAUNCHER_TO_KEEPER.decode(message) == link.LAUNCHER_TO_OPENER.decode(message)
@@ -208,11 +206,11 @@ def test_what_the_opener_alone_may_hear_or_say_is_nothing_to_the_keeper():
 
 def test_a_client_may_be_in_so_many_groups_of_the_policy_and_not_in_one_more():
     """POLICY_GROUPS, and still one message; with the longest label."""
-    came = CAME._replace(gids=tuple(range(limits.POLICY_GROUPS)), label="x" * limits.LABEL_BYTES)
-    data = keeper.OPENER_TO_KEEPER.encode(came)
+    most = CAME._replace(gids=tuple(range(limits.POLICY_GROUPS)), label="x" * limits.LABEL_BYTES)
+    data = keeper.OPENER_TO_KEEPER.encode(most)
     assert len(data) <= limits.LINK_BYTES
-    assert keeper.OPENER_TO_KEEPER.decode(data) == came
-    more = came._replace(gids=(*came.gids, 1))
+    assert keeper.OPENER_TO_KEEPER.decode(data) == most
+    more = most._replace(gids=(*most.gids, 1))
     with pytest.raises(ValueError, match=f"at most {limits.POLICY_GROUPS}"):
         keeper.OPENER_TO_KEEPER.encode(more)
     at = len(data) - 4 * limits.POLICY_GROUPS - 2
@@ -228,7 +226,7 @@ def test_a_client_may_be_in_so_many_groups_of_the_policy_and_not_in_one_more():
         (keeper.LAUNCHER_TO_KEEPER, b"\x0f\2\0\0\0"),
         (
             keeper.OPENER_TO_KEEPER,
-            keeper.OPENER_TO_KEEPER.encode(keeper.Came(1, 0, 0, 1, False, "xx", ())).replace(b"xx", b"\xff\xfe"),
+            keeper.OPENER_TO_KEEPER.encode(came(1, 0, 0, 1, False, "xx", ())).replace(b"xx", b"\xff\xfe"),
         ),
         (lists.KEEPER_TO_INBOX, b"\1" + bytes(8) + b"\1\0\x09" + bytes(300)),
     ],
