@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from fdbroker.kernel import libc
 from fdbroker.kernel.namespaces import CLONE, QUESTIONS
+from fdbroker.kernel.processes import PIDFD_GET_INFO
 from fdbroker.kernel.received import SO_PASSRIGHTS
 from fdbroker.kernel.seccomp import pyseccomp
 from fdbroker.terms import NEW_NAMESPACE_TYPES
@@ -108,6 +109,8 @@ IOCTLS = (
         "kernel/namespaces.py",
         "`namespaces` with `of`",
     ),
+    # the uids of all processes, without their groups: living.py
+    Ioctl("namespaces", "PIDFD_GET_INFO", PIDFD_GET_INFO, "kernel/processes.py", "`namespaces` with `create`"),
 )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from harness import ALICE, BOB, CAROL, LIBC
 
-from fdbroker.kernel.processes import Process, comm, fields
+from fdbroker.kernel.processes import Process, comm, fields, uids_of
 from fdbroker.launcher.ends import main_thread_ended
 
 CODE = """
@@ -74,3 +77,29 @@ def test_what_a_process_calls_itself_is_no_line_of_its_status(end):
             assert comm(proc, pid) == (end + b"Groups:\t1").decode(errors="backslashreplace")
         finally:
             os.close(proc)
+
+
+@pytest.mark.parametrize("dumpable", [0, 1])
+def test_the_uids_of_a_process_are_told_without_its_status(root, dumpable):
+    """A kernel before 6.13 does not know the question; the effective one each tells."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setresuid(ALICE, BOB, CAROL)
+        LIBC.prctl(4, dumpable, 0, 0, 0)  # PR_SET_DUMPABLE
+        os.write(writing, b"x")
+        signal.pause()
+    os.read(reading, 1)
+    try:
+        with Process(child) as process:
+            assert process.euid() == BOB
+            assert process.status().uids == (ALICE, BOB, CAROL, BOB)
+            known = uids_of(process.pidfd)
+            release = [int(number) for number in re.findall(r"[0-9]+", os.uname().release)[:2]]
+            assert known == ((ALICE, BOB, CAROL, BOB) if release >= [6, 13] else None)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert uids_of(reading) is None  # ENOTTY, as an older kernel says of a pidfd
+    for number in (reading, writing):
+        os.close(number)
