@@ -81,7 +81,7 @@ class Identifier:
             return pidfd
         try:
             with processes.Process(subject.pid) as process:
-                same = process.status().uids[1] == subject.uid and process.started_s() <= let_in_s
+                same = process.euid() == subject.uid and process.started_s() <= let_in_s
                 return os.dup(process.pidfd) if same else None
         except OSError:
             return None
