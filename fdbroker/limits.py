@@ -49,7 +49,12 @@ NAMESPACE_SECONDS: Annotated[int, "seconds", "guess: a thousand times what it ta
 MOUNTS: Annotated[
     int, "mounts", "measured: sixteen copies take 25 MiB of the kernel's memory", "OpenFailed (ENOSPC)"
 ] = 4096
-LIVING_SECONDS: Annotated[int, "seconds", "guess: of looking for living namespaces", "all count as living"] = 1
+LIVING_SECONDS: Annotated[
+    int, "seconds", "guess: of looking what an owner's processes and root's hold", "all count as living"
+] = 1
+LIVING_OTHERS_MS: Annotated[
+    int, "milliseconds", "measured: of looking at others' after that, 0.1 ms each", "the rest holds nothing"
+] = 250
 NAMESPACE_STOPPED_MS: Annotated[int, "milliseconds", "design: its caller has stopped the child", "OpenFailed"] = 500
 NAMESPACE_REQUESTS: Annotated[int, "requests", "guess: each is a process for a moment; one of each user", "wait"] = 16
 NAMESPACE_HELD: Annotated[int, "descriptors", "guess: one user's requests that wait for more", "RateLimited"] = 128

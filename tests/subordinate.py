@@ -1,11 +1,17 @@
-"""What the tests of owners share: connections of many uids of one user, all made by this process."""
+"""What the tests of owners share: connections of many uids of one user, and processes in all its subordinate gids."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import resource
+import signal
 import socket
+
+from harness import CLONE_NEWUSER, LIBC
+
+GROUPS = 65_536  # NGROUPS_MAX of linux/limits.h; as many subordinate gids useradd(8) gives everybody
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
 @contextlib.contextmanager
@@ -45,3 +51,60 @@ class Many:
     def __exit__(self, *_):
         for sock in self.socks:
             sock.close()
+
+
+@contextlib.contextmanager
+def crowd(uid, count):
+    """So many processes of a user, which sleep, each in GROUPS groups: their pids.
+
+    It is root of a user namespace, with the ids that newuidmap(1) and newgidmap(1) would give it.
+    """
+    (said, saying), (told, telling) = os.pipe(), os.pipe()
+    leader = os.fork()
+    if leader == 0:
+        try:
+            os.close(telling)
+            _crowd(uid, count, saying, told)
+        finally:
+            os._exit(1)
+    os.close(saying)
+    os.close(told)
+    try:
+        assert os.read(said, 1) == b"n"  # it has its namespace
+        for name in ("uid_map", "gid_map"):
+            with open(f"/proc/{leader}/{name}", "w") as file:
+                file.write(f"0 {uid} 1\n1 300000 {GROUPS}\n")
+        os.write(telling, b"m")
+        with open(said, closefd=False) as file:
+            pids = [int(word) for word in file.readline().split()]
+        assert len(pids) == count
+        yield pids
+    finally:
+        os.close(telling)
+        os.waitpid(leader, 0)
+        os.close(said)
+
+
+def _crowd(uid, count, saying, told):
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # else the maps are root's alone to write
+    assert LIBC.unshare(CLONE_NEWUSER) == 0
+    os.write(saying, b"n")
+    os.read(told, 1)
+    os.setgroups(range(1, GROUPS + 1))
+    leader, pids = os.getpid(), []
+    for _ in range(count):
+        pid = os.fork()
+        if pid == 0:
+            LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            while os.getppid() == leader:
+                signal.pause()
+            os._exit(0)
+        pids.append(pid)
+    os.write(saying, f"{' '.join(map(str, pids))}\n".encode())
+    os.read(told, 1)  # until the test has ended, or its process
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

@@ -44,6 +44,7 @@ MAXIMA = {
     "POLICY_LINK_BYTES": "test_maxima.py::test_a_compiled_policy",
     # --- the namespaces worker
     "LIVING_SECONDS": "namespaces/test_living.py::test_what_is_not_found_in_time_counts_as_living",
+    "LIVING_OTHERS_MS": "namespaces/test_living.py::test_other_users_that_take_long_to_look_at_do_not_count_for_the_owner",
     "NAMESPACE_SECONDS": "test_maxima.py::test_a_question_to_the_worker_has_its_time",
     "MOUNTS": "test_maxima.py::test_a_copy_of_so_many_mounts_and_not_of_one_more",
     "NAMESPACE_STOPPED_MS": "attacks/test_t30_busy_worker.py::test_a_child_that_its_caller_stops_holds_up_nobody",
