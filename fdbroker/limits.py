@@ -65,6 +65,8 @@ OPENING_THREADS: Annotated[int, "threads", "guess: of different owners at the sa
 CLOSING_THREADS: Annotated[int, "threads", "guess: of different owners, in opener and inbox each", "wait"] = 32
 STUCK_SECONDS: Annotated[int, "seconds", "guess: of a job that a thread does", "another thread goes on"] = 1
 STUCK_THREADS: Annotated[int, "threads", "guess: a quarter for one owner; TasksMax of the unit has room", "wait"] = 128
+RECEIVED_THREADS: Annotated[int, "threads", "guess: of a client, for what senders sent along", "wait"] = 4
+RECEIVED_STUCK: Annotated[int, "threads", "guess: likewise, a quarter for one sender; 13 in all", "wait"] = 8
 OPENING_HELD: Annotated[int, "descriptors", "guess: one owner's requests that are being opened", "RateLimited"] = 128
 CLOSING_HELD: Annotated[int, "descriptors", "guess: of one owner, that wait to be closed", "RateLimited"] = 128
 LOOKED_AT_ONCE: Annotated[int, "nodes", "measured: 30 us each, less than an open; of one request", "next turn"] = 4

@@ -52,6 +52,8 @@ MAXIMA = {
     "NAMESPACE_HELD": "opener/test_ask.py::test_of_one_user_so_many_may_be_held_by_those_that_wait_and_not_one_more",
     "NAMESPACE_WAIT_SECONDS": "opener/test_ask.py::test_nobody_is_given_up_before_the_limit",
     # --- what can sleep in the kernel
+    "RECEIVED_THREADS": "client/test_closing.py::test_no_more_threads_than_that_and_none_is_left",
+    "RECEIVED_STUCK": "client/test_closing.py::test_no_more_threads_than_that_and_none_is_left",
     "OPENING_HELD": "opener/test_authorize.py::test_what_a_thread_opens_counts",
     "CLOSING_HELD": "opener/test_authorize.py::test_what_is_not_closed_yet_counts",
     "LOOKED_AT_ONCE": "keeper/test_listing.py::test_so_many_nodes_are_looked_at_in_one_step",

@@ -15,7 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
-from fdbroker.client import calls, unreachable
+from fdbroker.client import calls, closing, unreachable
 from fdbroker.client.descriptor import Descriptor
 from fdbroker.client.replies import Continued, Replies
 from fdbroker.client.sync import HasFileno, outgoing, ping
@@ -57,7 +57,7 @@ class _Waiting:
         while not self.replies.empty():
             item = self.replies.get_nowait()
             if isinstance(item, tuple):
-                calls.close_all(item[1])
+                calls.discard(*item)
 
 
 class Client:
@@ -69,6 +69,7 @@ class Client:
     def __init__(self, sock: socket.socket, address: str | None = None) -> None:
         self._address = address
         self._closed = False
+        self._subscribed = False
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray(_READ_BYTES)
         self._waiting: deque[_Waiting] = deque()  # for replies, in the order of the calls
@@ -202,6 +203,7 @@ class Client:
             self._use(sock)
 
     async def _messages(self, call: bytes) -> AsyncGenerator[calls.Message, None]:
+        self._subscribed = True
         waiting = self._send(call)
         try:
             while True:
@@ -305,7 +307,8 @@ class Client:
     def _readable(self) -> None:
         try:
             size, numbers = sockets.receive_into(
-                self._sock, self._buffer, calls.DESCRIPTORS_PER_READ, socket.MSG_DONTWAIT
+                *(self._sock, self._buffer, calls.DESCRIPTORS_PER_READ, socket.MSG_DONTWAIT),
+                close=closing.close_later,
             )
         except BlockingIOError:
             return
@@ -335,7 +338,7 @@ class Client:
         numbers = self._replies.take(calls.count_descriptors(reply))  # first: if it fails, this call hears of it too
         waiting = self._waiting[0] if reply.continues else self._waiting.popleft()
         if waiting.abandoned:
-            calls.close_all(numbers)
+            calls.discard(reply, numbers)
         elif reply.error:
             waiting.replies.put_nowait(calls.refusal(reply.error, reply.parameters))
         else:
@@ -352,6 +355,8 @@ class Client:
             self._ended = _CLOSED if self._waiting else make
             self._loop.remove_reader(self._sock.fileno())
             self._loop.remove_writer(self._sock.fileno())
+            if self._subscribed:  # what waits there unread is closed with it
+                closing.close_later([self._sock.detach()])
             self._sock.close()
         self._replies.close()
         self._unsent.clear()

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from fdbroker import limits
-from fdbroker.client.descriptor import Descriptor
+from fdbroker.client import closing
+from fdbroker.client.descriptor import Descriptor, close_together
 from fdbroker.errors import (
     ADMIN_REFUSALS,
     MESSAGE_REFUSALS,
@@ -137,8 +138,7 @@ class Message(NamedTuple):
 
     def close(self) -> None:
         """Close what came with it; what was detached is not."""
-        for descriptor in (*self.descriptors, *([self.file] if self.file is not None else [])):
-            descriptor.close()
+        close_together([*self.descriptors, *([self.file] if self.file is not None else [])])
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +215,7 @@ def messages(reply: varlink.Reply) -> list[Message]:
 
 def message(said: Any, numbers: list[int]) -> Message:
     """A message of a reply; takes `numbers`, its descriptors. Raises ProtocolViolation, and they are closed."""
-    owned = [Descriptor(number, "message", "", "") for number in numbers]
+    owned = [Descriptor(number, "message", "", "", sender=_sender(said)) for number in numbers]
     try:
         indexes, file = list(said.get("fileDescriptors") or ()), said.get("fileDescriptor")
         if sorted(indexes if file is None else [file, *indexes]) != list(range(len(owned))):
@@ -234,6 +234,12 @@ def message(said: Any, numbers: list[int]) -> Message:
         for descriptor in owned:
             descriptor.close()
         raise ProtocolViolation(f"a message that is none: {error}") from None
+
+
+def _sender(said: Any) -> int:
+    """The user who sent a message; OTHERS where it does not say."""
+    owner = said.get("owner", said.get("uid")) if isinstance(said, dict) else None
+    return owner if isinstance(owner, int) else OTHERS
 
 
 def refusal(error: str, parameters: Mapping[str, Any]) -> FdbrokerError:
@@ -365,6 +371,15 @@ def reloaded(reply: varlink.Reply) -> list[Finding]:
     except (LookupError, TypeError, ValueError) as error:
         raise ProtocolViolation(f"a reply to Reload that is none: {error}") from None
     return findings
+
+
+def discard(reply: varlink.Reply, numbers: Iterable[int]) -> None:
+    """Close what came with a reply that nobody wants any more."""
+    said = reply.parameters.get("message")
+    if said is None:
+        close_all(numbers)
+    else:
+        closing.close_later(numbers, _sender(said))
 
 
 def close_all(numbers: Iterable[int]) -> None:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
+
+from fdbroker.client import closing
 
 
 class Descriptor:
@@ -20,6 +23,8 @@ class Descriptor:
     `resource` is what was asked for ("/dev/snd/pcmC0D0p"), `access` ro, wo or rw, `rule` the policy's "FILE:LINE",
     `rdev` the device number "MAJOR:MINOR", "" for what has none. `usable` says of a namespace whether setns(2) would
     have let this program in when it asked, with the reason in `why` if not; None where the broker does not say.
+
+    `sender` is the user whose message it came with, None for a grant: then a thread closes it (`client/closing.py`).
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class Descriptor:
         *,
         usable: bool | None = None,
         why: str = "",
+        sender: int | None = None,
     ) -> None:
         self._number = number
         self.resource = resource
@@ -40,6 +46,7 @@ class Descriptor:
         self.rdev = rdev
         self.usable = usable
         self.why = why
+        self.sender = sender
 
     def __repr__(self) -> str:
         state = "closed" if self._number < 0 else str(self._number)
@@ -58,9 +65,9 @@ class Descriptor:
         return number
 
     def close(self) -> None:
-        """Close it; closing twice does nothing."""
+        """Close it; closing twice does nothing. What came with a message may be open a moment longer; nobody waits."""
         if self._number >= 0:
-            os.close(self.detach())
+            _close([self.detach()], self.sender)
 
     @property
     def closed(self) -> bool:
@@ -77,3 +84,21 @@ class Descriptor:
         if getattr(self, "_number", -1) >= 0:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
             self.close()
+
+
+def close_together(descriptors: Iterable[Descriptor]) -> None:
+    """Close those of one message that are open: at once, which takes less than one by one."""
+    numbers: dict[int | None, list[int]] = {}
+    for descriptor in descriptors:
+        if not descriptor.closed:
+            numbers.setdefault(descriptor.sender, []).append(descriptor.detach())
+    for sender, some in numbers.items():
+        _close(some, sender)
+
+
+def _close(numbers: list[int], sender: int | None) -> None:
+    if sender is not None:
+        closing.close_later(numbers, sender)
+        return
+    for number in numbers:
+        os.close(number)

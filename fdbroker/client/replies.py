@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from fdbroker.client.calls import Message, close_all, refusal
+from fdbroker.client import closing
+from fdbroker.client.calls import Message, refusal
 from fdbroker.errors import BrokerUnavailable, FdbrokerError, PolicyBroken, ProtocolViolation, QuotaExceeded
 from fdbroker.wire import varlink
 
@@ -101,6 +102,6 @@ class Replies:
         return not self._descriptors and not self._reader.held
 
     def close(self) -> None:
-        """Close the descriptors that no reply has taken."""
-        close_all(self._descriptors)
+        """Close the descriptors that no reply has taken, which may be a message's."""
+        closing.close_later(self._descriptors)
         self._descriptors.clear()

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import NoReturn, Protocol, Self, TypeVar
 
 from fdbroker import limits
-from fdbroker.client import calls, unreachable
+from fdbroker.client import calls, closing, unreachable
 from fdbroker.client.descriptor import Descriptor
 from fdbroker.client.replies import Continued, Replies
 from fdbroker.errors import BrokerUnavailable, NoSuchRecipient, PolicyBroken, PolicyError, ProtocolViolation
@@ -39,6 +39,7 @@ class Client:
         self._timeout_s = timeout_s
         self._address = address
         self._closed = False
+        self._subscribed = False
         self._replies = Replies()
         self._buffer = bytearray(_READ_BYTES)
 
@@ -165,6 +166,7 @@ class Client:
                     self._sock, self._replies = connected(self._address, self._timeout_s), Replies()
 
     def _messages(self, call: bytes) -> Iterator[calls.Message]:
+        self._subscribed = True
         self._send(call)
         while True:
             reply, numbers = self._reply(None)
@@ -182,8 +184,10 @@ class Client:
         return self._sock.detach()
 
     def _drop(self) -> None:
-        self._replies.close()
+        if self._subscribed:  # what waits there unread is closed with it
+            closing.close_later([self._sock.detach()])
         self._sock.close()
+        self._replies.close()
 
     def __enter__(self) -> Self:
         return self
@@ -243,7 +247,9 @@ class Client:
         try:
             while (reply := self._replies.next_reply()) is None:
                 self._sock.settimeout(None if deadline_s is None else max(0.001, deadline_s - time.monotonic()))
-                size, numbers = sockets.receive_into(self._sock, self._buffer, calls.DESCRIPTORS_PER_READ)
+                size, numbers = sockets.receive_into(
+                    self._sock, self._buffer, calls.DESCRIPTORS_PER_READ, close=closing.close_later
+                )
                 if not size:
                     self._lost("the broker closed the connection")
                 self._replies.feed(bytes(self._buffer[:size]), numbers)

@@ -1,8 +1,8 @@
 """Work that can sleep in the kernel, in threads: opening and closing what has a driver, closing what others have sent.
 
-Runs in: opener, inbox, refuser. An attacker controls how long a job of its own takes, and how many it has. The jobs of
-one owner are done one after the other, and those of several owners in turn, so a slow owner holds up itself alone.
-What is put here may hold the very thing that another job waits for.
+Runs in: opener, inbox, refuser, and programs of users (`client/closing.py`). An attacker controls how long a job of its
+own takes, and how many it has. The jobs of one owner are done one after the other, and those of several owners in turn,
+so a slow owner holds up itself alone. What is put here may hold the very thing that another job waits for.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ class Jobs:
         with self._lock:
             self._waiting.setdefault(owner, deque()).append(job)
             self.start()
+
+    @property
+    def lock(self) -> threading.Condition:
+        """Re-entrant. Who needs a lock beside it takes this one: an object whose end puts a job may end under both."""
+        return self._lock
+
+    def waits(self, owner: int) -> bool:
+        """Whether a job of this owner has not begun."""
+        with self._lock:
+            return owner in self._waiting
 
     def start(self) -> None:
         """See that a thread works for all owners that wait; also when there was no thread to be had before."""

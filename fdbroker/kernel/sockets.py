@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fdbroker import limits
@@ -218,12 +218,17 @@ def send(sock: socket.socket, data: bytes | bytearray, descriptors: Sequence[int
 
 
 def receive_into(
-    sock: socket.socket, buffer: bytearray | memoryview, descriptors: int, flags: int = 0
+    sock: socket.socket,
+    buffer: bytearray | memoryview,
+    descriptors: int,
+    flags: int = 0,
+    close: Callable[[list[int]], object] | None = None,
 ) -> tuple[int, list[int]]:
     """Read into `buffer`; how many bytes, and at most `descriptors` descriptors, which the caller owns.
 
-    All are close-on-exec. Raises OSError EMSGSIZE, with every received descriptor closed, when more came than there
-    was room for, or when the kernel could not install them all. Source: recv(2), MSG_CMSG_CLOEXEC, MSG_CTRUNC.
+    All are close-on-exec. Raises OSError EMSGSIZE, with every received descriptor closed, by `close` if it is given,
+    when more came than there was room for, or when the kernel could not install them all. Source: recv(2),
+    MSG_CMSG_CLOEXEC, MSG_CTRUNC.
     """
     # CMSG_LEN, not CMSG_SPACE: its padding would let one descriptor more in
     space = socket.CMSG_LEN(descriptors * FD_SIZE) if descriptors else 0
@@ -233,8 +238,11 @@ def receive_into(
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             owned += descriptors_in(value)
     if received_flags & (_CTRUNC | _TRUNC):
-        for descriptor in owned:
-            os.close(descriptor)
+        if close is not None:
+            close(owned)
+        else:
+            for descriptor in owned:
+                os.close(descriptor)
         if len(owned) < descriptors and not received_flags & _TRUNC:
             raise NoRoomLeft(size)  # there was room in the buffer: this process has no descriptor left
         raise OSError(errno.EMSGSIZE, "recvmsg: message or descriptors were cut")

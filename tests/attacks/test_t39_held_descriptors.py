@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import select
+import signal
 import socket
 import struct
+import sys
 import time
 
+import fuse
 import pytest
-from harness import ALICE, BOB, Raw, as_user, running, status_of
+from harness import ALICE, BOB, Raw, as_user, folder, running, status_of
 from messaging import raw_send, sealed, send_frame, subscribed
 
 import fdbroker
+import fdbroker.aio
 from fdbroker import limits
+from fdbroker.cli import commands
 
 POLICY = f"""
 version: 1
@@ -122,3 +129,89 @@ def test_a_descriptor_whose_close_waits_keeps_nobody_else_waiting(broker):
     while status_of(broker.pids["inbox"])["Threads"] != "1":
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def _by_command(address):
+    sys.stdout = open(1, "w", buffering=1, closefd=False)
+    sys.argv = ["fdbroker", "subscribe", "inbox", "--json", "--socket", address]
+    commands.run()
+
+
+def _by_library(address):
+    with fdbroker.connect(address) as client:
+        for message in client.subscribe(["inbox"]):
+            with message:
+                os.write(1, message.payload)
+
+
+def _by_asyncio(address):
+    async def main():
+        async with await fdbroker.aio.connect(address) as client:
+            async for message in client.subscribe(["inbox"]):
+                with message:
+                    os.write(1, message.payload)
+
+    asyncio.run(main())
+
+
+@contextlib.contextmanager
+def _listener(how, address):
+    """A subscriber of BOB's in a process of its own; its pid, and what waits until it has printed a text."""
+    reading, writing = os.pipe()
+
+    def listen():
+        fuse.become(BOB)
+        os.dup2(writing, 1)
+        how(address)
+
+    pid = fuse.forked(listen)
+    os.close(writing)
+    seen = bytearray()
+
+    def has_printed(text, seconds=10):
+        end = time.monotonic() + seconds
+        while text not in seen:
+            if select.select([reading], [], [], max(0, end - time.monotonic()))[0]:
+                seen.extend(os.read(reading, 65536))
+            elif time.monotonic() > end:
+                return False
+        return True
+
+    try:
+        yield pid, has_printed
+    finally:
+        os.close(reading)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _say(broker, text):
+    with fdbroker.connect(broker.socket) as client:
+        client.send("inbox", text)
+
+
+@pytest.mark.parametrize("how", [_by_command, _by_library, _by_asyncio])
+def test_a_file_whose_close_is_never_answered_stops_no_subscriber(broker, how):
+    """And an interrupt ends its main thread; the kernel keeps the rest of the process until FLUSH is answered."""
+
+    def send(number):
+        with fdbroker.connect(broker.socket) as client:
+            client.send("inbox", "evil", descriptors=[number] * 3)
+
+    with folder() as where, _listener(how, broker.socket) as (pid, has_printed), fuse.unanswered(where) as (path, end):
+        while not has_printed(b"first", 0.1):
+            _say(broker, "first")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fuse.holder(path, send))
+            stack.callback(end)  # before its holder: else that could not end
+            assert has_printed(b"evil")
+            for number in range(5):
+                _say(broker, f"after {number}")
+                assert has_printed(b"after %d" % number), "the subscriber has stopped"
+            assert int(status_of(pid)["Threads"]) > 1  # it is being closed
+            os.kill(pid, signal.SIGINT)
+            until = time.monotonic() + 10
+            while status_of(pid)["State"][0] != "Z":
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # a process with a thread in the kernel is not gone
