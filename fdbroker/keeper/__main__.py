@@ -17,13 +17,10 @@ from fdbroker.kernel.link import Link
 from fdbroker.nodes.find import Finder
 from fdbroker.policy.compiled import from_bytes
 
-_NICE = 10  # lists are made of what the requests leave: setpriority(2)
-
 
 def main() -> NoReturn:
     """Confine, then serve; the exit code tells the launcher how it ended."""
     order, descriptors = orders.read(sys.argv[1])
-    os.nice(_NICE)
     orders.obey(order, descriptors["filter"])
     policy = from_bytes(memfd.read(descriptors["policy"], limits.POLICY_LINK_BYTES))
     os.close(descriptors["policy"])
