@@ -20,12 +20,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def no_descriptor_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """After every test this process has the descriptors open that it had before."""
-    before = set(harness.descriptors_of(os.getpid()).items())
+    before = set(harness.descriptors_of(os.getpid(), every=True).items())
     yield
     gc.collect()
     end_s = time.monotonic() + 10
     while left := {
-        (name, what) for name, what in set(harness.descriptors_of(os.getpid()).items()) - before if "/fd" not in what
+        (name, what)
+        for name, what in set(harness.descriptors_of(os.getpid(), every=True).items()) - before
+        if "/fd" not in what
     }:
         assert time.monotonic() < end_s, f"descriptors left open: {left}"
         time.sleep(0.05)  # a thread may have it to close

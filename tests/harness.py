@@ -125,13 +125,15 @@ def node(path: str, rdev: int, mode: int = 0o600, kind: int = stat.S_IFCHR) -> N
 MEM = {"null": os.makedev(1, 3), "zero": os.makedev(1, 5), "full": os.makedev(1, 7), "urandom": os.makedev(1, 9)}
 
 
-def descriptors_of(pid: int) -> dict[str, str]:
-    """What a process has open: number -> what it is."""
+def descriptors_of(pid: int, *, every: bool = False) -> dict[str, str]:
+    """What a process has open: number -> what it is. The folders of devices that it keeps (DEVICES_KEPT) if `every`."""
     found = {}
     for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
             found[name] = os.readlink(f"/proc/{pid}/fd/{name}")
-    return found
+    kept = {name: what for name, what in found.items() if what.startswith("/sys/devices/")}
+    assert len(kept) <= limits.DEVICES_KEPT
+    return found if every else {name: what for name, what in found.items() if name not in kept}
 
 
 def resident_bytes(pid: int) -> int:
@@ -223,11 +225,8 @@ class Broker:
             time.sleep(0.02)
 
     def counts(self) -> dict[str, int]:
-        """How many descriptors each process has open, without the folders of devices that it keeps (DEVICES_KEPT)."""
-        each = {name: list(descriptors_of(pid).values()) for name, pid in self.pids.items()}
-        kept = {name: [one for one in found if one.startswith("/sys/devices/")] for name, found in each.items()}
-        assert all(len(some) <= limits.DEVICES_KEPT for some in kept.values())
-        return {name: len(found) - len(kept[name]) for name, found in each.items()}
+        """How many descriptors each process has open."""
+        return {name: len(descriptors_of(pid)) for name, pid in self.pids.items()}
 
     def wait_idle(self) -> None:
         """Every process must have the descriptors again that it had before the first client."""

@@ -54,7 +54,6 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "opener.authorize:authorize_request",
             "opener.authorize:authorize_grants",
             "opener.authorize:authorize_resources",
-            "opener.views:message_rights",
             "policy.decide:view",
         ),
         "open": ("opener.open:Nodes.judge_some", "opener.open:Nodes.open_all", "opener.request:Opening.close"),

@@ -14,9 +14,9 @@ from harness import ALICE, MEM, Console, node, running, status_of, taken_over
 POLICY = f"version: 1\nusers: {{{ALICE}: {{devices: [{{path: /dev/snd/pcm, access: rw}}]}}}}\n"  # CAP_DAC_OVERRIDE
 OPENER = """
 class Opener:
-    def __init__(self, listener, launcher, inbox, asking, policy, nodes, audit):
+    def __init__(self, listener, launcher, inbox, to_keeper, asking, policy, nodes, audit):
         self.listener, self.launcher, self.bracket = listener, launcher, nodes._bracket
-        self.inbox = inbox
+        self.inbox, self.keeper = inbox, to_keeper
 
     def serve(self):
         self.launcher.send(link.READY)
@@ -31,8 +31,8 @@ class Opener:
 """
 INBOX = """
 class Inbox:
-    def __init__(self, launcher, opener, topics, unit_s):
-        self.launcher, self.opener = launcher, opener
+    def __init__(self, launcher, opener, keeper, policy, topics, unit_s):
+        self.launcher, self.opener, self.keeper = launcher, opener, keeper
 
     def serve(self):
         self.launcher.send(link.READY)

@@ -12,7 +12,7 @@ POLICY = f"version: 1\nusers: {{{BOB}: {{devices: [{{path: /dev/bobs}}]}}}}\n"
 # In the place of the inbox: the first client tells it what to do; it has what any inbox has.
 INBOX = """
 class Inbox:
-    def __init__(self, launcher, opener, keeper, topics, unit_s):
+    def __init__(self, launcher, opener, keeper, policy, topics, unit_s):
         self.launcher, self.opener, self.keeper = launcher, opener, keeper
 
     def serve(self):
@@ -154,7 +154,7 @@ def test_whatever_breaks_its_rules_with_the_keeper_ends_the_service_too(taken, s
     assert console.say("1") is None  # and it does not live on
 
 
-@pytest.mark.parametrize("word", ["link.STOP_ASKED", "link.OPENER_TO_LAUNCHER.encode(link.Applied(7))"])
+@pytest.mark.parametrize("word", ["link.STOP_ASKED", "link.WORKER_STUCK"])
 def test_it_cannot_speak_to_the_launcher_for_the_opener(taken, word):
     broker, console = taken
     console.say(f"self.launcher.send({word})")

@@ -87,7 +87,7 @@ def named(name):
         ("type", "unknown message type"),
         ("huge", "cut"),
         ("living", "values, at least 0, at most"),
-        ("granted", "cut at"),
+        ("granted", "unknown message type 3"),
     ],
 )
 def test_whatever_it_must_not_send_ends_the_service_and_nobody_gets_anything(dev, how, why):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from fdbroker import limits
 from fdbroker.policy import fit, globs, paths, spelling
+from fdbroker.policy.literals import is_literal
 
 WORDS = (
     b"/dev/",
@@ -125,7 +126,7 @@ def judge_pattern(pattern: str, path: str) -> None:
     matched = paths.matcher(pattern).fullmatch(path) is not None
     wanted, asked = pattern.split("/"), path.split("/")
     assert matched == (len(wanted) == len(asked) and all(map(fits, wanted, asked)))
-    if paths.is_literal(pattern):
+    if is_literal(pattern):
         assert paths.matcher(pattern).fullmatch(paths.literal(pattern))
         assert not matched or path == paths.literal(pattern)
     if paths.is_device_path(path) and len(path) < 100:  # each is a regular expression to compile

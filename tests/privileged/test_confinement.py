@@ -223,7 +223,7 @@ def test_a_thread_that_still_works_does_not_change_how_a_process_ends(dev, busy_
 
 INBOX = """
 class Inbox:
-    def __init__(self, launcher, opener, keeper, topics, unit_s):
+    def __init__(self, launcher, opener, keeper, policy, topics, unit_s):
         self.launcher = launcher
 
     def serve(self):

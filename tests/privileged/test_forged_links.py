@@ -25,9 +25,10 @@ from fdbroker.keeper.service import Keeper
 from fdbroker.kernel import inotify, memfd
 from fdbroker.kernel.link import Link
 from fdbroker.nodes.find import Finder
+from fdbroker.offers import Offer
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
-from fdbroker.terms import Device, Namespace, Offer
+from fdbroker.terms import Device, Namespace
 from fdbroker.wire import admin, keeper, link, lists, worker
 from fdbroker.wire.connections import Use
 
@@ -364,7 +365,7 @@ TO_INBOX_BY_KEEPER = {
         link.OPENER_TO_INBOX.encode(came(9, 0)),
         "Offered: ",
     ),
-    "a grant": (link.OPENER_TO_INBOX.encode(link.Outcome(1, None)), "ListRefused: cut at"),
+    "a grant": (link.OPENER_TO_INBOX.encode(link.Outcome(1, None)), "unknown message type 3"),
     "a drain": (link.DRAIN, "unknown message type 4"),
     "a listing that nobody asked for": (lists.KEEPER_TO_INBOX.encode(OFFERED), "connection 1, which is idle"),
     "a part of one": (
@@ -525,7 +526,10 @@ def test_descriptors_of_an_inbox_s_are_never_taken_by_the_keeper(dev):
 TO_KEEPER_BY_OPENER = {
     "unknown": (b"\xff", "unknown message type 255"),
     "cut": (keeper.OPENER_TO_KEEPER.encode(came(1, 0, 0, 1, False, "", (5,)))[:-1], "Came: cut at"),
-    "a policy that did not come": (keeper.OPENER_TO_KEEPER.encode(Use(5, 0)), "policy 5, which did not come"),
+    "a policy that did not come": (
+        keeper.OPENER_TO_KEEPER.encode(Use(5, 0)),
+        "policy 5 is to be used, which did not come",
+    ),
     "a word of the launcher's": (link.STOP, "unknown message type 5"),
     "a List": (lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=False)), "Came: "),
 }
@@ -567,8 +571,11 @@ def test_what_is_no_word_of_the_launchers_ends_a_keeper(dev, tmp_path, monkeypat
         monkeypatch.setattr(inotify, "create", lambda: notify)
         one = Keeper(*(Link(theirs) for _, theirs in pairs), policy, finder)
         Link(pairs[0][0]).send_with_descriptors(message, [sealed] * descriptors)
+        before = set(descriptors_of(os.getpid()))
         with pytest.raises(LinkViolation, match=why):
             one.serve()
+        for left in set(descriptors_of(os.getpid())) - before:  # the process ends
+            os.close(int(left))
 
 
 def _reloads(address: str) -> str:
