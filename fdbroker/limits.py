@@ -87,6 +87,7 @@ ACCEPT_PAUSE_MS: Annotated[int, "milliseconds", "guess: EMFILE is over when othe
 BROKEN_SECONDS: Annotated[int, "seconds", "design: after the last client that a broken policy refused", "exit 78"] = 10
 BROKEN_LOOK_SECONDS: Annotated[int, "seconds", "design: a broken policy's files are looked at so often", "refused"] = 1
 STOP_SECONDS: Annotated[int, "seconds", "design: SIGTERM answers what is in flight", "children are killed"] = 5
+DRAIN_SECONDS: Annotated[int, "seconds", "guess: of STOP_SECONDS, for what clients have yet to take", "disconnect"] = 3
 POLICY_SECONDS: Annotated[int, "seconds", "as START_SECONDS: until all use a new policy", "the service ends"] = 40
 START_SECONDS: Annotated[int, "seconds", "ten times what was measured at a load of 20 on two CPUs", "start fails"] = 40
 

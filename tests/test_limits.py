@@ -148,6 +148,10 @@ OTHERS = {
         "the longest time that a stop takes; who ends in time ends it earlier",
         "attacks/test_t48_outliving.py::test_the_launchers_end_takes_all_with_it_although_they_do_nothing_by_themselves_any_more",
     ),
+    "DRAIN_SECONDS": (
+        "an interval of ours",
+        "attacks/test_t24_forged_logs.py::test_counts_are_written_at_the_stop_whoever_takes_its_answers_slowly",
+    ),
     "POLICY_SECONDS": (
         "the longest time that a reload takes, on a machine that cannot do it",
         "privileged/test_forged_links.py::test_a_keeper_that_does_not_take_a_policy_ends_the_service",

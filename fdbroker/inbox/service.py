@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from typing import assert_never
 
 from fdbroker import limits
@@ -41,6 +42,7 @@ class Inbox(Clients):
         super().__init__(opener, keeper, topics, unit_s)
         self._launcher = launcher
         self._last = 0  # the highest number of a connection so far
+        self._drained_at_s = 0.0
         self._renewal = Renewal(launcher)
         self._use(policy)
 
@@ -85,12 +87,17 @@ class Inbox(Clients):
                 self._end_slow()
             if self._unread.waiting:
                 self._unread.sweep_at_times()
+            if self.draining and time.monotonic() >= self._drained_at_s:
+                for client in list(self._by_number.values()):
+                    self._close(client, DEAF)
         self._opener.send(link.DRAINED)
 
     def _timeout_s(self) -> float:
         if self._more or self._messages.due or (self._messages.replaying and self._messages.pressing):
             return 0
         ends_s = [_LINGER_S] if self._unread.waiting else []
+        if self.draining:
+            ends_s.append(max(0.0, self._drained_at_s - time.monotonic()))
         if self.turns.resting:
             ends_s.append(self.turns.timeout_s())
         if self._deadlines.busy:
@@ -115,8 +122,8 @@ class Inbox(Clients):
                     if not self._renewal.knows(number):
                         self._read_launcher()  # which has sent it to us before
                     self._use(self._renewal.use(number, count))
-                case link.Outcome(number, refusal):
-                    self._outcome(number, refusal)
+                case link.Outcome(number, refusal, sent_us):
+                    self._outcome(number, refusal, sent_us / 1e6)
                     return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
                 case admin.Reloaded(number, findings):
                     if known := self._by_number.get(number):
@@ -141,8 +148,9 @@ class Inbox(Clients):
                 self._offered(known, message.offers, last=message.last)
         return data != b""
 
-    def _outcome(self, number: int, refusal: Refused | None) -> None:
+    def _outcome(self, number: int, refusal: Refused | None, sent_s: float = 0.0) -> None:
         if known := self._by_number.get(number):
+            self.turns.sent(known.user, sent_s)
             if refusal is not None:
                 known.refuse(refusal)
                 if refusal.offends:
@@ -215,8 +223,9 @@ class Inbox(Clients):
             self._settle(client)
 
     def _drain(self) -> None:
-        """Answer what has been asked, read nothing more."""
+        """Answer what has been asked, read nothing more; who has not taken its answers in DRAIN_SECONDS gets none."""
         self.draining = True
+        self._drained_at_s = time.monotonic() + limits.DRAIN_SECONDS
         for client in list(self._by_number.values()):
             if client.state in ("watching", "stopping", "reloading", "subscribed"):  # nothing more is owed to them
                 self._close(client, ENDED)

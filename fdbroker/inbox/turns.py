@@ -103,11 +103,18 @@ class Turns:
     def count(self, user: User, began_s: float, before: int) -> None:
         """What was done for the user since `began_s` of `clock`, when `before` units of this turn had been counted."""
         # a unit takes several times as long on a busy machine
-        more = int((clock() - began_s) / self._unit_s) - (user.used - before) * _UNDIVIDED
-        if more > _LONG:
-            self.work(user, more)
-            if more > _STALL:
-                user.stalled_s = max(user.stalled_s, more * self._unit_s)
+        self._stall(user, int((clock() - began_s) / self._unit_s) - (user.used - before) * _UNDIVIDED)
+
+    def sent(self, user: User, sent_s: float) -> None:
+        """The opener has answered the user, which took it so much of its time."""
+        self._stall(user, int(sent_s / self._unit_s))
+
+    def _stall(self, user: User, units: int) -> None:
+        """What took more units than was counted for it, and how long it held up others."""
+        if units > _LONG:
+            self.work(user, units)
+            if units > _STALL:
+                user.stalled_s = max(user.stalled_s, units * self._unit_s)
 
     def may_work(self, user: User) -> bool:
         """Whether the user has something left of its share of this turn."""

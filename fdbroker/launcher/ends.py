@@ -9,10 +9,22 @@ import contextlib
 import subprocess
 from collections.abc import Sequence
 
+from fdbroker import errors
+from fdbroker.errors import FdbrokerError
 from fdbroker.kernel import lifeline, processes
 from fdbroker.launcher.start import Child
 
 _ENDS_TOO_S = 0.1  # how long a process needs from closing its links to its end, which another one has noticed first
+
+
+class ServiceFailed(FdbrokerError):
+    """A child died, or did not come up; the service ends, and its manager starts it again."""
+
+
+class ChildRefused(ServiceFailed):
+    """A child does not run on a machine that is set up like this one, and has said why."""
+
+    exit_code = errors.EX_CONFIG
 
 
 def end_of(child: Child, children: Sequence[Child]) -> str:
@@ -28,6 +40,12 @@ def end_of(child: Child, children: Sequence[Child]) -> str:
             name = "namespaces worker's holder" if one.name == "namespaces" else one.name
             ends.append(f"the {name} {lifeline.how_ended(one.process.pid, code)}")
     return ", ".join(ends)
+
+
+def late(children: Sequence[Child]) -> str:
+    """Who of them still runs, although the time for stopping is over."""
+    names = sorted(child.name for child in children if child.process.poll() is None)
+    return f"{' and '.join(names)} did not end in time: killed"
 
 
 def main_thread_ended(pid: int) -> bool:

@@ -22,6 +22,7 @@ from fdbroker.errors import FdbrokerError, Finding, PolicyError
 from fdbroker.kernel import capabilities, memfd
 from fdbroker.launcher import ends, listen, own, start
 from fdbroker.launcher.broken import Refuser
+from fdbroker.launcher.ends import ChildRefused, ServiceFailed
 from fdbroker.launcher.journal import Journal
 from fdbroker.launcher.needs import CapabilitiesMissing, check_reload, checked_policy
 from fdbroker.launcher.notify import Notify
@@ -57,16 +58,6 @@ class Options(NamedTuple):
     mode: int
     group: str | None
     state: str
-
-
-class ServiceFailed(FdbrokerError):
-    """A child died, or did not come up; the service ends, and its manager starts it again."""
-
-
-class ChildRefused(ServiceFailed):
-    """A child does not run on a machine that is set up like this one, and has said why."""
-
-    exit_code = errors.EX_CONFIG
 
 
 def say(text: str, priority: int = 6) -> None:
@@ -232,7 +223,7 @@ class Launcher:
         The main thread of every process that ends is gone a moment before the process is: so two looks must find it so.
         """
         if self._missing and self._applying is not None and time.monotonic() >= self._late_at_s:
-            raise ServiceFailed(f"{' and '.join(sorted(self._missing))} did not take the new policy")
+            raise ServiceFailed(f"the {' and the '.join(sorted(self._missing))} did not take the new policy")
         before, self._half_ended = self._half_ended, set()
         for child in self._children:
             if child.process.poll() is None and ends.main_thread_ended(child.process.pid):
@@ -269,7 +260,10 @@ class Launcher:
             ended = self._read_children()
             if self._reload_wanted and self._applying is None and not self._stop_at_s:
                 self._reload()
-            if ended or (self._stop_at_s and time.monotonic() >= self._stop_at_s):
+            if ended:
+                return
+            if self._stop_at_s and time.monotonic() >= self._stop_at_s:
+                say(ends.late(self._children), priority=4)
                 return
 
     @property

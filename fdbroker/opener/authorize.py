@@ -25,6 +25,7 @@ _ACCOUNTS_KEPT = 1024
 _DECIDED_CHARACTERS = 256  # of a resource: for longer ones no decision is kept
 _LOOK_S = limits.FLIGHT_LOOK_MS / 1000
 _BUSY_MS = limits.BUSY_RETRY_MS
+_STALL_S = limits.STALL_UNITS * limits.UNIT_US / 1e6
 _CLOSING_HELD, _OPENING_HELD = limits.CLOSING_HELD, limits.OPENING_HELD
 
 
@@ -86,6 +87,11 @@ class Account:
     def note_connect(self, now_s: float, groups: int) -> None:
         """One connection more has been let in, of a process in so many groups."""
         self.pace.spend(1 + groups // limits.GROUPS_PER_CONNECT, *self._rate(), now_s)
+
+    def note_stall(self, now_s: float, took_s: float) -> None:
+        """To say something to a client of the owner, or to hang up, took so long: what it waits for with epoll(7)."""
+        if took_s > _STALL_S:
+            self.pace.spend(int(took_s * self.maxima["requests_per_second"] * limits.STALL_PAUSE), *self._rate(), now_s)
 
     def offend(self, now_s: float) -> bool:
         """The user broke a rule, or comes again and again; returns whether that costs something for the first time."""

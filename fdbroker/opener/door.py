@@ -126,8 +126,9 @@ class Door:
                 if not account.lingering:
                     self._lingering.discard(account)
 
-    def note_ended(self, account: Account) -> None:
-        """A connection of this user has ended."""
+    def note_ended(self, account: Account, took_s: float) -> None:
+        """A connection of this user has ended, and to hang up took so much of this thread's time."""
+        account.note_stall(time.monotonic(), took_s)
         if account.lingering:
             self._lingering.add(account)
 
@@ -180,8 +181,7 @@ class Door:
         if len(account.connections) + len(account.waiting) >= maximum:
             refusal = QuotaExceeded("connections", maximum)
             self._turned_away("accept", subject, str(refusal), refusal.cause)
-            say_refusal(sock, refusal)
-            self._closing.hang_up(sock, owner)
+            self._let_go(sock, refusal, owner)
             return True
         account.waiting.append(sock)
         self._waiting_count += 1
@@ -299,8 +299,16 @@ class Door:
         """Say the refusal and hang up; takes `sock`."""
         stage = "identify" if subject is None else "accept"
         self._turned_away(stage, subject, why or str(refusal), refusal.cause)
+        self._let_go(sock, refusal, OTHERS if subject is None else subject.owner)
+
+    def _let_go(self, sock: socket.socket, refusal: QuotaExceeded, owner: int) -> None:
+        """Say the refusal and hang up, which wakes all who wait for that socket: how long it takes counts."""
+        began_s = time.thread_time()
         say_refusal(sock, refusal)
-        self._closing.hang_up(sock, OTHERS if subject is None else subject.owner)
+        self._closing.hang_up(sock, owner)
+        account = self._accounts.known(owner)
+        if account is not None:
+            account.note_stall(time.monotonic(), time.thread_time() - began_s)
 
     def _turned_away(self, stage: str, subject: Subject | None, reason: str, cause: str = "limit descriptors") -> None:
         self._audit.refuse(Record("turned-away", stage, 0, subject, None, reason, cause=cause), time.monotonic())

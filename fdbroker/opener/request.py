@@ -44,7 +44,7 @@ class Opening:
 
     __slots__ = (
         *("allowed", "closing", "connection", "counted", "descriptors", "failure", "found", "grants", "owners"),
-        *("recorded", "resources", "steps", "view"),
+        *("recorded", "resources", "sent_s", "steps", "view"),
     )
 
     steps: Generator[int, None, Refused | None]  # of `answer`
@@ -62,6 +62,7 @@ class Opening:
         self.failure: Refused | OSError | None = None
         self.recorded: dict[Grant, int] = {}  # how many of each
         self.counted = 0  # descriptors that count for the owner while this waits
+        self.sent_s = 0.0  # of this thread's time, for sending
 
     def missing(self) -> int | None:
         """The position of the next resource that the worker has to open."""
@@ -176,7 +177,9 @@ def answer(opening: Opening, nodes: Nodes, audit: Audit) -> Generator[int, None,
             _record_grants(opening, grants, audit)
         with _SEND:
             _owners_live(opening)
+            began_s = time.thread_time()
             send_grants(connection.sock, reply, [opening.descriptors[index] for index in range(count)])
+            opening.sent_s = time.thread_time() - began_s
             connection.note_sent(len(reply), count)
     except _Ended as end:
         _refuse(opening, end, audit)

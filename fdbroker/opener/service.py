@@ -229,7 +229,7 @@ class Opener:
         try:
             waits_for = next(steps) if refusal is None else steps.throw(refusal)
         except StopIteration as end:
-            self._end_turn(connection, end.value)
+            self._end_turn(connection, end.value, opening.sent_s)
             return
         opening.wait()
         if waits_for == WORKER:
@@ -251,9 +251,9 @@ class Opener:
         self._opened.append(opening)
         os.eventfd_write(self._woken, 1)
 
-    def _end_turn(self, connection: Connection, refusal: Refused | None) -> None:
+    def _end_turn(self, connection: Connection, refusal: Refused | None, sent_s: float = 0.0) -> None:
         connection.turn("Outcome")
-        self._inbox.send(_to_inbox(link.Outcome(connection.number, refusal)))
+        self._inbox.send(_to_inbox(link.Outcome(connection.number, refusal, int(sent_s * 1e6))))
 
     def _refuse(self, connection: Connection, refusal: Refused) -> None:
         """Record and answer a refusal of a request that names no resource."""
@@ -275,8 +275,9 @@ class Opener:
         self._keeper.send(_to_keeper(keeper.Ended(connection.number)))
         self._asking.drop(connection)
         if reason != link.NOT_TAKEN:
+            began_s = time.thread_time()
             connection.close()
-            self._door.note_ended(connection.account)
+            self._door.note_ended(connection.account, time.thread_time() - began_s)
 
     # ---- administrators
 
@@ -396,6 +397,7 @@ class Opener:
                 self._accepting = False
             self._door.close()
             self._asking.hurry()
+            self._audit.flush(time.monotonic(), everything=True)  # now, for there may be no later
             self._inbox.send(link.DRAIN)
 
     def report_violation(self, violation: LinkViolation) -> None:

@@ -84,10 +84,14 @@ class Drained(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a request ended. `refusal` is None when the opener itself has written the reply to the client."""
+    """How a request ended. `refusal` is None when the opener itself has written the reply to the client.
+
+    `sent_us`: how long that write took, which wakes all who wait for the client's socket.
+    """
 
     connection: int
     refusal: Refused | None
+    sent_us: int = 0
 
 
 class Drain(NamedTuple):
@@ -232,7 +236,7 @@ INBOX_TO_OPENER: codec.Table[FromInbox] = codec.Table(
 )
 OPENER_TO_INBOX: codec.Table[ToInbox] = codec.Table(
     *connections.ROWS,
-    (3, Outcome, (codec.U64, codec.Maybe(_REFUSAL))),
+    (3, Outcome, (codec.U64, codec.Maybe(_REFUSAL), codec.U32)),
     (4, Drain, ()),
     (7, Ping, ()),
     (13, admin.Reloaded, (codec.U64, admin.FINDINGS)),

@@ -8,9 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
+import floods
 import pytest
-from harness import ALICE, EVERYONE_NULL, as_user, ask, running
+from harness import ALICE, EVERYONE_NULL, Raw, as_user, ask, outcome, running
 
 from fdbroker import limits
 from fdbroker.opener.audit import FIELDS, Audit, NotRecorded, Record, fields
@@ -187,3 +189,40 @@ def test_identical_refusals_are_counted_and_grants_never(dev):
         refused = [record for record in broker.records("refused") if record["FDBROKER_RESOURCE"] == "/dev/zero"]
         assert len(refused) < 5
         assert os.getpid() == int(json.loads(json.dumps(refused[0]))["FDBROKER_PID"])
+
+
+def _takes_slowly(address):
+    """A client whose answers never come to an end: it takes something of them each second, and asks again."""
+    describe = (
+        b'{"method":"org.varlink.service.GetInterfaceDescription","parameters":{"interface":"io.fdbroker.Broker"}}\0'
+    )
+    with floods.connected(address) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.send(describe * 100)
+        while True:
+            time.sleep(0.8)
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(4):
+                    sock.recv(65536)
+                sock.send(describe)
+
+
+def test_counts_are_written_at_the_stop_whoever_takes_its_answers_slowly(dev, monkeypatch):
+    """DRAIN_SECONDS after it is told to stop, the inbox waits for nobody; before, the opener was killed with its counts."""
+    monkeypatch.setitem(floods.FLOODS, "slowly", _takes_slowly)
+    with running(EVERYONE_NULL) as broker, floods.flooding(broker.socket, "slowly"):
+
+        def denied():
+            with Raw(broker.socket) as client:
+                return [outcome(client.open("/dev/mem")) for _ in range(9)]
+
+        assert as_user(ALICE, [], denied) == ["Denied"] * 9
+        time.sleep(1)
+        began_s = time.monotonic()
+        assert broker.stop() == 0
+        assert time.monotonic() - began_s > limits.DRAIN_SECONDS / 2  # it was there, and slow
+        assert [record.get("FDBROKER_REPEATED") for record in broker.records("refused")] == [None, "8"]
+        assert "did not end in time" not in broker.text()

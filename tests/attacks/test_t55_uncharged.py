@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import select
+import signal
 import socket
 import statistics
 import time
@@ -210,3 +212,72 @@ def test_watches_of_ones_own_socket_cost_others_nothing(dev, monkeypatch, messag
             if ratios[-1] < 2:
                 break
         assert ratios[-1] < 2, ratios
+
+
+def _woken_by_grants(watches, processes):
+    """Like `_watched`, so that the grants alone wake the watches, which the opener sends.
+
+    Two processes send in turn, for the kernel joins no two messages of different senders: each read of the inbox takes
+    one, and the queue stays above the quarter of its size below which a read would wake anybody.
+    """
+
+    def flood(address):
+        sock = floods.connected(address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 23_040)
+        for _ in range(processes):
+            ready, done = os.pipe()
+            if os.fork() == 0:
+                poll = select.epoll()
+                for _ in range(watches):
+                    poll.register(os.dup(sock.fileno()), select.EPOLLIN | select.EPOLLET)
+                os.write(done, b"x")
+                signal.pause()
+            os.read(ready, 1)
+        asks, asked = socket.socketpair()
+        if os.fork() == 0:
+            while asked.recv(1):
+                sock.send(floods.OPEN, socket.MSG_DONTWAIT)
+                asked.send(b"x")
+        for number in itertools.count():
+            if number >= 50:
+                data, numbers, _, _ = socket.recv_fds(sock, 65536, 64)
+                for one in numbers:
+                    os.close(one)
+                if not data:
+                    return
+            if number % 2:
+                asks.send(b"x")
+                asks.recv(1)
+            else:
+                sock.send(floods.OPEN, socket.MSG_DONTWAIT)
+
+    return flood
+
+
+def _worked_s(pid):
+    """The CPU time of a process so far."""
+    return time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3)
+
+
+def test_watches_that_grants_alone_wake_take_little_of_the_opener(dev, monkeypatch):
+    """A third of a second of each second was theirs at 38,000, and whoever else asked had to wait that often."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    monkeypatch.setitem(floods.FLOODS, "woken", _woken_by_grants(min(hard - 100, 19_000), 2))
+    with running(EVERYONE_NULL + f"users: {{{BOB}: {{limits: {{{RATES}}}}}}}\n") as broker:
+        opener = broker.pids["opener"]
+
+        def share():
+            """Of the opener's time, while BOB asks and somebody else may."""
+            before_s, began_s = _worked_s(opener), time.monotonic()
+            as_user(BOB, [], _open_s, broker.socket)
+            as_user(BOB, [], _open_s, broker.socket)
+            return (_worked_s(opener) - before_s) / (time.monotonic() - began_s)
+
+        quiet = share()
+        with floods.flooding(broker.socket, "woken"):
+            end_s = time.monotonic() + 60
+            while not broker.records("slowed") and time.monotonic() < end_s:
+                share()
+            found = max(share() for _ in range(3))
+        assert found < quiet + 0.15, (found, quiet)
+        assert broker.records("slowed")

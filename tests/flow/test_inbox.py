@@ -359,6 +359,7 @@ def test_a_listing_that_is_asked_for_while_draining_is_answered_and_closed():
     with inbox() as opener, opener.client() as client:
         client.sendall(LIST)
         opener.asked()
+        opener.inbox._drained_at_s = time.monotonic() + 30
         opener.inbox.draining = True
         for part in lists.split_offers(1, [Offer(Device("/dev/x", "ro"), "f:1")]):
             opener.keeper.send(part)

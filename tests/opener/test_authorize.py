@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+import time
+from unittest import mock
 
 import pytest
 
@@ -11,6 +14,9 @@ from fdbroker import limits
 from fdbroker.errors import ClientNotReading, QuotaExceeded, RateLimited
 from fdbroker.kernel import sockets
 from fdbroker.opener.authorize import Account, Connection, Flight, authorize_grants
+from fdbroker.opener.close import Closing
+from fdbroker.opener.door import Door
+from fdbroker.opener.service import Opener
 from fdbroker.policy.decide import View
 from fdbroker.terms import Subject
 
@@ -153,3 +159,32 @@ def test_a_connection_costs_what_its_groups_cost(groups, cost):
     assert account.wait_s(0.0) == 0
     account.note_connect(0.0, groups)
     assert account.wait_s(0.0) == cost / maxima["requests_per_second"]
+
+
+def test_what_a_client_makes_long_costs_its_owner_connections():
+    """Watches of its own sockets, which all wake when it is refused: as if it took a hundred times as long."""
+    account = Account(MAXIMA, 0.0)
+    for _ in range(100):
+        account.note_stall(0.0, limits.STALL_UNITS * limits.UNIT_US / 1e6)
+    assert account.wait_s(0.0) == 0
+    for _ in range(3):
+        account.note_stall(0.0, 0.02)
+    assert account.wait_s(0.0) == limits.DEBT_SECONDS
+
+
+@pytest.mark.parametrize("way", ["its connection ends", "it is refused"])
+def test_how_long_it_takes_to_hang_up_is_counted(world, monkeypatch, way):
+    one, _ = world.connect(5)
+    clock = itertools.count(0.0, 0.5)
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    noted = []
+    monkeypatch.setattr(Account, "note_stall", lambda account, _now_s, took_s: noted.append((account, took_s)))
+    closing = Closing()
+    if way == "it is refused":
+        door = mock.Mock(_accounts=mock.Mock(known={5: one.account}.get), _closing=closing)
+        Door._let_go(door, one.sock, QuotaExceeded("connections", 1), 5)
+    else:
+        opener = mock.Mock(_connections={one.number: one})
+        opener._door.note_ended = lambda account, took_s: Account.note_stall(account, 0.0, took_s)
+        Opener._close(opener, one, 0)
+    assert noted == [(one.account, 0.5)]
