@@ -116,7 +116,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.now = 1000.0
-        clock = SimpleNamespace(monotonic=lambda: self.now)
+        clock = SimpleNamespace(monotonic=lambda: self.now, thread_time=lambda: 0.0)
         self.patches = [mock.patch.object(module, "time", clock) for module in (service, request, door)]
         for patch in self.patches:
             patch.start()

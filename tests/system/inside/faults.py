@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from load import NAMESPACER, OPENERS, POLICY, RECEIVER, SENDERS, Load
-from steps import make_node, report, role, run, show, wait_for, write_policy
+from steps import make_node, open_in, report, role, run, show, wait_for, write_policy
 
 JOURNAL = ("systemd-journald.service", "systemd-journald.socket", "systemd-journald-dev-log.socket")
 NAMES = ("launcher", "opener", "keeper", "inbox", "witness", "namespaces", "worker")
@@ -58,7 +58,7 @@ def fresh() -> dict[str, int]:
 
 
 def descriptors(pids: dict[str, int]) -> dict[str, int]:
-    return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in pids.items()}
+    return {name: open_in(pid) for name, pid in pids.items()}
 
 
 def written() -> str:

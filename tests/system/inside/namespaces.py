@@ -31,6 +31,7 @@ from steps import (
     as_user,
     exposure,
     make_node,
+    open_in,
     outcome,
     records,
     report,
@@ -123,7 +124,7 @@ def has_open(pid: int, what: str) -> bool:
 
 def counts() -> dict[str, int]:
     """How many descriptors each of them has open."""
-    return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in processes().items()}
+    return {name: open_in(pid) for name, pid in processes().items()}
 
 
 def confined() -> dict[str, dict[str, str]]:
