@@ -160,6 +160,9 @@ def _listener(how, address):
     reading, writing = os.pipe()
 
     def listen():
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # it may be ignored: a shell does that in the background
         fuse.become(BOB)
         os.dup2(writing, 1)
         how(address)
