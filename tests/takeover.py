@@ -57,13 +57,13 @@ def code(folder: str, store: bool, limits: dict[str, int] | None = None) -> str:
     return f"sys.path.insert(0, {TESTS!r}); import takeover; takeover.launcher({folder!r}, {store}, {limits or {}})"
 
 
-def launcher(folder: str, store: bool, others: dict[str, int]) -> NoReturn:
+def launcher(folder: str, store: bool, others: dict[str, int] | None = None) -> NoReturn:
     """The real `fdbroker serve`, whose children are started by `child`; with other limits."""
     from fdbroker import limits
     from fdbroker.cli import main
     from fdbroker.launcher import own, start
 
-    vars(limits).update(others)
+    vars(limits).update(others or {})
     sys.path.remove(TESTS)  # what can be imported, the launcher's Landlock rules let it read
 
     def popen(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
