@@ -137,7 +137,7 @@ class Client:
         self.doomed |= isinstance(refusal, ClientNotReading)
 
     def wait(self, epoll: select.epoll, *, readable: bool) -> None:
-        """Have `epoll` tell what can come next; of who rests only, and once, that it has hung up."""
+        """Have `epoll` tell what can come next; of a client that rests only, and once, that it has hung up."""
         events = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if self.out else 0)
         if self.number in self.user.held:
             events = events & ~select.EPOLLIN | select.EPOLLET

@@ -162,9 +162,10 @@ class Keeper:
                 self._inbox.close()
                 return
             self._read_opener()  # a connection that the inbox knows, the opener has told of before
-            self._list(*lists.INBOX_TO_KEEPER.decode(data))
+            self._list(lists.INBOX_TO_KEEPER.decode(data))
 
-    def _list(self, number: int, watch: bool) -> None:  # noqa: FBT001 -- as in the message
+    def _list(self, asked: lists.List) -> None:
+        number, watch = asked
         connection = self._connections.get(number)
         if connection is None:
             if number > self._last:

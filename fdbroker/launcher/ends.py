@@ -43,9 +43,9 @@ def end_of(child: Child, children: Sequence[Child]) -> str:
 
 
 def late(children: Sequence[Child]) -> str:
-    """Who of them still runs, although the time for stopping is over."""
+    """Who of them still runs, although the time for stopping is over; "" when none does."""
     names = sorted(child.name for child in children if child.process.poll() is None)
-    return f"{' and '.join(names)} did not end in time: killed"
+    return f"the {' and the '.join(names)} did not end in time: killed" if names else ""
 
 
 def main_thread_ended(pid: int) -> bool:

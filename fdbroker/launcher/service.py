@@ -263,7 +263,8 @@ class Launcher:
             if ended:
                 return
             if self._stop_at_s and time.monotonic() >= self._stop_at_s:
-                say(ends.late(self._children), priority=4)
+                if late := ends.late(self._children):
+                    say(late, priority=4)
                 return
 
     @property
