@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from fdbroker import limits
+from fdbroker.limits import opener as limits
 
 _WAIT_LIMIT_MS = limits.WAIT_LIMIT_MS
 # After this long without a request a bucket is full again, unless the policy gives a rate that low.
@@ -16,7 +16,10 @@ _IDLE_S = 60
 
 
 class Bucket:
-    """Holds at most `burst` tokens, and gets so many a second; both may change from one request to the next."""
+    """Holds at most `burst` tokens, and gets so many a second; both may change from one request to the next.
+
+    It may owe some: nothing is let through before that is paid.
+    """
 
     __slots__ = ("refilled_at_s", "tokens")
 
@@ -25,22 +28,22 @@ class Bucket:
         self.refilled_at_s = now_s
 
     def take(self, rate: int, burst: int, now_s: float, cost: int = 1) -> int:
-        """Take `cost` tokens, or all when it is more than `burst`: 0, or in how many milliseconds there are enough.
+        """Take `cost` tokens: 0, or in how many milliseconds, at most WAIT_LIMIT_MS, that may be tried again.
 
-        That is at most WAIT_LIMIT_MS.
+        What costs more than `burst` is let through when the bucket is full, which then owes the rest.
         """
         wanted = float(min(cost, burst))
         self.tokens = min(float(burst), self.tokens + (now_s - self.refilled_at_s) * rate)
         self.refilled_at_s = now_s
         if self.tokens < wanted:
             return min(math.ceil((wanted - self.tokens) * 1000 / rate), _WAIT_LIMIT_MS)
-        self.tokens -= wanted
+        self.tokens -= cost
         return 0
 
     def charge(self, rate: int, burst: int, now_s: float, cost: int) -> None:
-        """Count work that is done already: the bucket may owe what comes in DEBT_SECONDS, and no more."""
+        """Count work that is done already: for it the bucket may owe what comes in DEBT_SECONDS, and no more."""
         self.take(rate, burst, now_s, 0)
-        self.tokens = max(self.tokens - cost, -float(rate * limits.DEBT_SECONDS))
+        self.tokens = min(self.tokens, max(self.tokens - cost, -float(rate * limits.DEBT_SECONDS)))
 
     def is_idle(self, now_s: float) -> bool:
         """Whether nothing would be lost if another bucket took its place."""

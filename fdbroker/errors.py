@@ -6,6 +6,7 @@ Runs in: every process but the opener, which needs no more than refusals.py. The
 from __future__ import annotations
 
 import errno
+from typing import NamedTuple
 
 from fdbroker.refusals import (
     EX_CONFIG,
@@ -33,7 +34,6 @@ from fdbroker.refusals import (
     RateLimited,
     Refused,
 )
-from fdbroker.terms import Finding
 
 __all__ = [
     "ADMIN_REFUSALS",
@@ -74,6 +74,34 @@ __all__ = [
     "RestartNeeded",
     "TopicDenied",
 ]
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong in a policy file; `line` and `column` count from 1, 0 for the whole of it."""
+
+    file: str
+    line: int
+    column: int
+    what: str
+    expected: str = ""
+    found: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        place = ":".join([self.file, *(str(number) for number in (self.line, self.column) if number)])
+        return f"{place}: {self.text}"
+
+    @property
+    def text(self) -> str:
+        """All but the place."""
+        text = self.what
+        if self.expected:
+            text += f", expected {self.expected}"
+        if self.found:
+            text += f", found {self.found}"
+        if self.hint:
+            text += f"; {self.hint}"
+        return text
 
 
 class ProtocolViolation(FdbrokerError):

@@ -6,9 +6,10 @@ how often it offends; the clock is the caller's. Nothing is refused here: who is
 
 from __future__ import annotations
 
-from fdbroker import limits
+from fdbroker.limits import keeper as limits
+from fdbroker.limits.opener import DEBT_SECONDS
 
-_DEBT_S = limits.DEBT_SECONDS
+_DEBT_S = DEBT_SECONDS
 _FREE = limits.OFFENCES_FREE
 _FORGOTTEN_S = limits.OFFENCES_SECONDS
 

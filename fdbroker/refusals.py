@@ -17,7 +17,7 @@ EX_OSERR, EX_IOERR, EX_TEMPFAIL, EX_PROTOCOL, EX_NOPERM, EX_CONFIG = 71, 74, 75,
 class FdbrokerError(Exception):
     """Base of all that this package raises by itself."""
 
-    exit_code: ClassVar[int] = EX_SOFTWARE
+    exit_code: int = EX_SOFTWARE
 
 
 class LinkViolation(FdbrokerError):
@@ -106,6 +106,7 @@ class OpenFailed(Refused):
         name = errno.errorcode.get(number, str(number))
         if number in (errno.ENODEV, errno.ENXIO):
             name += f": no driver is loaded for {rdev or 'its number'}, or the device behind it is gone"
+            self.exit_code = EX_TEMPFAIL  # it may come
         super().__init__(f"it could not be opened: {name}", index=index)
         self.number = number
 

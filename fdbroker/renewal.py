@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from fdbroker import limits
 from fdbroker.kernel import memfd
 from fdbroker.kernel.link import Link
+from fdbroker.limits import opener as limits
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.refusals import LinkViolation
 from fdbroker.wire import link
+from fdbroker.wire.launcher import INBOX_TO_LAUNCHER
 
 
 class Renewal:
@@ -56,4 +57,4 @@ class Renewal:
 
     def _tell(self) -> None:
         if not self.to_come:
-            self._launcher.send(link.INBOX_TO_LAUNCHER.encode(link.Applied(self._number)))  # and so does the keeper
+            self._launcher.send(INBOX_TO_LAUNCHER.encode(link.Applied(self._number)))  # and so does the keeper

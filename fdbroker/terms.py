@@ -40,9 +40,6 @@ SOCKET_TYPES = ("stream", "dgram")
 PID_MAX = 4_194_304  # PID_MAX_LIMIT: linux/threads.h
 PORT_MAX = 65_535
 TOPIC_VERBS = ("send", "subscribe")
-HANDLERS = ("journal", "subscribers", "queue")
-# Where the messages of the inbox framing go, which name no topic.
-FRAMED_TOPIC = "inbox"
 
 
 class Device(NamedTuple):
@@ -246,7 +243,7 @@ Rule = DeviceRule | NamespaceRule | SocketRule | TopicRule
 
 
 class Topic(NamedTuple):
-    """A topic of the policy: `deliver` says by which of HANDLERS, `maximum_bytes` how long a message may be.
+    """A topic of the policy: `deliver` says by which handlers, `maximum_bytes` how long a message may be.
 
     `keep_s`: for how many seconds the queue keeps a message. `everyone`: a rule lets all users subscribe.
     """
@@ -308,8 +305,13 @@ class DenyRule(NamedTuple):
             or subject.uid in self.uids
             or subject.owner in self.uids
             or any(gid in subject.gids for gid in self.gids - NOBODY)
-            or any(first <= subject.uid <= last for first, last in self.ranges)
+            or in_ranges(subject.uid, self.ranges)
         )
+
+
+def in_ranges(uid: int, ranges: tuple[tuple[int, int], ...]) -> bool:
+    """Whether a uid is in one of these, each (first, last)."""
+    return any(first <= uid <= last for first, last in ranges)
 
 
 class Grant(NamedTuple):
@@ -324,31 +326,3 @@ class Grant(NamedTuple):
     rdev: str = ""
     inode: str = ""
     unusable: str | None = None
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong in a policy file; `line` and `column` count from 1, 0 for the whole of it."""
-
-    file: str
-    line: int
-    column: int
-    what: str
-    expected: str = ""
-    found: str = ""
-    hint: str = ""
-
-    def __str__(self) -> str:
-        place = ":".join([self.file, *(str(number) for number in (self.line, self.column) if number)])
-        return f"{place}: {self.text}"
-
-    @property
-    def text(self) -> str:
-        """All but the place."""
-        text = self.what
-        if self.expected:
-            text += f", expected {self.expected}"
-        if self.found:
-            text += f", found {self.found}"
-        if self.hint:
-            text += f"; {self.hint}"
-        return text

@@ -29,8 +29,8 @@ _SECUREBITS = 0xEF
 class Confinement(NamedTuple):
     """What a process keeps.
 
-    `files` are Landlock rules (path, rights beneath it), None for no Landlock; `program` a seccomp filter, or b"" for
-    none. `parent`: die when this process does, 0 for none.
+    `files` are Landlock rules (path, rights beneath it), None for no Landlock; `program` a seccomp filter.
+    `parent`: die when this process does, 0 for none.
     """
 
     uid: int
@@ -70,8 +70,7 @@ def confine(to: Confinement) -> bool:
     if to.parent:
         die_with(to.parent)  # a change of uid would have cleared it
     restricted = to.files is not None and landlock.restrict(to.files)
-    if to.program:
-        _load_filter(to.program)
+    _load_filter(to.program)
     return restricted
 
 

@@ -11,10 +11,11 @@ import os
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 
-from fdbroker import limits, refusals
+from fdbroker import refusals
+from fdbroker.limits import opener as limits
 
 Job = Callable[[], None]
 _STUCK_S = limits.STUCK_SECONDS
@@ -35,35 +36,27 @@ class Jobs:
         self._stuck_max = stuck_max
         self._threads = 0
         self._idle = 0  # threads that wait for a running job to become a stuck one
-        self._waiting: dict[int, deque[Job]] = {}  # by owner; the first owner that is not busy is next
+        self.waiting: dict[int, deque[Job]] = {}  # that have not begun, by owner; the first that is not busy is next
         self._running: dict[int, tuple[int, float]] = {}  # by thread: whose job, since when
-        # re-entrant: an object whose end puts a job may end anywhere
-        self._lock = threading.Condition(threading.RLock())
+        # re-entrant: an object whose end puts a job may end anywhere; who needs a lock beside it takes this one
+        self.lock = threading.Condition(threading.RLock())
 
-    def put(self, owner: int, job: Job) -> None:
-        """Have `job` done, after the owner's other jobs."""
-        with self._lock:
-            self._waiting.setdefault(owner, deque()).append(job)
+    def put(self, owner: int, *jobs: Job) -> None:
+        """Have them done one after the other, after the owner's other jobs."""
+        with self.lock:
+            if jobs:
+                self.waiting.setdefault(owner, deque()).extend(jobs)
             self.start()
-
-    @property
-    def lock(self) -> threading.Condition:
-        """Re-entrant. Who needs a lock beside it takes this one: an object whose end puts a job may end under both."""
-        return self._lock
-
-    def waits(self, owner: int) -> bool:
-        """Whether a job of this owner has not begun."""
-        with self._lock:
-            return owner in self._waiting
 
     def start(self) -> None:
         """See that a thread works for all owners that wait; also when there was no thread to be had before."""
-        with self._lock:
+        with self.lock:
             if self._idle:
-                self._lock.notify()
+                if self._next() is not None:  # else it was woken for each job, to find nothing
+                    self.lock.notify()
                 return
             watching = bool(self._stuck_max)  # one thread more, which runs nothing before there is room
-            if not self._waiting or not (watching or self._next() is not None):
+            if not self.waiting or not (watching or self._next() is not None):
                 return
             if self._threads >= self._threads_max + len(self._stuck()) + watching:
                 return
@@ -81,31 +74,36 @@ class Jobs:
 
     def _next(self) -> int | None:
         """The next owner that waits, and whose jobs that run, if any, are all stuck; None without room for a job."""
-        stuck = Counter(self._stuck())
-        if len(self._running) >= self._threads_max + stuck.total():
+        running = [owner for owner, _ in self._running.values()]
+        if len(running) < self._threads_max:
+            for owner in self.waiting:
+                if owner not in running:
+                    return owner
+        stuck = self._stuck()
+        if not stuck or len(running) >= self._threads_max + len(stuck):
             return None
-        running = Counter(owner for owner, _ in self._running.values())
-        for owner in self._waiting:
-            more = stuck.total() < limits.shared(self._stuck_max)  # the rest is for owners without a stuck job
-            if not running[owner] or (more and running[owner] == stuck[owner] < self._stuck_max // 4):
+        more = len(stuck) < limits.shared(self._stuck_max)  # the rest is for owners without a stuck job
+        for owner in self.waiting:
+            mine = running.count(owner)
+            if not mine or (more and mine == stuck.count(owner) < self._stuck_max // 4):
                 return owner
         return None
 
     def _take(self) -> tuple[int, Job] | None:
         """The next owner, and its first job, which runs from now on; without one this thread is over."""
-        with self._lock:
+        with self.lock:
             while (owner := self._next()) is None:
                 # one thread waits to see whether the jobs that run come to an end
-                if self._idle or not self._waiting or not self._stuck_max:
+                if self._idle or not self.waiting or not self._stuck_max:
                     self._threads -= 1
                     return None
                 self._idle += 1
-                self._lock.wait(_STUCK_S)
+                self.lock.wait(_STUCK_S)
                 self._idle -= 1
-            jobs = self._waiting.pop(owner)
+            jobs = self.waiting.pop(owner)
             job = jobs.popleft()
             if jobs:
-                self._waiting[owner] = jobs  # behind the other owners
+                self.waiting[owner] = jobs  # behind the other owners
             self._running[threading.get_ident()] = owner, time.monotonic()
             self.start()  # another thread for whoever else waits
             return owner, job
@@ -118,5 +116,5 @@ class Jobs:
                 sys.excepthook(type(error), error, error.__traceback__)
                 os._exit(refusals.EX_SOFTWARE)
             del taken  # what the job held must not wait for the next one
-            with self._lock:
+            with self.lock:
                 del self._running[threading.get_ident()]

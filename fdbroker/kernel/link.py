@@ -11,8 +11,8 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 
-from fdbroker import limits
 from fdbroker.kernel import sockets
+from fdbroker.limits import opener as limits
 from fdbroker.refusals import LinkViolation
 
 _LINK_BYTES = limits.LINK_BYTES
@@ -26,6 +26,7 @@ class Link:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._waiting: deque[bytes] = deque()
+        self.waiting = 0  # how many messages wait for room: `poll`, and at EPOLLOUT call `flush`
         self._buffer = bytearray(_LINK_BYTES)
         self._view = memoryview(self._buffer)
         self._events: int | None = None
@@ -33,11 +34,6 @@ class Link:
     def fileno(self) -> int:
         """For epoll."""
         return self._sock.fileno()
-
-    @property
-    def waiting(self) -> int:
-        """How many messages wait for room: `poll`, and at EPOLLOUT call `flush`."""
-        return len(self._waiting)
 
     def poll(self, epoll: select.epoll, *, read: bool = True, write: bool = False) -> None:
         """Have `epoll` tell when there is something to `read`, or room for what waits, or with `write` room at all."""
@@ -52,6 +48,7 @@ class Link:
             if len(self._waiting) >= _LINK_WAITING:
                 raise LinkViolation("the other end does not read")
             self._waiting.append(message)
+            self.waiting += 1
 
     def send_with_descriptors(self, message: bytes, descriptors: Sequence[int]) -> bool:
         """Send now, with the borrowed `descriptors`, or not at all: false when there is no room.
@@ -71,10 +68,11 @@ class Link:
         """Send what waits, as far as there is room."""
         while self._waiting and self._try(self._waiting[0]):
             self._waiting.popleft()
+            self.waiting -= 1
 
     def _try(self, message: bytes) -> bool:
         try:
-            sockets.send(self._sock, message)
+            self._sock.send(message, sockets.SEND)
         except BlockingIOError:
             return False
         return True
@@ -123,5 +121,5 @@ class Link:
 
     def close(self) -> None:
         """Close our end; what still waits is dropped."""
-        self._waiting.clear()
+        self._waiting, self.waiting = deque(), 0
         self._sock.close()

@@ -1,29 +1,13 @@
-"""Files in memory that cannot change any more: how policies and large payloads travel.
+"""What a file in memory says: a policy, as kernel/sealed.py makes it.
 
-Runs in: launcher, opener and keeper (read the policy), client library.
+Runs in: opener, keeper, inbox.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 
 from fdbroker.refusals import LinkViolation
-
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-
-
-def sealed(name: str, data: bytes) -> int:
-    """An owned, sealed memfd with `data`. Source: memfd_create(2), fcntl(2), F_ADD_SEALS."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(data)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def read(descriptor: int, maximum: int) -> bytes:

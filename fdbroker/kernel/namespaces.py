@@ -7,9 +7,11 @@ Source: namespaces(7), ioctl_ns(2), setns(2), unshare(2), user_namespaces(7); li
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
+import struct
 import sys
 from typing import NamedTuple
 
@@ -29,13 +31,26 @@ CLONE = {
 FOLDER = "/run/netns"  # ip-netns(8)
 _NS_GET_USERNS, _NS_GET_NSTYPE, _NS_GET_OWNER_UID = 0xB701, 0xB703, 0xB704
 _NS_GET_PID_FROM_PIDNS = 0x8004B706  # Linux 6.11
+_NS_MNT_GET_INFO, _NS_MNT_GET_NEXT = 0x8010B70A, 0x8010B70B  # Linux 6.12
 QUESTIONS = {
     "NS_GET_USERNS": _NS_GET_USERNS,
     "NS_GET_NSTYPE": _NS_GET_NSTYPE,
     "NS_GET_OWNER_UID": _NS_GET_OWNER_UID,
     "NS_GET_PID_FROM_PIDNS": _NS_GET_PID_FROM_PIDNS,
+    "NS_MNT_GET_INFO": _NS_MNT_GET_INFO,
+    "NS_MNT_GET_NEXT": _NS_MNT_GET_NEXT,
 }
+_MNT_INFO = struct.Struct("=IIQ")  # struct mnt_ns_info: its size, the number of mounts, an id
+KCMP_FILES = 2  # linux/kcmp.h
+_SYS_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}.get(os.uname().machine)  # asm/unistd.h
+_long = ctypes.c_long
+_SYSCALL_KCMP = ctypes.CFUNCTYPE(_long, _long, _long, _long, _long, _long, _long)(("syscall", libc.LIBC))
 _CAP_SYS_CHROOT, _CAP_SYS_ADMIN = 1 << 18, 1 << 21
+# struct pidfd_info of linux/pidfd.h, as long as it was at first: mask, cgroup, pid, tgid, ppid, then user and group in
+# turn: real, effective, saved, of the file system
+_INFO = struct.Struct("=QQ3I8I4x")
+_INFO_CREDS = 1 << 1
+PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13
 
 
 class NotANamespace(Exception):
@@ -51,6 +66,21 @@ class Caller(NamedTuple):
     user: int
     euid: int
     capabilities: int
+
+
+def uids_of(pidfd: int) -> tuple[int, ...] | None:
+    """Real, effective, saved and file system uid of the process of the borrowed `pidfd`; None: the kernel does not say.
+
+    /proc/PID/status has them as well, but the kernel writes all groups of the process with each read of it, which a
+    process in 65,536 groups makes take 14 ms and more. Raises ProcessLookupError once it is gone.
+    """
+    try:
+        info = _INFO.unpack(fcntl.ioctl(pidfd, PIDFD_GET_INFO, _INFO.pack(_INFO_CREDS, *[0] * 12)))
+    except ProcessLookupError:
+        raise
+    except OSError:  # ENOTTY before Linux 6.13
+        return None
+    return info[5::2] if info[0] & _INFO_CREDS else None
 
 
 def type_of(descriptor: int) -> str:
@@ -87,6 +117,32 @@ def owner_uid(user: int) -> int:
 def pid_here(pid_namespace: int, pid: int) -> int:
     """What process `pid` of that pid namespace is called in ours. Raises OSError: ESRCH for none."""
     return fcntl.ioctl(pid_namespace, _NS_GET_PID_FROM_PIDNS, pid)
+
+
+def mounts_in(descriptor: int) -> int | None:
+    """How many mounts a mount namespace has, whoever sees them; None: the kernel does not say, before Linux 6.12.
+
+    The root of them all does not count. It is below the one that is `/`, and nobody sees it.
+    """
+    try:
+        _, number, _ = _MNT_INFO.unpack(fcntl.ioctl(descriptor, _NS_MNT_GET_INFO, bytes(_MNT_INFO.size)))
+    except OSError:
+        return None
+    return int(number)
+
+
+def next_mount_namespace(descriptor: int) -> int:
+    """An owned descriptor of the mount namespace that was made next after this one, whoever holds it, and by what.
+
+    Needs CAP_SYS_ADMIN; namespaces that this has no power over are left out. Raises OSError: ENOENT behind the last
+    one, ENOTTY before Linux 6.12, EPERM for who is not in the machine's own pid namespace.
+    """
+    return fcntl.ioctl(descriptor, _NS_MNT_GET_NEXT, 0)
+
+
+def shares_descriptors(thread: int, other: int) -> bool:
+    """Whether two threads have one table of descriptors; no, when the kernel does not say. Needs CAP_SYS_PTRACE."""
+    return _SYS_KCMP is not None and bool(_SYSCALL_KCMP(_SYS_KCMP, thread, other, KCMP_FILES, 0, 0) == 0)
 
 
 def setns(descriptor: int, flags: int) -> None:

@@ -5,11 +5,9 @@ Runs in: opener, namespaces worker, command line. The process's owner controls `
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import select
-import struct
 import time
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -91,28 +89,6 @@ def id_maps(proc: int, pid: int) -> tuple[bytes, bytes] | None:
 def fields(status: bytes) -> dict[bytes, bytes]:
     """The values of /proc/PID/status by their names. A newline alone ends a line, for a process's name may have CR."""
     return dict(line.partition(b":\t")[::2] for line in status.split(b"\n"))
-
-
-# struct pidfd_info of linux/pidfd.h, as long as it was at first: mask, cgroup, pid, tgid, ppid, then user and group in
-# turn: real, effective, saved, of the file system
-_INFO = struct.Struct("=QQ3I8I4x")
-_INFO_CREDS = 1 << 1
-PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13
-
-
-def uids_of(pidfd: int) -> tuple[int, ...] | None:
-    """Real, effective, saved and file system uid of the process of the borrowed `pidfd`; None: the kernel does not say.
-
-    /proc/PID/status has them as well, but the kernel writes all groups of the process with each read of it, which a
-    process in 65,536 groups makes take 14 ms and more. Raises ProcessLookupError once it is gone.
-    """
-    try:
-        info = _INFO.unpack(fcntl.ioctl(pidfd, PIDFD_GET_INFO, _INFO.pack(_INFO_CREDS, *[0] * 12)))
-    except ProcessLookupError:
-        raise
-    except OSError:  # ENOTTY before Linux 6.13
-        return None
-    return info[5::2] if info[0] & _INFO_CREDS else None
 
 
 class Status(NamedTuple):

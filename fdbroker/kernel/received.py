@@ -7,12 +7,13 @@ credentials.
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 
 from fdbroker.kernel.sockets import CREDENTIALS_SPACE, DONT_WAIT, FD_SIZE, UCRED, descriptors_in
 
 SO_PASSRIGHTS = 83  # asm-generic/socket.h; Python 3.11 has no name for it
-_CLOEXEC, _CTRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
+_FLAGS, _CTRUNC = DONT_WAIT | int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
 
 
 def collect() -> None:
@@ -33,9 +34,7 @@ def receive_with_sender(sock: socket.socket, size: int, room: int = 0) -> tuple[
     that has some. Never blocks: raises BlockingIOError. Needs `ask_credentials`. Source: unix(7), SCM_CREDENTIALS;
     recv(2), MSG_CTRUNC.
     """
-    # exactly: CMSG_LEN at the end, for padding would let one more in
-    space = socket.CMSG_SPACE(UCRED.size) + socket.CMSG_LEN(room * FD_SIZE) if room else CREDENTIALS_SPACE
-    data, ancillary, flags, _ = sock.recvmsg(size, space, DONT_WAIT | _CLOEXEC)
+    data, ancillary, flags, _ = sock.recvmsg(size, _space(room), _FLAGS)
     uid = -1
     numbers: list[int] = []
     for level, kind, value in ancillary:
@@ -46,6 +45,12 @@ def receive_with_sender(sock: socket.socket, size: int, room: int = 0) -> tuple[
     return data, uid, numbers, bool(flags & _CTRUNC)
 
 
+@functools.cache
+def _space(room: int) -> int:
+    # exactly: CMSG_LEN at the end, for padding would let one more in
+    return socket.CMSG_SPACE(UCRED.size) + socket.CMSG_LEN(room * FD_SIZE) if room else CREDENTIALS_SPACE
+
+
 def let_descriptors(sock: socket.socket, *, allowed: bool) -> None:
     """Whether the peer may send descriptors: else its attempt fails (Linux 6.16). Older kernels let it."""
     try:
@@ -53,3 +58,13 @@ def let_descriptors(sock: socket.socket, *, allowed: bool) -> None:
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
+
+
+def plain_bytes(sock: socket.socket, size: int) -> int:
+    """How many bytes, of at most `size`, a read can take now without losing a descriptor that comes with them.
+
+    To lose a descriptor is to close it, which can take as long as its driver likes. At the end of the stream `size`.
+    Never blocks: raises BlockingIOError. Needs `ask_credentials`.
+    """
+    data, _, flags, _ = sock.recvmsg(size, CREDENTIALS_SPACE, DONT_WAIT | socket.MSG_PEEK)
+    return 0 if flags & socket.MSG_CTRUNC else len(data) or size

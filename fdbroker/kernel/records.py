@@ -1,6 +1,7 @@
 """Records to the journal's socket, or to standard error as JSON lines where there is none.
 
-Runs in: opener (the audit), inbox (topics that are delivered to the journal). An attacker controls values, never names.
+Runs in: opener and keeper (the audit), inbox (topics that are delivered to the journal). An attacker controls values,
+never names.
 """
 
 from __future__ import annotations

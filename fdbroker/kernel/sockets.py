@@ -6,7 +6,6 @@ Runs in: every process. A client controls what is received, but not the descript
 from __future__ import annotations
 
 import array
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -19,8 +18,8 @@ import termios
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fdbroker import limits
 from fdbroker.kernel import libc
+from fdbroker.limits import opener as limits
 
 # asm-generic/socket.h; Python 3.11 has no names for these
 SO_PEERPIDFD = 77
@@ -29,11 +28,11 @@ _SO_PEERGROUPS = 59
 UCRED = struct.Struct("iII")  # struct ucred: pid, uid, gid
 # As plain numbers: each `|` or `&` of the socket module's flags makes an enum member, which takes as long as the call.
 DONT_WAIT = int(socket.MSG_DONTWAIT)
-_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _CLOEXEC, _CTRUNC, _TRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
 _PEEK = int(socket.MSG_PEEK)
-_DRAINED = 65536  # bytes at a time
-_DROPPED = 4 * _DRAINED  # bytes of one connection: more than its sender's socket takes by default
+_READ = 65536  # bytes at a time
+_READS = 6  # of one connection, so that its sender's socket may be as full as it is by default
 _LOOKED_AT = 4096  # bytes of a queue, to see whether a descriptor comes with them
 SCM_MAX_FD = 253  # net/scm.h: the most descriptors of one message
 FD_SIZE = array.array("i").itemsize
@@ -92,7 +91,8 @@ def peer_label(sock: socket.socket) -> str:
         if error.errno == errno.ENOPROTOOPT:
             return ""
         raise
-    return label.decode(errors="backslashreplace") if len(label) <= _LABEL_BYTES else ""
+    text = label.decode(errors="backslashreplace")
+    return text if len(text.encode()) <= _LABEL_BYTES else ""
 
 
 def peer_pidfd(sock: socket.socket) -> int | None:
@@ -107,14 +107,10 @@ def peer_pidfd(sock: socket.socket) -> int | None:
 
 def says_peer_pidfd(sock: socket.socket) -> bool:
     """Whether this kernel knows SO_PEERPIDFD, as Linux does from 6.5 on."""
-    pidfd = None
     try:
-        pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        os.close(sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
     except OSError as error:
         return error.errno != errno.ENOPROTOOPT
-    finally:
-        if pidfd is not None:
-            os.close(pidfd)
     return True
 
 
@@ -146,16 +142,6 @@ def waiting_bytes(sock: socket.socket) -> int:
     return int.from_bytes(buffer, sys.byteorder)
 
 
-def plain_bytes(sock: socket.socket, size: int) -> int:
-    """How many bytes, of at most `size`, a read can take now without losing a descriptor that comes with them.
-
-    To lose a descriptor is to close it, which can take as long as its driver likes. At the end of the stream `size`.
-    Never blocks: raises BlockingIOError. Needs `ask_credentials`.
-    """
-    data, _, flags, _ = sock.recvmsg(size, CREDENTIALS_SPACE, DONT_WAIT | _PEEK)
-    return 0 if flags & _CTRUNC else len(data) or size
-
-
 def only_bytes_wait(sock: socket.socket) -> bool:
     """Whether the socket's queue holds few bytes and no descriptor: then closing the socket takes no time.
 
@@ -175,33 +161,22 @@ def only_bytes_wait(sock: socket.socket) -> bool:
 def drop_bytes(sock: socket.socket) -> bool:
     """Read away the bytes that have come, up to the first descriptor: whether nothing is left.
 
-    For a connection that was hung up and that nobody else reads: what is looked at is then what is read. At most
-    _DROPPED bytes are read. Needs `ask_credentials` and `hear_urgent`.
+    For a connection that was hung up and that nobody else reads: what is looked at is then what is read. At most _READS
+    reads of _READ bytes. Needs `hear_urgent`.
     """
-    left = _DROPPED
-    while left > 0 and waiting_bytes(sock):
+    # else each byte of another sender is a message of its own, and there can be thousands
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+    for _ in range(_READS):
         try:
-            size = plain_bytes(sock, _DRAINED)
-            data = sock.recv(size, DONT_WAIT) if size else b""
+            data, _, flags, _ = sock.recvmsg(_READ, 0, DONT_WAIT | _PEEK)  # without room for any descriptor
+            if flags & _CTRUNC or not data:
+                return not flags & _CTRUNC
+            sock.recv(len(data), DONT_WAIT)
         except ConnectionResetError:  # the peer has left something unread: said once, and the queue is as it was
-            continue
-        except OSError:
-            return False
-        if not data:
-            return False
-        left -= len(data)
-    return left > 0
-
-
-def drain(sock: socket.socket) -> None:
-    """Read and forget all that has come on a connection that was hung up; borrows `sock`.
-
-    Descriptors that came along are closed by the kernel, in this thread. Until then the connection stays: one of them
-    can be its own other end.
-    """
-    with contextlib.suppress(OSError):
-        while sock.recv(_DRAINED, DONT_WAIT):
             pass
+        except OSError:
+            break
+    return False
 
 
 def descriptors_in(value: bytes) -> list[int]:
@@ -212,9 +187,9 @@ def descriptors_in(value: bytes) -> list[int]:
 def send(sock: socket.socket, data: bytes | bytearray, descriptors: Sequence[int] = ()) -> int:
     """sendmsg(2) without blocking, with `descriptors`, which are borrowed. Returns how many bytes were taken."""
     if not descriptors:
-        return sock.send(data, _SEND)
+        return sock.send(data, SEND)
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-    return sock.sendmsg([data], ancillary, _SEND)
+    return sock.sendmsg([data], ancillary, SEND)
 
 
 def receive_into(
@@ -249,11 +224,15 @@ def receive_into(
     return size, owned
 
 
-def has_hung_up(sock: socket.socket) -> bool:
-    """Whether the peer has closed its end, or both are shut down; nothing is read. Source: unix_poll(), POLLHUP."""
+def hung_up(*socks: socket.socket) -> int:
+    """How many of these the peer has closed, or both ends are shut down; nothing is read.
+
+    Source: unix_poll(), POLLHUP.
+    """
     poll = select.poll()
-    poll.register(sock, 0)  # POLLHUP comes unasked
-    return bool(poll.poll(0))
+    for sock in socks:
+        poll.register(sock, 0)  # POLLHUP comes unasked
+    return len(poll.poll(0))
 
 
 def hang_up(sock: socket.socket) -> None:
