@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fdbroker import limits
-from fdbroker.terms import Finding
-from fdbroker.wire import codec
-
 
 class Reload(NamedTuple):
     """The client of `connection` asks for a reload of the policy."""
@@ -21,11 +17,11 @@ class Reload(NamedTuple):
 class Reloaded(NamedTuple):
     """A reload that the client of `connection` asked for is over: with no findings the new policy is in force.
 
-    From the launcher to the opener, and on to the inbox.
+    From the launcher to the opener, and on to the inbox, which alone reads the findings: wire/findings.py.
     """
 
     connection: int
-    findings: tuple[Finding, ...]
+    findings: bytes
 
 
 class Judge(NamedTuple):
@@ -45,9 +41,3 @@ class ReloadAsked(NamedTuple):
     """An administrator, the client of `connection`, asks for a reload."""
 
     connection: int
-
-
-# Longer texts are cut, so that POLICY_FINDINGS findings fit one message.
-_TOLD = codec.Record(Finding, codec.Text(255, cut=True), codec.U32, codec.U32, codec.Text(384, cut=True))
-_FINDING = codec.Mapped(_TOLD, lambda one: (one.file, one.line, one.column, one.text), lambda one: one)
-FINDINGS = codec.Some(_FINDING, limits.POLICY_FINDINGS)

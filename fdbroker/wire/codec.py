@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from itertools import takewhile
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from fdbroker import limits
+from fdbroker.limits import opener as limits
 from fdbroker.refusals import LinkViolation
 
 _Message = TypeVar("_Message", bound=tuple[Any, ...])
@@ -21,9 +22,8 @@ class Cursor:
 
     __slots__ = ("at", "data")
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self.data, self.at = data, at
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes."""
@@ -31,10 +31,6 @@ class Cursor:
         if self.at > len(self.data):
             raise LinkViolation(f"cut at {len(self.data)} bytes")
         return self.data[begin : self.at]
-
-    def rest(self) -> bytes:
-        """All bytes that are left."""
-        return self.take(len(self.data) - self.at)
 
     def end(self) -> None:
         """Nothing may be left."""
@@ -123,20 +119,6 @@ class Text(NamedTuple):
             raise LinkViolation("text that is not UTF-8") from None
 
 
-class Bytes(NamedTuple):
-    """As many bytes."""
-
-    size: int
-
-    def write(self, value: bytes) -> bytes:
-        if len(value) != self.size:
-            raise ValueError(f"{len(value)} bytes, must be {self.size}")
-        return value
-
-    def read(self, cursor: Cursor) -> bytes:
-        return cursor.take(self.size)
-
-
 class Maybe(NamedTuple):
     """A value, or None."""
 
@@ -146,7 +128,7 @@ class Maybe(NamedTuple):
         return b"\0" if value is None else b"\1" + self.field.write(value)
 
     def read(self, cursor: Cursor) -> Any:
-        return self.field.read(cursor) if FLAG.read(cursor) else None
+        return self.field.read(cursor) if FLAG.field.read(cursor) else None
 
 
 class Some(NamedTuple):
@@ -170,17 +152,25 @@ class Some(NamedTuple):
 
 
 class Record:
-    """A tuple of several fields; `make` makes it of their values, and may raise LinkViolation."""
+    """A tuple of several fields; `make` makes it of their values, and may raise LinkViolation.
 
-    def __init__(self, make: Callable[..., Any], *fields: Field) -> None:
+    The numbers that it begins with are written and read at once.
+    """
+
+    def __init__(self, make: Callable[..., Any], *fields: Any) -> None:
         self._make = make
-        self.fields = fields
+        self.fields: tuple[Field, ...] = fields
+        forms = [one.form.format[1:] for one in takewhile((U8, U16, U32, U64).__contains__, fields)]
+        self._numbers, self._others = struct.Struct("!" + "".join(forms)), self.fields[len(forms) :]
 
     def write(self, value: tuple[Any, ...]) -> bytes:
-        return b"".join([field.write(one) for field, one in zip(self.fields, value, strict=True)])
+        at = len(value) - len(self._others)
+        others = [field.write(one) for field, one in zip(self._others, value[at:], strict=True)]
+        return self._numbers.pack(*value[:at]) + b"".join(others)
 
     def read(self, cursor: Cursor) -> Any:
-        return self._make(*[field.read(cursor) for field in self.fields])
+        numbers = self._numbers.unpack(cursor.take(self._numbers.size))
+        return self._make(*numbers, *[field.read(cursor) for field in self._others])
 
 
 class Choice:
@@ -199,6 +189,16 @@ class Choice:
         return self.fields[self._which.read(cursor)].read(cursor)
 
 
+class Bytes:
+    """Bytes that somebody else reads."""
+
+    def write(self, value: bytes) -> bytes:
+        return U32.write(len(value)) + value
+
+    def read(self, cursor: Cursor) -> bytes:
+        return cursor.take(U32.read(cursor))
+
+
 class Kept:
     """The last field of a message, of values that can be hashed: the latest of them, and their bytes, are remembered.
 
@@ -215,7 +215,7 @@ class Kept:
         return self._keep(value, self.field.write(value)) if data is None else data
 
     def read(self, cursor: Cursor) -> Any:
-        data = cursor.rest()
+        data = cursor.take(len(cursor.data) - cursor.at)  # all that is left
         value = self._values.get(data)
         if value is None:
             inner = Cursor(data)
@@ -249,8 +249,7 @@ class Table(Generic[_Message]):
 
     def encode(self, message: _Message) -> bytes:
         """The bytes of a message of this direction."""
-        kind = type(message)
-        return self._numbers[kind] + self.formats[kind].write(message)
+        return self._numbers[type(message)] + self.formats[type(message)].write(message)
 
     def decode(self, data: bytes) -> _Message:
         """The message that these bytes are. Raises LinkViolation."""
@@ -259,8 +258,7 @@ class Table(Generic[_Message]):
         kind = self.kinds.get(data[0])
         if kind is None:
             raise LinkViolation(f"unknown message type {data[0]}")
-        cursor = Cursor(data)
-        cursor.at = 1
+        cursor = Cursor(data, 1)
         try:
             message: _Message = self.formats[kind].read(cursor)
             cursor.end()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 
-from fdbroker import limits
 from fdbroker.errors import ProtocolViolation
+from fdbroker.limits import inbox as limits
 
 _LENGTH = struct.Struct("!I")
 _MESSAGE_BYTES = limits.MESSAGE_BYTES

@@ -1,6 +1,6 @@
 """The journal's native protocol: fields to one datagram.
 
-Runs in: opener. An attacker controls field values, never names.
+Runs in: opener, keeper, inbox. An attacker controls field values, never names.
 Source: systemd.io, "Native Journal Protocol".
 """
 

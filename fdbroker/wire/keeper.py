@@ -1,45 +1,114 @@
-"""What launcher and opener tell the keeper, and what they hear of it.
+"""What the opener tells the keeper, and whom the keeper lets in or turns away.
 
-Runs in: launcher, opener, keeper. A taken-over keeper controls what the other two decode here.
+Runs in: opener, keeper. Either, taken over, controls what the other decodes here.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from fdbroker.wire import codec, connections, link
+from fdbroker.limits import opener as limits
+from fdbroker.terms import ACCESS_NAMES
+from fdbroker.wire import codec, connections
+from fdbroker.wire.audit import Record
 
 
-class Given(NamedTuple):
-    """Which nodes the opener can open: all for reading, all for writing, and what these groups may."""
+class Knock(NamedTuple):
+    """A connection has been accepted: when may it be let in? It has that number for ever."""
 
-    reads: bool
-    writes: bool
-    gids: tuple[int, ...]
+    connection: int
+    uid: int
+    gid: int
+    pid: int
+    owner: int
+
+
+class Lingers(NamedTuple):
+    """The inbox has closed that connection, but its client has not read all: it counts, and lists no more."""
+
+    connection: int
 
 
 class Ended(NamedTuple):
-    """That connection has ended."""
+    """That connection is gone, or was turned away after it was let in."""
 
     connection: int
 
 
-class ListRefused(NamedTuple):
-    """A List of that connection was refused, for so many milliseconds. To inbox and opener, which records it."""
+class Weighs(NamedTuple):
+    """To identify the client of that connection was as much work as so many more connections."""
 
     connection: int
-    wait_ms: int
+    connections: int
 
 
-ToKeeper = connections.Came | connections.Use | Ended
-OPENER_TO_KEEPER: codec.Table[ToKeeper] = codec.Table(*connections.ROWS, (3, Ended, (codec.U64,)))
-KEEPER_TO_OPENER: codec.Table[ListRefused] = codec.Table((1, ListRefused, (codec.U64, codec.U32)))
-LAUNCHER_TO_KEEPER: codec.Table[link.Policy | link.Stop | link.Ping | Given] = codec.Table(
-    (1, link.Policy, (codec.U32,)),
-    (5, link.Stop, ()),
-    (7, link.Ping, ()),
-    (15, Given, (codec.FLAG, codec.FLAG, connections.GIDS)),
+class Stalled(NamedTuple):
+    """To say something to a client of that owner, or to hang up, took so long."""
+
+    owner: int
+    took_us: int
+
+
+class Broke(NamedTuple):
+    """That connection ends because its client broke a rule."""
+
+    connection: int
+
+
+class HungUp(NamedTuple):
+    """The client of that connection has hung up; if it still waits, it is to be turned away."""
+
+    connection: int
+
+
+class Contested(NamedTuple):
+    """Several owners have work now: who has had more than its part may have to wait."""
+
+
+class LetIn(NamedTuple):
+    """That connection may be let in, if its owner may have one more."""
+
+    connection: int
+
+
+class Waits(NamedTuple):
+    """That connection is to wait: its owner is in debt, and others have work."""
+
+    connection: int
+
+
+class TurnAway(NamedTuple):
+    """That connection may not be let in: its owner has, with those that wait, `maximum`. Or it has hung up."""
+
+    connection: int
+    maximum: int
+
+
+# The kinds of records that the keeper writes, which the opener tells it of.
+REFUSALS = ("refused", "turned-away", "disconnected", "slowed")
+_KIND = codec.word(*REFUSALS)
+_ONE = (codec.U64,)
+_STAGE = codec.word("accept", "identify", "decode", "authorize", "open", "audit", "send")
+# One character more than a record shows, of 4 bytes at most: so the record tells that something is missing.
+_SHOWN = codec.Text(4 * (limits.AUDIT_VALUE_CHARACTERS + 1), cut=True)
+_WHAT = (codec.Text(0x2000, cut=True), _SHOWN, codec.word("", *ACCESS_NAMES))  # the rule's path and line; what is asked
+_RECORD = (_KIND, _STAGE, codec.U64, codec.Maybe(connections.SUBJECT), _SHOWN, _SHOWN, *_WHAT)
+
+_OfConnection = Ended | Knock | Lingers | Weighs | Broke | HungUp
+ToKeeper = connections.Came | connections.Use | _OfConnection | Record | Stalled | Contested
+ToOpener = LetIn | Waits | TurnAway
+OPENER_TO_KEEPER: codec.Table[ToKeeper] = codec.Table(
+    *connections.ROWS,
+    (3, Ended, _ONE),
+    (4, Record, _RECORD),
+    (8, Knock, (codec.U64, *[codec.U32] * 4)),
+    (9, Lingers, _ONE),
+    (10, Weighs, (codec.U64, codec.U32)),
+    (11, Stalled, (codec.U32, codec.U32)),
+    (12, Broke, _ONE),
+    (13, Contested, ()),
+    (14, HungUp, _ONE),
 )
-KEEPER_TO_LAUNCHER: codec.Table[link.Ready | link.Applied | link.Pong] = codec.Table(
-    (4, link.Applied, (codec.U32,)), (6, link.Ready, ()), (8, link.Pong, ())
+KEEPER_TO_OPENER: codec.Table[ToOpener] = codec.Table(
+    (1, LetIn, _ONE), (2, TurnAway, (codec.U64, codec.U32)), (3, Waits, _ONE)
 )

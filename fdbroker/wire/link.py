@@ -1,4 +1,4 @@
-"""The messages between launcher, opener and inbox: fixed formats, each length checked, one message a datagram.
+"""The messages between opener and launcher, and opener and inbox: each length is checked, one message a datagram.
 
 Runs in: all three. A taken-over inbox controls what the opener decodes here, so a message that is unknown, mis-sized
 or out of its turn is a LinkViolation, which ends the service.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from fdbroker import limits
+from fdbroker.limits import opener as limits
 from fdbroker.refusals import (
     RETRY_CAUSES,
     ClientNotReading,
@@ -23,7 +23,7 @@ from fdbroker.refusals import (
     RateLimited,
     Refused,
 )
-from fdbroker.terms import TOPIC_VERBS, Resource, TopicUse
+from fdbroker.terms import Resource
 from fdbroker.wire import admin, codec, connections, resources
 
 _RESOURCES = limits.RESOURCES_PER_OPEN
@@ -44,7 +44,7 @@ class Shutdown(NamedTuple):
     connection: int
 
 
-# Why the inbox closed a connection, as an index; all but the first go into the audit.
+# Why the inbox closed a connection, as an index; all but the first are recorded.
 CLOSED_REASONS = (
     "the client closed it",
     "the client broke the protocol",
@@ -61,19 +61,6 @@ class Closed(NamedTuple):
 
     connection: int
     reason: int
-
-
-class Slowed(NamedTuple):
-    """The inbox has begun to read the user of `connection` more slowly than it sends."""
-
-    connection: int
-
-
-class DeniedUse(NamedTuple):
-    """The client of `connection` was not allowed to use a topic: for the record. `use` may be cut."""
-
-    connection: int
-    use: TopicUse
 
 
 class Drained(NamedTuple):
@@ -121,20 +108,8 @@ class StopAsked(NamedTuple):
     """An administrator asks the service to stop."""
 
 
-class Look(NamedTuple):
-    """Somebody waits at the socket: see whether the policy is still broken."""
-
-
-class StillBroken(NamedTuple):
-    """It is: refuse all who wait."""
-
-
 class WorkerStuck(NamedTuple):
     """The namespaces worker does not answer any more."""
-
-
-class Restart(NamedTuple):
-    """End the worker that is stuck, and start another. Launcher to who holds the worker."""
 
 
 class Ready(NamedTuple):
@@ -149,39 +124,29 @@ class Pong(NamedTuple):
     """The answer, the same way back: so one answer speaks for both children."""
 
 
-FromInbox = Open | Shutdown | admin.Reload | Closed | Slowed | Drained | Pong | DeniedUse
+FromInbox = Open | Shutdown | admin.Reload | Closed | Drained | Pong
 ToInbox = connections.Came | connections.Use | Outcome | admin.Reloaded | Drain | Ping
 ToLauncher = Applied | Ready | Pong | StopAsked | admin.ReloadAsked | admin.Judge | WorkerStuck
 FromLauncher = Policy | Stop | Ping | admin.Judged | admin.Reloaded
 
-# What may happen on one connection, and what state it is in afterwards. Opener and keeper judge the inbox by it, and it
-# judges them: anything that has no row here is out of turn. docs/protocol.md prints it.
-STATES = ("idle", "opening", "listing", "watching", "stopping", "reloading", "subscribed")
+# What may happen on one connection, as far as the opener hears of it, and what state it is in afterwards. Anything that
+# has no row is out of turn. The whole table is in lists.py.
+_STATES = ("idle", "opening", "stopping", "reloading")
 TURNS: Mapping[tuple[str, str], str] = {
     ("idle", "Open"): "opening",
     ("opening", "Outcome"): "idle",
-    ("idle", "List"): "listing",
-    ("listing", "Offered"): "idle",
-    ("listing", "Outcome"): "idle",
-    ("idle", "Watch"): "watching",
-    ("watching", "Offered"): "watching",
-    ("watching", "Outcome"): "idle",
     ("idle", "Shutdown"): "stopping",
     ("stopping", "Outcome"): "idle",
     ("idle", "Reload"): "reloading",
     ("reloading", "Outcome"): "idle",
     ("reloading", "Reloaded"): "idle",
-    ("idle", "DeniedUse"): "idle",
-    ("idle", "Subscribe"): "subscribed",
-    ("subscribed", "Unsubscribe"): "idle",
-    **{(state, "Slowed"): state for state in STATES},
-    **{(state, "Closed"): "gone" for state in STATES},
+    **{(state, "Closed"): "gone" for state in _STATES},
 }
 
 
-def turned(number: int, state: str, event: str) -> str:
+def turned(number: int, state: str, event: str, turns: Mapping[tuple[str, str], str] = TURNS) -> str:
     """The state of connection `number` after `event`. Raises LinkViolation when that is out of turn."""
-    after = TURNS.get((state, event))
+    after = turns.get((state, event))
     if after is None:
         raise LinkViolation(f"{event} on connection {number}, which is {state}")
     return after
@@ -221,7 +186,6 @@ _TOLD = codec.Record(
 _REFUSAL = codec.Mapped(_TOLD, _told, _refusal)
 REFUSAL_AND_WHY = codec.Mapped(_TOLD, partial(_told, why=True), _refusal)
 _REASON = codec.number(8, len(CLOSED_REASONS) - 1)
-_USE = codec.Record(TopicUse, codec.word(*TOPIC_VERBS), codec.Text(limits.NAME_BYTES, cut=True))
 _ONE = (codec.U64,)  # just the connection's number
 
 INBOX_TO_OPENER: codec.Table[FromInbox] = codec.Table(
@@ -229,8 +193,6 @@ INBOX_TO_OPENER: codec.Table[FromInbox] = codec.Table(
     (3, Closed, (codec.U64, _REASON)),
     (4, Drained, ()),
     (5, Shutdown, _ONE),
-    (6, DeniedUse, (codec.U64, _USE)),
-    (7, Slowed, _ONE),
     (8, Pong, ()),
     (9, admin.Reload, _ONE),
 )
@@ -239,14 +201,14 @@ OPENER_TO_INBOX: codec.Table[ToInbox] = codec.Table(
     (3, Outcome, (codec.U64, codec.Maybe(_REFUSAL), codec.U32)),
     (4, Drain, ()),
     (7, Ping, ()),
-    (13, admin.Reloaded, (codec.U64, admin.FINDINGS)),
+    (13, admin.Reloaded, (codec.U64, codec.Bytes())),
 )
 LAUNCHER_TO_OPENER: codec.Table[FromLauncher] = codec.Table(
     (1, Policy, (codec.U32,)),
     (5, Stop, ()),
     (7, Ping, ()),
     (12, admin.Judged, (codec.U64, codec.FLAG)),
-    (13, admin.Reloaded, (codec.U64, admin.FINDINGS)),
+    (13, admin.Reloaded, (codec.U64, codec.Bytes())),
 )
 OPENER_TO_LAUNCHER: codec.Table[ToLauncher] = codec.Table(
     (4, Applied, (codec.U32,)),
@@ -257,22 +219,6 @@ OPENER_TO_LAUNCHER: codec.Table[ToLauncher] = codec.Table(
     (12, admin.Judge, _ONE),
     (13, admin.ReloadAsked, _ONE),
 )
-# While the policy is broken, the refuser asks before it refuses clients whether the policy still is.
-REFUSER_TO_LAUNCHER: codec.Table[Ready | Look] = codec.Table((6, Ready, ()), (14, Look, ()))
-LAUNCHER_TO_REFUSER: codec.Table[Stop | StillBroken] = codec.Table((5, Stop, ()), (14, StillBroken, ()))
-LAUNCHER_TO_WORKER: codec.Table[Stop | Restart] = codec.Table((5, Stop, ()), (11, Restart, ()))
-# They may say that they are there, and which policy they use, and nothing else: none speaks for the opener.
-LAUNCHER_TO_INBOX: codec.Table[Policy] = codec.Table((1, Policy, (codec.U32,)))
-INBOX_TO_LAUNCHER: codec.Table[Ready | Applied] = codec.Table((4, Applied, (codec.U32,)), (6, Ready, ()))
-WORKER_TO_LAUNCHER: codec.Table[Ready] = codec.Table((6, Ready, ()))
-LAUNCHER_TO_WITNESS: codec.Table[Stop | admin.Judge] = codec.Table((5, Stop, ()), (12, admin.Judge, _ONE))
-WITNESS_TO_LAUNCHER: codec.Table[Ready | admin.Judged] = codec.Table(
-    (6, Ready, ()), (12, admin.Judged, (codec.U64, codec.FLAG))
-)
-
-READY = INBOX_TO_LAUNCHER.encode(Ready())  # whoever says it
-STOP, STOP_ASKED = LAUNCHER_TO_OPENER.encode(Stop()), OPENER_TO_LAUNCHER.encode(StopAsked())
+READY = OPENER_TO_LAUNCHER.encode(Ready())  # whoever says it
 PING, PONG = LAUNCHER_TO_OPENER.encode(Ping()), INBOX_TO_OPENER.encode(Pong())
-DRAIN, DRAINED = OPENER_TO_INBOX.encode(Drain()), INBOX_TO_OPENER.encode(Drained())
-WORKER_STUCK, RESTART = OPENER_TO_LAUNCHER.encode(WorkerStuck()), LAUNCHER_TO_WORKER.encode(Restart())
-LOOK, STILL_BROKEN = REFUSER_TO_LAUNCHER.encode(Look()), LAUNCHER_TO_REFUSER.encode(StillBroken())
+DRAIN, WORKER_STUCK = OPENER_TO_INBOX.encode(Drain()), OPENER_TO_LAUNCHER.encode(WorkerStuck())

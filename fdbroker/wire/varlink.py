@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from fdbroker import limits
 from fdbroker.errors import ProtocolViolation
+from fdbroker.limits import inbox as limits
 from fdbroker.wire.frame import TooLong
 
 SERVICE = "org.varlink.service"
