@@ -11,15 +11,15 @@ import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from fdbroker import limits
 from fdbroker.kernel.openat import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
+from fdbroker.limits import opener as limits
 from fdbroker.policy.decide import View, denying_rule
-from fdbroker.policy.fit import Facts, misfit
+from fdbroker.policy.fit import Facts
 from fdbroker.refusals import Denied, NoSuchResource, NotWhatItWas, OpenFailed
-from fdbroker.terms import Device, DeviceRule
+from fdbroker.terms import Device
 
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -44,16 +44,9 @@ class Node(NamedTuple):
             if by is not None:
                 raise Denied(f"it leads to {name}, denied to {by.source}", index=index, rule=by.where)
 
-    def misfit(self, rule: DeviceRule) -> str:
-        """The reason for which it does not fit a rule, or ""."""
-        return misfit(rule, self.facts)
 
-
-class Found(NamedTuple):
-    """A node that was judged, and the rule that it fits."""
-
-    node: Node
-    rule: DeviceRule
+# What the kernel says of the devices that were looked at together, by kind and number.
+Devices = dict[tuple[int, int], tuple[str, str, str]]
 
 
 class Finder:
@@ -62,7 +55,8 @@ class Finder:
     def __init__(self) -> None:
         self._dev = os.open("/dev", _FOLDER)
         self._sys_dev = os.open("/sys/dev", _FOLDER)
-        self._kept: dict[str, tuple[int, str]] = {}  # by place in /sys/dev: that very device's folder, and its name
+        # by kind and number: that very device's folder in /sys/dev, its number as text, and its name
+        self._kept: dict[tuple[int, int], tuple[int, str, str]] = {}
 
     def close(self) -> None:
         """Nothing can be found any more."""
@@ -74,22 +68,18 @@ class Finder:
         while self._kept:
             os.close(self._kept.popitem()[1][0])
 
-    def find(self, path: str, rules: Sequence[DeviceRule], seen: View, index: int | None = None) -> Found:
-        """The node at `path`, if it is what one of `rules` says and no deny rule names where links lead."""
-        node = self.look(path, seen, index)
-        reasons = []
-        for rule in rules:
-            reason = node.misfit(rule)
-            if not reason:
-                return Found(node, rule)
-            reasons.append(reason)
-        os.close(node.descriptor)
-        raise NotWhatItWas(reasons[0], index=index)
+    def look(self, path: str, devices: Devices, index: int | None = None) -> Node:
+        """The node that `path` leads to. Raises NoSuchResource, NotWhatItWas or OpenFailed.
 
-    def look(self, path: str, seen: View, index: int | None = None) -> Node:
-        """The node that `path` leads to. Raises NoSuchResource, NotWhatItWas, OpenFailed, and Denied for its links."""
+        The kernel is asked for each device that is not in `devices`, which is for those that are looked at together.
+        """
         try:
-            descriptor, names = self._walk(path)
+            try:
+                descriptor, names = openat2(self._dev, path[len("/dev/") :], os.O_PATH, _RESOLVE), [path]
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                descriptor, names = self._follow(path)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise NoSuchResource("there is no such node now", index=index) from None
@@ -97,25 +87,15 @@ class Finder:
         except NotWhatItWas as refusal:
             refusal.index = index
             raise
-        try:
-            status = os.fstat(descriptor)
-            node = Node(descriptor, status, self.facts(names[-1], status), tuple(names[1:]))
-            node.judge_way(seen, index)
-            return node
-        except BaseException:
-            os.close(descriptor)
-            raise
-
-    def _walk(self, path: str) -> tuple[int, list[str]]:
-        try:
-            return openat2(self._dev, path[len("/dev/") :], os.O_PATH, _RESOLVE), [path]
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-        return self._follow(path)
+        status = os.fstat(descriptor)
+        kind, rdev = stat.S_IFMT(status.st_mode), status.st_rdev
+        device = devices.get((kind, rdev))
+        if device is None:
+            device = devices[kind, rdev] = self.device(kind, rdev)
+        return Node(descriptor, status, Facts(names[-1], kind, *device), tuple(names[1:]))
 
     def _follow(self, path: str) -> tuple[int, list[str]]:
-        """Like `_walk`, name by name: a link counts only when root owns it and it stays below /dev.
+        """The node at `path`, found name by name: a link counts only when root owns it and it stays below /dev.
 
         The names are the path, where each link leads, and the node's own one.
         """
@@ -160,37 +140,35 @@ class Finder:
                 passed.append("/dev/" + "/".join(_plain([*way, *names])))
         raise NotWhatItWas("a link leads to a folder")
 
-    def facts(self, name: str, status: os.stat_result, *, keep: bool = True) -> Facts:
-        """What is known of the node `name` without opening it; a thread beside others must not `keep` anything.
+    def device(self, kind: int, rdev: int, *, keep: bool = True) -> tuple[str, str, str]:
+        """Number, class and name of a device, as Facts has them; a thread beside others must not `keep` anything.
 
         A folder of sysfs that was opened is that of one device: while a link can be read in it, that device lives, and
         has this number. So what is kept is asked again each time, by one name in place of a way of four folders.
         """
-        kind = stat.S_IFMT(status.st_mode)
-        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        place = f"{'block' if kind == stat.S_IFBLK else 'char'}/{number}"
-        device = self._kept.get(place) if keep else None
-        if device is not None:
+        kept = self._kept.get((kind, rdev)) if keep else None
+        if kept is not None:
             try:
-                return Facts(name, kind, number, _class(device[0]), device[1])
+                return kept[1], _class(kept[0]), kept[2]
             except OSError:  # it is gone, and its number may be another one's
-                os.close(self._kept.pop(place)[0])
+                os.close(self._kept.pop((kind, rdev))[0])
+        number = f"{os.major(rdev)}:{os.minor(rdev)}"
+        place = f"{'block' if kind == stat.S_IFBLK else 'char'}/{number}"
         try:
             folder = os.open(place, _FOLDER, dir_fd=self._sys_dev)
         except OSError:
-            return Facts(name, kind, number, "", "")
+            return number, "", ""
         try:
-            device = folder, os.readlink(place, dir_fd=self._sys_dev).rpartition("/")[2]
-            found = Facts(name, kind, number, _class(folder), device[1])  # it still lives: that name is its own
+            name = os.readlink(place, dir_fd=self._sys_dev).rpartition("/")[2]
+            found = number, _class(folder), name  # it still lives: that name is its own
         except OSError:
-            os.close(folder)
-            return Facts(name, kind, number, "", "")
+            keep, found = False, (number, "", "")
         if not keep:
             os.close(folder)
             return found
         if len(self._kept) >= limits.DEVICES_KEPT:
             self._forget()
-        self._kept[place] = device
+        self._kept[kind, rdev] = folder, number, name
         return found
 
 

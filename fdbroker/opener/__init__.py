@@ -1,8 +1,9 @@
-"""The root helper: accepts, identifies, decides, opens and sends; it alone grants. It never reads a client's socket.
+"""The root helper: accepts, identifies, decides, opens and sends; it alone grants. It decodes no client's bytes.
 
 | module | what it does |
 |---|---|
 | request | the stages of a request, in order |
+| door | who is let in, and what those hear who are not |
 | accept | connections in, and what happens at EMFILE |
 | identify | the kernel's word on who asks |
 | authorize | policy and limits |
@@ -11,8 +12,9 @@
 | audit | one record before a descriptor leaves |
 | send | descriptor and reply in one message |
 | close | closing, which may sleep |
-| listing | what a subject may open now |
+| views | what the policy says about each subject, and what was decided by it |
 | service | the loop and the links |
 
-An attacker controls the paths that arrive through the inbox; a taken-over inbox every byte of its link.
+The bytes of a connection that is turned away are thrown away. An attacker controls the paths that arrive through the
+inbox; a taken-over inbox every byte of its link.
 """

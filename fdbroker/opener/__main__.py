@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from typing import NoReturn
 
-from fdbroker import limits, refusals
+from fdbroker import refusals
 from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.link import Link
+from fdbroker.limits import opener as limits
 from fdbroker.opener.ask import Asking
 from fdbroker.opener.audit import Audit
 from fdbroker.opener.open import Nodes
@@ -30,12 +30,13 @@ def main() -> NoReturn:
     journal = socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None
     policy = from_bytes(memfd.read(descriptors["policy"], limits.POLICY_LINK_BYTES))
     os.close(descriptors["policy"])
-    audit = Audit(journal)
+    keeper = Link(socket.socket(fileno=descriptors["keeper"]))
+    audit = Audit(journal, keeper)
     opener = Opener(
         socket.socket(fileno=descriptors["listener"]),
         Link(socket.socket(fileno=descriptors["launcher"])),
         Link(socket.socket(fileno=descriptors["inbox"])),
-        Link(socket.socket(fileno=descriptors["keeper"])),
+        keeper,
         Asking(Link(socket.socket(fileno=descriptors["worker"])) if "worker" in descriptors else None),
         policy,
         Nodes(Bracket(frozenset(order.capabilities))),
@@ -48,5 +49,5 @@ def main() -> NoReturn:
         opener.report_violation(violation)
         code = refusals.EX_SOFTWARE
     finally:
-        audit.flush(time.monotonic(), everything=True)
+        audit.flush()
     orders.end(code)

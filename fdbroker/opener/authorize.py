@@ -9,23 +9,23 @@ import errno
 import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
-from fdbroker import limits
 from fdbroker.bucket import Bucket
 from fdbroker.kernel import processes, sockets
-from fdbroker.pace import Pace
+from fdbroker.limits import opener as limits
+from fdbroker.opener.views import Permit
 from fdbroker.policy.decide import View, decide
 from fdbroker.refusals import ClientNotReading, Denied, LinkViolation, QuotaExceeded, RateLimited
-from fdbroker.terms import Resource, Rule, Subject
+from fdbroker.terms import Resource, Subject
 from fdbroker.wire.link import turned
 
 # The least that a message takes of a socket's queue, beside its bytes: the kernel's struct sk_buff.
 _SKB_BYTES = 512
 _ACCOUNTS_KEPT = 1024
-_DECIDED_CHARACTERS = 256  # of a resource: for longer ones no decision is kept
+_KEPT_CHARACTERS = 256  # of a resource: for longer ones no permit is kept
 _LOOK_S = limits.FLIGHT_LOOK_MS / 1000
 _BUSY_MS = limits.BUSY_RETRY_MS
-_STALL_S = limits.STALL_UNITS * limits.UNIT_US / 1e6
 _CLOSING_HELD, _OPENING_HELD = limits.CLOSING_HELD, limits.OPENING_HELD
 
 
@@ -33,76 +33,40 @@ class Account:
     """What one owner has in use, over all of its connections."""
 
     __slots__ = (
-        *("bucket", "closed", "closing", "connections", "knocking_since_s", "knocks", "lingering"),
-        *("maxima", "namespaces", "opening", "pace", "records", "unread", "unread_most", "waiting"),
+        *("bucket", "closed", "closing", "connections", "namespaces"),
+        *("opening", "records", "unread", "unread_most"),
     )
 
     def __init__(self, maxima: Mapping[str, int], now_s: float) -> None:
-        self.maxima = maxima  # of the connection that came last
-        self.connections: set[Connection] = set()
+        self.connections: set[Connection] = set()  # with those that we have ended and the client has not read
         self.unread: set[Connection] = set()  # those that may have grants unread
         self.unread_most = 0  # so many are unread in these at most, as it was when each was looked at last
-        self.lingering: set[Connection] = set()  # ended by us, with grants that the client has not read
         self.namespaces: tuple[int, ...] = ()  # inode numbers of those made for it that may be living
         self.bucket = Bucket(maxima["burst"], now_s)
         self.records = Bucket(maxima["record_burst"], now_s)
-        self.pace = Pace(max(maxima["burst"], maxima["connections"]), now_s)
-        self.knocks = 0  # that came while others waited, in a second from then on
-        self.knocking_since_s = now_s
-        self.waiting: deque[socket.socket] = deque()  # accepted, to be let in when the debt is over
-        self.opening = 0  # descriptors of requests that a thread is opening
+        self.opening = 0  # resources of requests that wait: for the worker, a thread, their next turn
         self.closing = 0  # descriptors that were given to a thread to be closed, and how many of these it has closed
         self.closed = 0
 
-    def count_connections(self, maximum: int = 0) -> int:
-        """Connections in use: the open ones, and the ended ones whose unread grants still weigh on us.
-
-        Each ended one is looked at only where the count would be `maximum` or more.
-        """
-        if len(self.connections) + len(self.lingering) >= maximum:
-            for connection in tuple(self.lingering):
-                connection.linger()
-        return len(self.connections) + len(self.lingering)
-
     def has_unread(self, above: int) -> bool:
-        """Whether more descriptors than that are unread in all connections of the owner: the kernel knows, if need be.
+        """True if more descriptors than that may be unread in all connections of the owner.
 
-        Never false when it is so.
+        The kernel is asked only when our own count is above.
         """
         if self.unread_most > above:
             for connection in tuple(self.unread):
                 connection.unread_grants()
         return self.unread_most > above
 
-    def note_records(self, now_s: float, records: int) -> None:
-        """So many records were written that nobody was asked for: of a refusal, or that a grant did not happen."""
-        self.records.charge(self.maxima["records_per_second"], self.maxima["record_burst"], now_s, records)
+    def leaving(self) -> int:
+        """How many of its connections their clients have closed, as the inbox has yet to say; few are looked at."""
+        some = islice((one.sock for one in self.connections if one.state != "gone"), limits.LEAVING_LOOKED)
+        return sockets.hung_up(*some)
 
     def is_idle(self, now_s: float) -> bool:
         """Whether nothing would be lost if a new account took this one's place."""
-        in_use = self.namespaces or self.waiting or self.opening or self.closing != self.closed
-        buckets = (self.bucket, self.records, self.pace)
-        return not (in_use or self.count_connections()) and all(one.is_idle(now_s) for one in buckets)
-
-    def note_connect(self, now_s: float, groups: int) -> None:
-        """One connection more has been let in, of a process in so many groups."""
-        self.pace.spend(1 + groups // limits.GROUPS_PER_CONNECT, *self._rate(), now_s)
-
-    def note_stall(self, now_s: float, took_s: float) -> None:
-        """To say something to a client of the owner, or to hang up, took so long: what it waits for with epoll(7)."""
-        if took_s > _STALL_S:
-            self.pace.spend(int(took_s * self.maxima["requests_per_second"] * limits.STALL_PAUSE), *self._rate(), now_s)
-
-    def offend(self, now_s: float) -> bool:
-        """The user broke a rule, or comes again and again; returns whether that costs something for the first time."""
-        return self.pace.offend(*self._rate(), now_s)
-
-    def wait_s(self, now_s: float) -> float:
-        """In how many seconds the next connection may be let in."""
-        return self.pace.wait_s(*self._rate(), now_s)
-
-    def _rate(self) -> tuple[int, int]:
-        return self.maxima["requests_per_second"], max(self.maxima["burst"], self.maxima["connections"])
+        in_use = self.connections or self.namespaces or self.opening or self.closing != self.closed
+        return not in_use and self.bucket.is_idle(now_s) and self.records.is_idle(now_s)
 
 
 class Flight:
@@ -111,11 +75,21 @@ class Flight:
     A part of `most` is kept for owners of whom none is unread. Source: unix(7), ETOOMANYREFS.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, reserved: int = limits.DESCRIPTORS_RESERVED) -> None:
         self.most = most
+        self.held_most = reserved - limits.OWN_DESCRIPTORS
+        self.held = 0  # by requests that wait: of each resource the node, and what is opened
+        self.closing = 0  # given to threads to be closed, and how many of these they have closed
+        self.closed = 0
         self.count = 0  # as it was when each connection was looked at last: never too few
         self.unread: set[Connection] = set()
         self._looked_s = 0.0
+
+    def can_hold(self, account: Account, count: int) -> bool:
+        """Whether a request of that owner for `count` resources may wait: else threads could use up all descriptors."""
+        some = account.opening or account.closing != account.closed
+        most = limits.shared(self.held_most) if some else self.held_most
+        return self.held + 2 * count + self.closing - self.closed <= most
 
     def has_room(self, account: Account, count: int, now_s: float) -> bool:
         """Whether `count` more may be sent to that owner."""
@@ -135,29 +109,18 @@ class Accounts:
     `flight` is what all of them have in flight.
     """
 
-    def __init__(self, flight_most: int) -> None:
-        self.flight = Flight(flight_most)
+    def __init__(self, flight_most: int, reserved: int) -> None:
+        self.flight = Flight(flight_most, reserved)
         self._by_owner: dict[int, Account] = {}
 
-    def known(self, owner: int) -> Account | None:
-        """The owner's account, if it was here lately."""
-        return self._by_owner.get(owner)
-
     def of(self, owner: int, maxima: Mapping[str, int], now_s: float) -> Account:
-        """The owner's account; `maxima` are its limits now."""
+        """The owner's account; `maxima` are the limits that a new one begins with."""
         account = self._by_owner.get(owner)
         if account is None:
             if len(self._by_owner) >= _ACCOUNTS_KEPT:
                 self._forget_idle(now_s)
             account = self._by_owner[owner] = Account(maxima, now_s)
-        account.maxima = maxima
         return account
-
-    def note_refusal(self, owner: int, now_s: float) -> None:
-        """A refusal of that owner has been recorded."""
-        account = self._by_owner.get(owner)
-        if account is not None:
-            account.note_records(now_s, 1)
 
     def _forget_idle(self, now_s: float) -> None:
         for owner, account in list(self._by_owner.items()):
@@ -169,7 +132,7 @@ class Connection:
     """One client: its number, our copy of its socket, and who it is. Owns the socket until `close`."""
 
     __slots__ = (
-        *("_count", "_queued", "_sent", "account", "decided", "flight", "let_in_s", "number", "recorded", "sock"),
+        *("_count", "_queued", "account", "flight", "let_in_s", "number", "permits", "recorded", "sent", "sock"),
         *("state", "subject", "view"),
     )
 
@@ -180,12 +143,12 @@ class Connection:
         self.sock = sock
         self.subject = subject
         self.view = seen  # it is judged by
-        self.decided: dict[Resource, tuple[Rule, ...]] = {}  # by that view
+        self.permits: dict[Resource, Permit] = {}  # by that view
         self.account = account
-        self.state = "idle"  # one of link.STATES
+        self.state = "idle"  # as link.TURNS has it
         self.recorded = False  # whether a record of it has been counted
         self.let_in_s = processes.boot_s()
-        self._sent: deque[tuple[int, int]] = deque()  # (bytes in the socket's queue, grants) of messages maybe unread
+        self.sent: deque[tuple[int, int]] = deque()  # (bytes in the socket's queue, grants) of messages maybe unread
         self._queued = 0  # what was in the socket's queue when we last looked
         self._count = 0  # descriptors that were unread then, or were sent since
         self.flight = flight
@@ -195,15 +158,15 @@ class Connection:
         """Something happens on it. Raises LinkViolation when that is out of turn."""
         self.state = turned(self.number, self.state, event)
 
-    def judge_by(self, seen: View, decided: dict[Resource, tuple[Rule, ...]]) -> None:
-        """By this view from now on, and what was decided by it lately, for whomever."""
-        self.view, self.decided = seen, decided
+    def judge_by(self, seen: View, permits: dict[Resource, Permit]) -> None:
+        """By this view from now on, and by what is kept of it, for whomever."""
+        self.view, self.permits = seen, permits
 
     def note_sent(self, size: int, grants: int) -> None:
         """A message of `size` bytes with `grants` descriptors has left."""
         before, self._queued = self._queued, sockets.unread_bytes(self.sock)
         # what was read since then makes it look smaller: so more messages count as unread, never fewer
-        self._sent.append((max(self._queued - before, size + _SKB_BYTES), grants))
+        self.sent.append((max(self._queued - before, size + _SKB_BYTES), grants))
         self._note(self._count + grants)
 
     def _note(self, unread: int) -> None:
@@ -223,25 +186,22 @@ class Connection:
         self._queued = queued = sockets.unread_bytes(self.sock)
         unread = 0
         kept: deque[tuple[int, int]] = deque()
-        while self._sent and queued > 0:
-            size, grants = self._sent.pop()
+        while self.sent and queued > 0:
+            size, grants = self.sent.pop()
             kept.appendleft((size, grants))
             queued -= size
             unread += grants
-        self._sent = kept
+        self.sent = kept
         self._note(unread)
         return unread
 
     def close(self) -> None:
-        """Hang up, for the inbox's copy too, and free what the user had in use.
+        """Hang up, for the inbox's copy too.
 
         What waits unread in the client's queue is memory that counts for this service, and grants in it count as in
-        flight, until the client reads or closes its end: for so long the connection lingers, and counts for its owner.
+        flight, until the client reads or closes its end: for so long the connection `lingers`.
         """
-        self.account.connections.discard(self)
         sockets.hang_up(self.sock)
-        self.account.lingering.add(self)
-        self.linger()
 
     def release(self) -> socket.socket:
         """The socket, owned by the caller, of a connection that the inbox never had. Raises LinkViolation if it had."""
@@ -250,22 +210,31 @@ class Connection:
         self.account.connections.discard(self)
         return self.sock
 
-    def linger(self) -> None:
-        """Close our copy of an ended connection once its client has read everything and no descriptor waits in it.
+    def lingers(self) -> bool:
+        """Whether something waits in an ended connection; once its client has read everything, our copy is closed.
 
-        The inbox reads those. Bytes alone are not waited for: an inbox without a copy of the socket reads nothing.
+        The inbox reads descriptors that the client has sent. Bytes alone are not waited for: an inbox without a copy of
+        the socket reads nothing.
         """
         self.unread_grants()
-        if not self._queued and sockets.only_bytes_wait(self.sock):
-            self.account.lingering.discard(self)
-            self.sock.close()
+        if self._queued or not sockets.only_bytes_wait(self.sock):
+            return True
+        self.account.connections.discard(self)
+        self.sock.close()
+        return False
 
 
-def authorize_connection(account: Account, seen: View) -> None:
-    """One connection more for this owner? Raises QuotaExceeded."""
-    maximum = seen.limits["connections"]
-    if account.count_connections(maximum) >= maximum:
+def authorize_connection(seen: View, account: Account, left: int, most: int) -> None:
+    """Whether an owner may have one connection more, when there are places for `left` more, of `most`.
+
+    The last ones are for owners without any other, the very last ones for administrators. Raises QuotaExceeded.
+    """
+    maximum, connections = seen.limits["connections"], len(account.connections)
+    if connections >= maximum and connections - account.leaving() >= maximum:
         raise QuotaExceeded("connections", maximum)
+    free = left > most - limits.shared(most) or not connections
+    if not (seen.administrator if left <= limits.FOR_ADMINISTRATORS else free):
+        raise QuotaExceeded("descriptors", most)
 
 
 def authorize_request(connection: Connection, now_s: float, cost: int = 1) -> None:
@@ -282,7 +251,7 @@ def authorize_presence(connection: Connection, count: int) -> None:
     The inbox lets few requests of an owner wait here, but does not count those of connections that have ended: judging
     them all would delay everybody. A request of one resource costs as little as this question, which it is spared.
     """
-    if count > 1 and sockets.has_hung_up(connection.sock):
+    if count > 1 and sockets.hung_up(connection.sock):
         raise ConnectionError(errno.EPIPE, "the client has hung up")
 
 
@@ -292,11 +261,14 @@ def authorize_grants(connection: Connection, count: int, now_s: float) -> None:
     Raises ClientNotReading, QuotaExceeded, or RateLimited when others, or what is not closed yet, leave no room.
     """
     account, maximum = connection.account, connection.view.limits["unread_grants"]
+    if connection.sent:  # else what has been read since then makes the next message look smaller than it is
+        connection.unread_grants()
     if account.has_unread(maximum - account.opening - count):
         if connection.unread_grants() >= maximum:
             raise ClientNotReading
         raise QuotaExceeded("unread_grants", maximum)
-    if account.closing - account.closed + count > _CLOSING_HELD or account.opening + count > _OPENING_HELD:
+    busy = account.closing - account.closed + count > _CLOSING_HELD or account.opening + count > _OPENING_HELD
+    if busy or not connection.flight.can_hold(account, count):
         raise RateLimited(_BUSY_MS, "busy")
     if not connection.flight.has_room(account, count, now_s):
         raise RateLimited(_BUSY_MS, "in flight")
@@ -322,22 +294,21 @@ def authorize_administrator(connection: Connection) -> None:
         raise Denied("it is no administrator")
 
 
-def authorize_resources(connection: Connection, resources: Sequence[Resource]) -> list[tuple[Rule, ...]]:
-    """The rules that allow each resource, never none. Raises Denied for the first that nothing allows."""
-    allowed = []
+def authorize_resources(connection: Connection, resources: Sequence[Resource]) -> list[Permit]:
+    """What allows each resource. Raises Denied for the first that nothing allows."""
+    permits = []
     for index, resource in enumerate(resources):
-        rules = connection.decided.get(resource)
-        if rules is None:
-            decision = decide(connection.view, resource)
-            if not decision.rules:
-                by = decision.denied_by
-                if by is not None:
-                    raise Denied(f"a deny rule for {by.source}", index=index, rule=by.where)
+        permit = connection.permits.get(resource)
+        if permit is None:
+            rules, by = decide(connection.view, resource)
+            if by is not None:
+                raise Denied(f"a deny rule for {by.source}", index=index, rule=by.where)
+            if not rules:
                 raise Denied("no rule allows it", index=index)
-            rules = decision.rules
-            if len(resource.text) <= _DECIDED_CHARACTERS:
-                if len(connection.decided) >= limits.KEPT_VALUES:
-                    connection.decided.clear()
-                connection.decided[resource] = rules
-        allowed.append(rules)
-    return allowed
+            permit = Permit(resource, rules)
+            if len(resource.text) <= _KEPT_CHARACTERS:
+                if len(connection.permits) >= limits.KEPT_VALUES:
+                    connection.permits.clear()
+                connection.permits[resource] = permit
+        permits.append(permit)
+    return permits

@@ -11,16 +11,15 @@ import socket
 import threading
 from functools import partial
 
-from fdbroker import limits
 from fdbroker.kernel import sockets
 from fdbroker.kernel.jobs import Jobs
-from fdbroker.opener.authorize import Account, Connection
-from fdbroker.opener.open import sleeps
+from fdbroker.limits import opener as limits
+from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.terms import OTHERS
 
 
 class Closing:
-    """Closes what was opened for clients, and clients' sockets: by a thread of their owner's whatever may sleep."""
+    """Closes what was opened for clients, and clients' sockets: what may sleep by a thread of their owner's."""
 
     def __init__(self) -> None:
         self._jobs = Jobs(limits.CLOSING_THREADS, limits.STUCK_THREADS)
@@ -29,13 +28,12 @@ class Closing:
 
     def close(self, connection: Connection, descriptors: dict[int, int]) -> None:
         """Take these descriptors and close them; until then they count for the owner."""
-        while descriptors:
-            descriptor = descriptors.popitem()[1]
-            if sleeps(os.fstat(descriptor)):
-                connection.account.closing += 1
-                self._jobs.put(connection.subject.owner, partial(self._close_one, connection.account, descriptor))
-            else:  # of a driver that has nothing to report
-                os.close(descriptor)
+        account, flight = connection.account, connection.flight
+        account.closing += len(descriptors)
+        flight.closing += len(descriptors)
+        jobs = [partial(self._close_one, account, flight, descriptor) for descriptor in descriptors.values()]
+        descriptors.clear()
+        self._jobs.put(connection.subject.owner, *jobs)
 
     def hang_up(self, sock: socket.socket, owner: int) -> None:
         """End a connection that the inbox never had; takes `sock`. What waits in it may hold descriptors to close.
@@ -63,8 +61,9 @@ class Closing:
         sock.close()
         self._sockets.remove(sock)
 
-    def _close_one(self, account: Account, descriptor: int) -> None:
+    def _close_one(self, account: Account, flight: Flight, descriptor: int) -> None:
         with contextlib.suppress(OSError):  # a driver may report what it could not write; it is closed
             os.close(descriptor)
-        with self._lock:  # two threads can close for one owner
+        with self._lock:
             account.closed += 1
+            flight.closed += 1

@@ -1,6 +1,7 @@
 """Who is let in: the stages accept and identify of one connection after the other, and what those hear who are not.
 
-Runs in: opener. An attacker controls how many connections come, how fast, and from how many processes.
+Runs in: opener. An attacker controls how many connections come, how fast, and from how many processes. A taken-over
+keeper controls when a connection may come in; neither how many an owner has, nor anybody's identity.
 """
 
 from __future__ import annotations
@@ -9,31 +10,36 @@ import errno
 import resource
 import socket
 import time
+from typing import assert_never
 
-from fdbroker import limits
 from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.refusal import say_refusal
+from fdbroker.limits import opener as limits
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
-from fdbroker.opener.audit import Audit, Record
-from fdbroker.opener.authorize import Account, Accounts, Connection, authorize_connection
+from fdbroker.opener.audit import Audit
+from fdbroker.opener.authorize import Accounts, Connection, authorize_connection
 from fdbroker.opener.close import Closing
 from fdbroker.opener.identify import Identifier, WhoseUnknown
 from fdbroker.opener.views import Seen
-from fdbroker.policy.decide import View
 from fdbroker.policy.views import Views
-from fdbroker.refusals import QuotaExceeded
+from fdbroker.refusals import LinkViolation, QuotaExceeded
 from fdbroker.terms import OTHERS, Subject
-from fdbroker.wire import link
+from fdbroker.wire import keeper, link
+from fdbroker.wire.audit import Record
 from fdbroker.wire.connections import Came
 
 _ACCEPT_PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
-# How often we look whether what an ended connection left unread is gone.
+# How often we look whether what an ended connection left unread is gone, and whether who waits has.
 _LINGER_S = 1.0
-_FOR_ADMINISTRATORS = limits.FOR_ADMINISTRATORS
-_KNOCKS_FREE = limits.KNOCKS_FREE
+_STALL_S = limits.STALL_UNITS * limits.UNIT_US / 1e6
+# The keeper hears that several owners have work so often that it counts all the time.
+_CONTEST_S = limits.CONTEST_SECONDS / 4
+# Connections of which the keeper has yet to say what is to become of them: together they wake it once. Whoever is
+# turned away may be slow to close, so there are not many of them.
+_KNOCKING = 32
 _WHOSE = "its process has ended, or /proc hides it, and its uid alone does not say whose it is"
-_SLOWED = "it connects, or breaks its connections, too often: the next ones wait"
+_to_keeper = keeper.OPENER_TO_KEEPER.encode
 
 
 class Door:
@@ -61,21 +67,20 @@ class Door:
         self._connections = connections
         self.identifier = Identifier()
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._connections_max = descriptors - limits.reserved(descriptors)
+        reserved = limits.reserved(descriptors)
+        self._connections_max = descriptors - reserved
         # of connections that wait to be closed: the others are left for clients
         self._closing_max = self._connections_max - limits.shared(self._connections_max)
-        self._accounts = Accounts(self._connections_max)
-        audit.charge = self._accounts.note_refusal
+        self.accounts = Accounts(self._connections_max, reserved)
         self.last_number = 0  # of a connection
-        self._held: tuple[socket.socket, Subject, Account] | None = None  # accepted, not yet handed on
-        self._lingering: set[Account] = set()  # whose ended connections have grants unread
+        self._knocking: dict[int, tuple[socket.socket, Subject]] = {}  # accepted; the keeper has not answered yet
+        self._waiting: dict[int, tuple[socket.socket, Subject]] = {}  # it has: they are to wait
+        self._held: tuple[int, socket.socket, Subject] | None = None  # let in, not yet handed on
+        self._lingering: dict[int, set[Connection]] = {}  # by owner: ended connections that have grants unread
         self._linger_at_s = 0.0
         self._paused_until_s = 0.0
-        self._waiting: set[Account] = set()  # whose connections wait to be let in
-        self._waiting_count = 0
-        self._waiting_until_s = 0.0  # when the first of them may
-        self._latest: Account | None = None  # who had work here last
-        self._contested_s = -float(limits.CONTEST_SECONDS)  # when another user than before had
+        self._latest: int | None = None  # the owner who had work here last
+        self._contested_s = 0.0  # when another one than before had, as the keeper knows
 
     def fileno(self) -> int:
         """For epoll, while it is not `closed`."""
@@ -88,230 +93,224 @@ class Door:
 
     @property
     def holds(self) -> bool:
-        """Whether somebody waits for room in the links; then none must be accepted."""
+        """Whether somebody waits for room in the inbox's link; then nobody else can be let in."""
         return self._held is not None
 
     @property
-    def _full(self) -> bool:
-        return bool(self._inbox.waiting or self._keeper.waiting)
+    def knocks(self) -> bool:
+        """Whether the keeper has so many to answer that no more are to be accepted."""
+        return len(self._knocking) >= _KNOCKING
 
+    @property
     def paused(self) -> bool:
-        """Whether there are no descriptors for more connections now."""
-        if self._paused_until_s and time.monotonic() >= self._paused_until_s:
-            self._paused_until_s = 0.0
+        """Whether there are no descriptors for more connections now: then nobody is accepted, let in or turned away."""
         return bool(self._paused_until_s)
 
     @property
     def busy(self) -> bool:
-        """Whether `paused` and `sweep` have anything to look at."""
-        return bool(self._paused_until_s or self._lingering or self._waiting)
+        """Whether somebody is held, as many knock as may, or `sweep` has anything to look at."""
+        return bool(self._held or self.knocks or self._closing.waiting or self.timeout_s >= 0)
 
     @property
     def timeout_s(self) -> float:
-        """When `paused` and `sweep` must be asked again, -1 for never."""
-        if self._waiting and not (self._full or self._held):  # else nobody is let in before there is room
-            return min(max(0.0, self._waiting_until_s - time.monotonic()), _LINGER_S)
+        """When `sweep` must be asked again, -1 for never."""
         if self._paused_until_s:
             return _ACCEPT_PAUSE_S
-        return _LINGER_S if self._lingering else -1
+        return _LINGER_S if self._lingering or self._waiting else -1
 
     def sweep(self, now_s: float) -> None:
-        """Let in whose time has come; look, from time to time, whether what ended connections left unread is gone."""
-        if self._waiting and now_s >= self._waiting_until_s and not (self._full or self._held):
-            self._let_in(now_s)
-        if self._lingering and now_s >= self._linger_at_s:
+        """Look whether there are descriptors again and, from time to time, what of all that we keep is gone."""
+        if now_s >= self._paused_until_s:
+            self._paused_until_s = 0.0
+            if self._closing.waiting >= self._closing_max:
+                # and nobody who waits is told, for that could be one more to close
+                self._no_descriptors("too many connections wait to be closed")
+        if (self._lingering or self._waiting) and now_s >= self._linger_at_s:
             self._linger_at_s = now_s + _LINGER_S
-            for account in tuple(self._lingering):
-                account.count_connections()
-                if not account.lingering:
-                    self._lingering.discard(account)
+            for number, (sock, _) in self._waiting.items():
+                if sockets.hung_up(sock):
+                    self._keeper.send(_to_keeper(keeper.HungUp(number)))
+            for owner in tuple(self._lingering):
+                self._look(owner)
 
-    def note_ended(self, account: Account, took_s: float) -> None:
-        """A connection of this user has ended, and to hang up took so much of this thread's time."""
-        account.note_stall(time.monotonic(), took_s)
-        if account.lingering:
-            self._lingering.add(account)
+    def note_work(self, owner: int) -> None:
+        """This owner has work here: only while several have must any of them wait, and the keeper hears of it."""
+        if owner != self._latest:
+            now_s = time.monotonic()
+            if self._latest is not None and now_s - self._contested_s >= _CONTEST_S:
+                self._contested_s = now_s
+                self._keeper.send(_to_keeper(keeper.Contested()))
+            self._latest = owner
+
+    # ---- in
 
     def accept(self) -> None:
-        """Let the next of those in who wait: one for each turn, so that requests do not wait for many of them."""
+        """Take the next of those in who wait: one for each turn, so that requests do not wait for many of them."""
         if self._acceptor is None:
             return
         try:
-            if self._closing.waiting >= self._closing_max:
-                raise OutOfDescriptors  # and nobody is told, for that could be one more to close
-            if self._count() >= self._connections_max:
+            if self._left() <= len(self._knocking):
                 self._acceptor.turn_one_away()
                 raise OutOfDescriptors
             sock = self._acceptor.accept()
         except OutOfDescriptors:
-            self._pause()
-            self._turned_away("accept", None, "no descriptors left")
-            return
-        if sock is not None and not self._must_wait(sock):
-            self._welcome(sock)
-
-    def _must_wait(self, sock: socket.socket) -> bool:
-        """Whether this client's owner comes too often: then it is taken, and let in later, or turned away.
-
-        Nothing but its uid and owner is asked for before that. Many that come while others wait are an offence each.
-        """
-        try:
-            credentials = sockets.peer_credentials(sock)
-            owner = self.identifier.owner(sock, credentials, self.views.policy.owners)
-        except WhoseUnknown:
-            subject = Subject(credentials.uid, frozenset(), credentials.gid, credentials.pid, "", "", foreign=True)
-            self._turn_away(sock, QuotaExceeded("connections", 0), subject, _WHOSE)
-            return True
-        except OSError:
-            return False  # identifying it will fail as well
-        account, now_s = self._accounts.known(owner), time.monotonic()
-        if account is None:
-            return False
-        self.note_work(account)
-        if not (account.waiting or self._wait_s(account, now_s)):
-            return False
-        uid, gid, pid = credentials.uid, credentials.gid, credentials.pid
-        subject = Subject(uid, frozenset(), gid, pid, "", "", foreign=True, owner=owner)
-        if now_s - account.knocking_since_s > limits.DEBT_SECONDS:
-            account.knocks, account.knocking_since_s = 0, now_s
-        account.knocks += 1
-        if account.knocks > _KNOCKS_FREE and account.offend(now_s):
-            self._slowed(subject)
-        maximum = account.maxima["connections"]
-        if len(account.connections) + len(account.waiting) >= maximum:
-            refusal = QuotaExceeded("connections", maximum)
-            self._turned_away("accept", subject, str(refusal), refusal.cause)
-            self._let_go(sock, refusal, owner)
-            return True
-        account.waiting.append(sock)
-        self._waiting_count += 1
-        self._waiting.add(account)
-        self._waiting_until_s = min(self._wait_s(account, now_s) for account in self._waiting) + now_s
-        return True
-
-    def note_work(self, account: Account) -> None:
-        """This user has work here: only while several have must any of them wait."""
-        if account is not self._latest:
-            if self._latest is not None:
-                self._contested_s = time.monotonic()
-            self._latest = account
-
-    def _wait_s(self, account: Account, now_s: float) -> float:
-        return account.wait_s(now_s) if now_s - self._contested_s < limits.CONTEST_SECONDS else 0.0
-
-    def _let_in(self, now_s: float) -> None:
-        """One of each user whose debt is over."""
-        for account in tuple(self._waiting):
-            if self._full or self._held:
-                return
-            if not self._wait_s(account, now_s):
-                self._waiting_count -= 1
-                self._welcome(account.waiting.popleft())
-            if not account.waiting:
-                self._waiting.discard(account)
-        self._waiting_until_s = min((self._wait_s(account, now_s) for account in self._waiting), default=0) + now_s
-
-    def note_broken(self, connection: Connection) -> None:
-        """The connection ended because its client broke a rule."""
-        if connection.account.offend(time.monotonic()):
-            self._slowed(connection.subject)
-
-    def _slowed(self, subject: Subject) -> None:
-        self._audit.refuse(Record("slowed", "accept", 0, subject, None, _SLOWED), time.monotonic())
-
-    def _count(self) -> int:
-        """All connections that have a descriptor here."""
-        lingering = sum(len(account.lingering) for account in self._lingering)
-        return len(self._connections) + self._waiting_count + lingering + self._closing.waiting
-
-    def _authorize(self, account: Account, subject: Subject, seen: View) -> None:
-        """One connection more? The last ones are for owners without any, the very last ones for administrators.
-
-        Raises QuotaExceeded.
-        """
-        authorize_connection(account, seen)
-        left = self._connections_max - self._count()
-        if left <= _FOR_ADMINISTRATORS:
-            free = self.views.of(subject._replace(foreign=False)).view.administrator
+            self._no_descriptors()
         else:
-            free = (
-                left > self._connections_max - limits.shared(self._connections_max) or not account.count_connections()
-            )
-        if not free:
-            raise QuotaExceeded("descriptors", self._connections_max)
+            if sock is not None:
+                self._knock(sock)
 
-    def _pause(self) -> None:
-        self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
+    def _knock(self, sock: socket.socket) -> None:
+        """Ask the keeper when this client may come in; nothing but its uid and owner is looked at before that."""
+        self.last_number += 1
+        try:
+            subject = self.identifier.arrived(sock, self.views.policy.owners)
+        except WhoseUnknown as unknown:
+            (subject,) = unknown.args
+            self._turn_away(self.last_number, sock, QuotaExceeded("connections", 0), subject, _WHOSE)
+        except OSError as error:
+            self._unidentified(self.last_number, sock, error)
+        else:
+            self.note_work(subject.owner)
+            self._knocking[self.last_number] = sock, subject
+            knock = keeper.Knock(self.last_number, subject.uid, subject.gid, subject.pid, subject.owner)
+            self._keeper.send(_to_keeper(knock))
 
-    def _welcome(self, sock: socket.socket) -> None:
+    def answered(self, said: keeper.LetIn | keeper.Waits | keeper.TurnAway) -> None:
+        """What the keeper says of who knocks, or waits. Raises LinkViolation when that one does not.
+
+        Of those who wait it turns nobody away but who has hung up.
+        """
+        if self.closed:
+            return  # all have been turned away
+        number = said.connection
+        waited = number in self._waiting
+        here = self._waiting if waited else self._knocking
+        who = here.get(number)
+        if who is not None and waited and not isinstance(said, keeper.LetIn):
+            who = who if isinstance(said, keeper.TurnAway) and sockets.hung_up(who[0]) else None
+        if who is None:
+            raise LinkViolation(f"{type(said).__name__} of connection {number}, which does not wait for that")
+        del here[number]
+        match said:
+            case keeper.LetIn():
+                self._welcome(number, *who)
+            case keeper.Waits():
+                self._waiting[number] = who
+            case keeper.TurnAway() if waited:
+                self._closing.hang_up(who[0], who[1].owner)
+            case keeper.TurnAway():
+                self._turn_away(number, who[0], QuotaExceeded("connections", said.maximum), who[1])
+            case other:
+                assert_never(other)
+
+    def _welcome(self, number: int, sock: socket.socket, subject: Subject) -> None:
         """Identify one client and hand its socket on; `sock` is taken, and closed if the client is turned away."""
         try:
-            subject = self.identifier.identify(sock, self.views.policy.owners)
-            seen = self.views.of(subject).view
-            now_s = time.monotonic()
-            account = self._accounts.of(subject.owner, seen.limits, now_s)
-            account.note_connect(now_s, len(subject.gids))
-            self.note_work(account)
-            self._authorize(account, subject, seen)
+            subject = self.identifier.identify(sock, subject)
+            if len(subject.gids) >= limits.GROUPS_PER_CONNECT:
+                weight = len(subject.gids) // limits.GROUPS_PER_CONNECT
+                self._keeper.send(_to_keeper(keeper.Weighs(number, weight)))
+            seen = self.views.of(subject._replace(foreign=False)).view
+            account = self.accounts.of(subject.owner, seen.limits, time.monotonic())
+            if len(account.connections) >= seen.limits["connections"]:  # but for those that have been read meanwhile
+                self._look(subject.owner)
+            authorize_connection(seen, account, self._left(), self._connections_max)
             subject = self.identifier.describe(sock, subject)
         except QuotaExceeded as refusal:
-            self._turn_away(sock, refusal, subject)
-        except WhoseUnknown:
-            self._turn_away(sock, QuotaExceeded("connections", 0), None, _WHOSE)
+            self._turn_away(number, sock, refusal, subject)
         except OSError as error:
-            # EMFILE, or the kernel does not say who it is: this client alone is refused
-            self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), None, error.strerror or "")
-            self._pause()
+            self._unidentified(number, sock, error)
         else:
-            self._hand_on(sock, subject, account)
+            self._hand_on(number, sock, subject)
 
     def hand_on_held(self) -> None:
         """Try again to hand on who is held, if there is room now."""
-        if self._held is not None and not self._full:
+        if self._held is not None and not self._inbox.waiting:
             held, self._held = self._held, None
             self._hand_on(*held)
 
-    def _hand_on(self, sock: socket.socket, subject: Subject, account: Account) -> None:
+    def _hand_on(self, number: int, sock: socket.socket, subject: Subject) -> None:
         """Tell the keeper who came, and give the inbox its copy, in this order.
 
-        Without room in their links the client is held, and told of again later; none is accepted meanwhile.
+        Without room in the inbox's link the client is held, and told of again later; none is let in meanwhile.
         """
-        seen, decided = self.views.of(subject)
+        seen, permits = self.views.of(subject)
         sockets.hear_urgent(sock)
-        message = came(self.last_number + 1, subject, self.views)
+        message = came(number, subject, self.views)
         self._keeper.send(message)
         try:
-            if self._keeper.waiting or not self._inbox.send_with_descriptors(message, [sock.fileno()]):
-                self._held = (sock, subject, account)
+            if not self._inbox.send_with_descriptors(message, [sock.fileno()]):
+                self._held = number, sock, subject
                 return
         except OSError as error:
             if error.errno not in (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self._turn_away(sock, QuotaExceeded("descriptors", self._connections_max), subject, error.strerror or "")
-            self._pause()
+            self._unidentified(number, sock, error, subject)
             return
-        self.last_number += 1
-        connection = Connection(self.last_number, sock, subject, seen, account, self._accounts.flight)
-        connection.judge_by(seen, decided)
-        self._connections[self.last_number] = connection
+        account = self.accounts.of(subject.owner, seen.limits, time.monotonic())
+        connection = Connection(number, sock, subject, seen, account, self.accounts.flight)
+        connection.judge_by(seen, permits)
+        self._connections[number] = connection
 
-    def _turn_away(self, sock: socket.socket, refusal: QuotaExceeded, subject: Subject | None, why: str = "") -> None:
-        """Say the refusal and hang up; takes `sock`."""
-        stage = "identify" if subject is None else "accept"
-        self._turned_away(stage, subject, why or str(refusal), refusal.cause)
-        self._let_go(sock, refusal, OTHERS if subject is None else subject.owner)
+    def _left(self) -> int:
+        """How many connections more there are descriptors for. Those that knock are not counted; `accept` does that."""
+        ended = sum(map(len, self._lingering.values())) + self._closing.waiting
+        return self._connections_max - len(self._connections) - len(self._waiting) - ended
 
-    def _let_go(self, sock: socket.socket, refusal: QuotaExceeded, owner: int) -> None:
-        """Say the refusal and hang up, which wakes all who wait for that socket: how long it takes counts."""
-        began_s = time.thread_time()
+    def _no_descriptors(self, why: str = "no descriptors left") -> None:
+        self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
+        self._turned_away("accept", None, why)
+
+    # ---- out
+
+    def end(self, connection: Connection, *, never_taken: bool) -> None:
+        """The inbox has closed its copy, if it was not `never_taken`. What waits unread still counts for the owner."""
+        number, owner = connection.number, connection.subject.owner
+        if never_taken:
+            self._closing.hang_up(connection.release(), owner)
+        else:
+            began_s = time.thread_time()
+            connection.close()
+            self._note_stall(owner, time.thread_time() - began_s)
+            if connection.lingers():
+                self._lingering.setdefault(owner, set()).add(connection)
+                self._keeper.send(_to_keeper(keeper.Lingers(number)))
+                return
+        self._keeper.send(_to_keeper(keeper.Ended(number)))
+
+    def _look(self, owner: int) -> None:
+        """Let go of those ended connections of that owner in which nothing is unread any more."""
+        here = self._lingering.get(owner, set())
+        for connection in [one for one in here if not one.lingers()]:
+            here.discard(connection)
+            self._keeper.send(_to_keeper(keeper.Ended(connection.number)))
+        if not here:
+            self._lingering.pop(owner, None)
+
+    def _note_stall(self, owner: int, took_s: float) -> None:
+        """So much of this thread's time it took to say something to a client of that owner, or to hang up."""
+        if took_s > _STALL_S:
+            self._keeper.send(_to_keeper(keeper.Stalled(owner, int(took_s * 1e6))))
+
+    def _unidentified(self, number: int, sock: socket.socket, error: OSError, subject: Subject | None = None) -> None:
+        """EMFILE, or the kernel does not say who it is: this client alone is refused."""
+        refusal = QuotaExceeded("descriptors", self._connections_max)
+        self._turn_away(number, sock, refusal, subject, error.strerror or "")
+        self._paused_until_s = time.monotonic() + _ACCEPT_PAUSE_S
+
+    def _turn_away(
+        self, number: int, sock: socket.socket, refusal: QuotaExceeded, subject: Subject | None, why: str = ""
+    ) -> None:
+        """Say the refusal and hang up, which wakes all who wait for that socket; takes `sock`."""
+        self._turned_away("identify" if subject is None else "accept", subject, why or str(refusal), refusal.cause)
+        owner, began_s = OTHERS if subject is None else subject.owner, time.thread_time()
         say_refusal(sock, refusal)
         self._closing.hang_up(sock, owner)
-        account = self._accounts.known(owner)
-        if account is not None:
-            account.note_stall(time.monotonic(), time.thread_time() - began_s)
+        self._note_stall(owner, time.thread_time() - began_s)
+        self._keeper.send(_to_keeper(keeper.Ended(number)))
 
     def _turned_away(self, stage: str, subject: Subject | None, reason: str, cause: str = "limit descriptors") -> None:
-        self._audit.refuse(Record("turned-away", stage, 0, subject, None, reason, cause=cause), time.monotonic())
+        self._audit.refuse(Record("turned-away", stage, 0, subject, reason, cause))
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -319,12 +318,11 @@ class Door:
             self._acceptor.close()
             self._acceptor = None
         if self._held is not None:
-            self._closing.hang_up(self._held[0], self._held[1].owner)
+            self._closing.hang_up(self._held[1], self._held[2].owner)
             self._held = None
-        for account in self._waiting:
-            while account.waiting:
-                self._closing.hang_up(account.waiting.pop(), OTHERS)  # by whichever thread: nobody waits for it
-        self._waiting.clear()
+        for waiting in (self._knocking, self._waiting):
+            while waiting:
+                self._closing.hang_up(waiting.popitem()[1][0], OTHERS)  # by whichever thread: nobody waits for it
         self._paused_until_s = 0.0
 
 

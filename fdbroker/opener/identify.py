@@ -10,13 +10,15 @@ import os
 import socket
 
 from fdbroker.kernel import processes, sockets
-from fdbroker.kernel.sockets import Credentials
 from fdbroker.policy.owners import Owners
 from fdbroker.terms import OTHERS, Groups, Subject
 
 
 class WhoseUnknown(Exception):
-    """The process that connected has ended, or /proc hides it, and its uid alone does not say whose it is."""
+    """The process that connected has ended, or /proc hides it, and its uid alone does not say whose it is.
+
+    The one argument is the subject without its owner.
+    """
 
 
 class Identifier:
@@ -30,45 +32,44 @@ class Identifier:
         """Nobody can be identified any more."""
         os.close(self._proc)
 
-    def owner(self, sock: socket.socket, credentials: Credentials, owners: Owners) -> int:
-        """The user behind the uid of an accepted connection, for whom everything is counted; borrows `sock`.
+    def arrived(self, sock: socket.socket, owners: Owners) -> Subject:
+        """Who called connect(2) on the other end of an accepted connection, by SO_PEERCRED alone; borrows `sock`.
 
-        A uid that `owners` does not know counts for the user in whose slice its process is, else for OTHERS; that of
-        a container which root started, too, for root's own account is not for others to use up. Raises OSError, and
-        WhoseUnknown when nothing can be read of that process: nobody gets rid of a deny rule for its user by that.
-        Before Linux 6.5 the kernel does not say which process it was, and it is OTHERS.
+        Without its groups and its label, and foreign, until `identify` and `describe` say otherwise. Raises OSError:
+        then this client alone is refused; and WhoseUnknown.
         """
-        owner = owners.of(credentials.uid)
-        if owner is not None:
-            return owner
+        pid, uid, gid = sockets.peer_credentials(sock)
+        subject = Subject(uid, (), gid, pid, "", "", foreign=True)
+        owner = owners.of(uid)
+        return subject._replace(owner=self._owner(sock, subject) if owner is None else owner)
+
+    def _owner(self, sock: socket.socket, subject: Subject) -> int:
+        """The owner of a uid that no database knows: the user in whose slice its process is, else OTHERS.
+
+        A container which root started, too: root's own account is not for others to use up. Raises WhoseUnknown when
+        nothing can be read of that process: nobody gets rid of a deny rule for its user by that. Before Linux 6.5 the
+        kernel does not say which process it was, and it is OTHERS.
+        """
         pidfd = sockets.peer_pidfd(sock)
         if pidfd is None:
             if sockets.says_peer_pidfd(sock):
-                raise WhoseUnknown
+                raise WhoseUnknown(subject)
             return OTHERS
         try:
-            place = processes.place(self._proc, credentials.pid)
+            place = processes.place(self._proc, subject.pid)
             if not processes.is_alive(pidfd):
-                raise WhoseUnknown
+                raise WhoseUnknown(subject)
             return place.uid if place.uid > 0 else OTHERS
         except OSError:
-            raise WhoseUnknown from None
+            raise WhoseUnknown(subject) from None
         finally:
             os.close(pidfd)
 
-    def identify(self, sock: socket.socket, owners: Owners) -> Subject:
-        """Who called connect(2) on the other end of an accepted connection; borrows `sock`.
-
-        SO_PEERCRED, SO_PEERGROUPS and SO_PEERSEC, frozen at that moment; foreign until `describe` shows otherwise.
-        Raises OSError: then this client alone is refused.
-        """
-        credentials = sockets.peer_credentials(sock)
+    def identify(self, sock: socket.socket, subject: Subject) -> Subject:
+        """The subject with its groups and label, SO_PEERGROUPS and SO_PEERSEC, as when it connected. Raises OSError."""
         packed = sockets.peer_groups(sock)
-        packed.append(credentials.gid)
-        gids = Groups(packed)
-        label = sockets.peer_label(sock)
-        owner = self.owner(sock, credentials, owners)
-        return Subject(credentials.uid, gids, credentials.gid, credentials.pid, "", label, foreign=True, owner=owner)
+        packed.append(subject.gid)
+        return subject._replace(gids=Groups(packed), label=sockets.peer_label(sock))
 
     def process(self, sock: socket.socket, subject: Subject, let_in_s: float) -> int | None:
         """An owned pidfd of who called connect(2) on the other end, or None once it is gone; borrows `sock`.

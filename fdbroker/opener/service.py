@@ -12,17 +12,16 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
 from functools import partial
 from typing import assert_never
 
-from fdbroker import limits
 from fdbroker.kernel import memfd
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded
+from fdbroker.limits import opener as limits
 from fdbroker.opener.ask import Asking
-from fdbroker.opener.audit import Audit, Record
+from fdbroker.opener.audit import Audit
 from fdbroker.opener.authorize import (
     Connection,
     authorize_administrator,
@@ -30,16 +29,18 @@ from fdbroker.opener.authorize import (
 )
 from fdbroker.opener.close import Closing
 from fdbroker.opener.door import Door, came
-from fdbroker.opener.open import Nodes
-from fdbroker.opener.request import THREAD, WORKER, Opening, answer
+from fdbroker.opener.open import THREAD, WORKER, Nodes
+from fdbroker.opener.request import Opening, answer
 from fdbroker.opener.views import views
 from fdbroker.policy.compiled import Policy, from_bytes
 from fdbroker.refusals import Denied, LinkViolation, RateLimited, Refused
-from fdbroker.terms import Resource
 from fdbroker.wire import admin, keeper, link
+from fdbroker.wire.audit import Record
 from fdbroker.wire.connections import Use
 
 _RETRY_MS = limits.JOURNAL_RETRY_MS
+_OWED_S = _RETRY_MS / 1000
+_END_MS = 1000 * limits.DRAIN_SECONDS
 _to_inbox, _to_launcher = link.OPENER_TO_INBOX.encode, link.OPENER_TO_LAUNCHER.encode
 _to_keeper = keeper.OPENER_TO_KEEPER.encode
 
@@ -63,7 +64,7 @@ class Opener:
         self._keeper = to_keeper
         self._asking = asking
         self._views = views(policy)
-        asking.owners = policy.owners
+        asking.owners, asking.answered = policy.owners, self._go_on
         self._nodes = nodes
         self._audit = audit
         self._connections: dict[int, Connection] = {}
@@ -86,18 +87,25 @@ class Opener:
             if not self._door.closed:
                 raise
             # the inbox has drained, and what was to be said was for a client that it has closed since
+        finally:
+            for opening in (*self._later, *self._opened):
+                opening.steps.close()
+        room = select.poll()
+        room.register(self._keeper.fileno(), select.POLLOUT)
+        while self._keeper.waiting and room.poll(_END_MS):  # the last refusals, for it ends after us
+            self._keeper.flush()
 
     def _serve(self) -> None:
         poll = self._epoll
-        self._launcher.poll(poll)
         poll.register(self._woken, select.EPOLLIN)
-        if self._asking.fileno() >= 0:
-            poll.register(self._asking.fileno(), select.EPOLLIN)
         self._launcher.send(link.READY)
         inbox, keeper_, launcher = self._inbox.fileno(), self._keeper.fileno(), self._launcher.fileno()
-        timeout_s = -1.0
+        timeout_s, calm = -1.0, False
         while True:
-            self._arm()
+            was_calm, calm = calm, self._calm
+            if not (was_calm and calm):
+                timeout_s = self._timers()
+                self._arm()
             for descriptor, events in poll.poll(timeout_s):
                 if descriptor == inbox:
                     if events & select.EPOLLOUT:
@@ -108,32 +116,40 @@ class Opener:
                 elif descriptor == keeper_:
                     if events & select.EPOLLOUT:
                         self._keeper.flush()
-                        self._door.hand_on_held()
                     if events & ~select.EPOLLOUT:
                         self._read_keeper()
                 elif descriptor == launcher:
-                    if not self._read_launcher():
+                    if events & select.EPOLLOUT:
+                        self._launcher.flush()
+                    if events & ~select.EPOLLOUT and not self._read_launcher():
                         return
                 elif descriptor == self._asking.fileno():
                     self._asking.read()
-                    self._go_on_with_ready()
                 elif descriptor == self._woken:
                     os.eventfd_read(self._woken)
                     while self._opened:
                         self._go_on(self._opened.popleft())
                 else:
                     self._door.accept()
-            timeout_s = self._timers()
+
+    @property
+    def _calm(self) -> bool:
+        """Whether messages alone set something off: nothing is due later, and nothing waits for room in a link."""
+        busy = self._later or self._door.busy or self._audit.owes or self._asking.timeout_s >= 0
+        return not (busy or self._inbox.waiting or self._keeper.waiting or self._launcher.waiting)
 
     def _arm(self) -> None:
-        """Poll for what can be used: room in a link if messages wait for it, and else new connections."""
-        full = bool(self._inbox.waiting or (self._door.holds and not self._keeper.waiting))
-        # while it does not take our answers, its next questions wait: what waits for it stays bounded
-        self._inbox.poll(self._epoll, read=not full, write=full)
-        self._keeper.poll(self._epoll)
+        """Poll for what can be used: room in a link if messages wait for it, and else questions and new connections."""
+        wants_room = bool(self._inbox.waiting or self._door.holds)
+        # while inbox or keeper does not take what we tell it, no more is asked: what waits for them stays bounded
+        full = wants_room or self._keeper.waiting > limits.KEEPER_WAITING
+        self._inbox.poll(self._epoll, read=not full, write=wants_room)
+        self._keeper.poll(self._epoll, read=not (wants_room or self._door.paused))
+        self._asking.poll(self._epoll)
+        self._launcher.poll(self._epoll)
         if self._door.closed:
             return
-        wanted = not (full or self._keeper.waiting or self._door.paused())
+        wanted = not (full or self._keeper.waiting or self._door.paused or self._door.knocks)
         if wanted != self._accepting:
             self._accepting = wanted
             if wanted:
@@ -147,19 +163,14 @@ class Opener:
         """Do what is due now, and return in how many seconds something will be; -1: nothing before a message comes."""
         if self._later:
             self._go_on(self._later.popleft())
-        if not (self._later or self._door.busy or self._audit.counting or self._asking.busy):
-            return -1
         now_s = time.monotonic()
         self._door.sweep(now_s)
-        if self._audit.counting:
-            self._audit.flush(now_s)
-        if self._asking.timeout_s == 0:
-            if self._asking.expire():
-                self._launcher.send(link.WORKER_STUCK)
-            self._go_on_with_ready()
+        self._audit.flush()
+        if self._asking.timeout_s == 0 and self._asking.expire():
+            self._launcher.send(link.WORKER_STUCK)
         ends_s = [self._asking.timeout_s, self._door.timeout_s, 0.0 if self._later else -1]
-        if self._audit.counting:
-            ends_s.append(float(limits.AUDIT_REPEAT_SECONDS))
+        if self._audit.owes:
+            ends_s.append(_OWED_S)
         return min((end_s for end_s in ends_s if end_s >= 0), default=-1)
 
     # ---- the inbox's link
@@ -179,22 +190,15 @@ class Opener:
     def _answer(self, message: link.FromInbox) -> None:
         match message:
             case link.Open(number, resources):
-                self._open(self._turn(number, "Open"), resources)
+                opening = Opening(self._turn(number, "Open"), resources, self._closing)
+                opening.steps = answer(opening, self._nodes, self._audit)
+                self._go_on(opening)
             case link.Shutdown(number):
                 self._administer(self._turn(number, "Shutdown"))
             case admin.Reload(number):
                 self._administer(self._turn(number, "Reload"))
             case link.Closed(number, reason):
                 self._close(self._turn(number, "Closed"), reason)
-            case link.DeniedUse(number, use):
-                connection = self._turn(number, "DeniedUse")
-                why = "no rule allows it"
-                record = Record("refused", "authorize", number, connection.subject, use, why, cause=Denied.cause)
-                self._audit.refuse(record, time.monotonic())
-            case link.Slowed(number):
-                subject = self._turn(number, "Slowed").subject
-                record = Record("slowed", "decode", number, subject, None, "it is read more slowly than it sends")
-                self._audit.refuse(record, time.monotonic())
             case link.Pong():
                 if not self._pings:
                     raise LinkViolation("a Pong without a Ping")
@@ -212,38 +216,31 @@ class Opener:
         if connection is None:
             raise LinkViolation(f"{event} in the name of connection {number}, which does not exist")
         connection.turn(event)
-        self._door.note_work(connection.account)
+        self._door.note_work(connection.subject.owner)
         return connection
-
-    def _open(self, connection: Connection, resources: Sequence[Resource]) -> None:
-        opening = Opening(connection, resources, self._closing)
-        opening.steps = answer(opening, self._nodes, self._audit)
-        self._go_on(opening)
 
     def _go_on(self, opening: Opening, refusal: Refused | None = None) -> None:
         """Until it waits, or has its outcome; `refusal` is the worker's."""
         connection, steps = opening.connection, opening.steps
         if connection.number not in self._connections:  # it has ended meanwhile
+            steps.close()
             opening.close()
             return
         try:
             waits_for = next(steps) if refusal is None else steps.throw(refusal)
         except StopIteration as end:
-            self._end_turn(connection, end.value, opening.sent_s)
+            try:
+                self._end_turn(connection, end.value, opening.sent_s)
+            finally:
+                opening.close()  # the inbox was told first: its client can ask again meanwhile
             return
-        opening.wait()
+        opening.wait(waits_for)
         if waits_for == WORKER:
             self._asking.ask(opening)
-            self._go_on_with_ready()
         elif waits_for == THREAD:
             self._slow.put(connection.subject.owner, partial(self._open_slowly, opening))
         else:
             self._later.append(opening)
-
-    def _go_on_with_ready(self) -> None:
-        """Those for which the worker has no more to do."""
-        for opening, refusal in self._asking.ready():
-            self._go_on(opening, refusal)
 
     def _open_slowly(self, opening: Opening) -> None:
         """Runs in a thread."""
@@ -258,26 +255,17 @@ class Opener:
     def _refuse(self, connection: Connection, refusal: Refused) -> None:
         """Record and answer a refusal of a request that names no resource."""
         number, subject, why = connection.number, connection.subject, str(refusal)
-        record = Record("refused", "authorize", number, subject, None, why, cause=refusal.cause)
-        self._audit.refuse(record, time.monotonic())
+        self._audit.refuse(Record("refused", "authorize", number, subject, why, refusal.cause))
         self._end_turn(connection, refusal)
 
     def _close(self, connection: Connection, reason: int) -> None:
         if reason:
             why = link.CLOSED_REASONS[reason]
-            record = Record("disconnected", "decode", connection.number, connection.subject, None, why)
-            self._audit.refuse(record, time.monotonic())
-            if reason == link.NOT_TAKEN:
-                self._closing.hang_up(connection.release(), connection.subject.owner)
-            else:
-                self._door.note_broken(connection)
+            self._audit.refuse(Record("disconnected", "decode", connection.number, connection.subject, why))
+            if reason != link.NOT_TAKEN:
+                self._keeper.send(_to_keeper(keeper.Broke(connection.number)))
+        self._door.end(connection, never_taken=reason == link.NOT_TAKEN)
         del self._connections[connection.number]
-        self._keeper.send(_to_keeper(keeper.Ended(connection.number)))
-        self._asking.drop(connection)
-        if reason != link.NOT_TAKEN:
-            began_s = time.thread_time()
-            connection.close()
-            self._door.note_ended(connection.account, time.thread_time() - began_s)
 
     # ---- administrators
 
@@ -286,17 +274,16 @@ class Opener:
         try:
             authorize_request(connection, time.monotonic())
             authorize_administrator(connection)
-            try:
+            pidfd, sent = None, False
+            with contextlib.suppress(OSError):  # no descriptor is left for it, or too many are on their way
                 pidfd = self._door.identifier.process(connection.sock, connection.subject, connection.let_in_s)
-            except OSError:  # no descriptor is left for it
-                raise RateLimited(_RETRY_MS, "busy") from None
-            if pidfd is None:
-                raise Denied("the kernel does not say which process it is")
-            try:
-                if not self._launcher.send_with_descriptors(_to_launcher(admin.Judge(connection.number)), [pidfd]):
-                    raise RateLimited(_RETRY_MS, "busy")
-            finally:
+                if pidfd is None:
+                    raise Denied("the kernel does not say which process it is")
+                sent = self._launcher.send_with_descriptors(_to_launcher(admin.Judge(connection.number)), [pidfd])
+            if pidfd is not None:
                 os.close(pidfd)
+            if not sent:
+                raise RateLimited(_RETRY_MS, "busy")
         except Refused as refusal:
             self._refuse(connection, refusal)
 
@@ -307,7 +294,7 @@ class Opener:
             if not home:
                 raise Denied("it is not shown to be in the user namespace of the service")
             kind = "stopping" if stop else "reloading"
-            record = Record(kind, "authorize", connection.number, connection.subject, None, "it was asked to")
+            record = Record(kind, "authorize", connection.number, connection.subject, "it was asked to")
             self._audit.write(record)
         except NotRecorded:
             self._end_turn(connection, RateLimited(_RETRY_MS, "journal"))
@@ -319,30 +306,26 @@ class Opener:
     # ---- the keeper's link
 
     def _read_keeper(self) -> None:
-        """Record what the keeper has refused."""
+        """Let in, or turn away, whom the keeper says."""
         data = self._keeper.receive()
-        if data is None:
-            return
-        if not data:
-            raise LinkViolation("the keeper is gone")
-        number, wait_ms = keeper.KEEPER_TO_OPENER.decode(data)
-        if number > self._door.last_number:
-            raise LinkViolation(f"ListRefused of connection {number}, which does not exist")
-        if number in self._connections:  # else it has ended meanwhile
-            subject, refusal = self._connections[number].subject, RateLimited(wait_ms, "rate")
-            record = Record("refused", "authorize", number, subject, None, str(refusal), cause=refusal.cause)
-            self._audit.refuse(record, time.monotonic())
+        if data is not None:
+            if not data:
+                raise LinkViolation("the keeper is gone")
+            self._door.answered(keeper.KEEPER_TO_OPENER.decode(data))
 
     # ---- the launcher's link
 
     def _read_launcher(self) -> bool:
         """Do what the launcher says; false when it is gone, which ends the service."""
-        os.close(self._spare)  # a place for the policy, however many descriptors clients make us hold
+        if self._spare >= 0:
+            os.close(self._spare)  # a place for the policy, however many descriptors clients make us hold
+        self._spare = -1
         try:
             received = self._launcher.receive_with_descriptors(1)
             return received is None or self._obey(*received)
         finally:
-            self._spare = os.dup(self._woken)
+            with contextlib.suppress(OSError):  # a thread was quicker: without it until the next message
+                self._spare = os.dup(self._woken)
 
     def _obey(self, data: bytes, descriptors: list[int]) -> bool:
         if not data:
@@ -397,10 +380,10 @@ class Opener:
                 self._accepting = False
             self._door.close()
             self._asking.hurry()
-            self._audit.flush(time.monotonic(), everything=True)  # now, for there may be no later
+            self._audit.flush()  # now, for there may be no later
             self._inbox.send(link.DRAIN)
 
     def report_violation(self, violation: LinkViolation) -> None:
         """Record why the service ends."""
         with contextlib.suppress(NotRecorded):
-            self._audit.write(Record("violation", "decode", 0, None, None, f"between our processes: {violation}"))
+            self._audit.write(Record("violation", "decode", 0, None, f"between our processes: {violation}"))

@@ -1,4 +1,4 @@
-"""What the opener keeps of each view of the policy: what was decided by it lately.
+"""What the opener keeps of each view of the policy: what was decided by it lately, and what came of that.
 
 Runs in: opener. An attacker controls which of its user's uids, groups and labels connect, and how many of these.
 """
@@ -10,14 +10,30 @@ from typing import NamedTuple
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import View
 from fdbroker.policy.views import Views
-from fdbroker.terms import Resource, Rule
+from fdbroker.terms import Grant, Resource, Rule
+
+
+class Permit:
+    """The rules that allow a resource, never none; and the grant that the last one of its nodes led to.
+
+    `judged` is all that this followed from: the facts about the node, and the names on the way there. A node is found,
+    and the kernel asked for its facts, each time; what is kept spares judging the same facts by the same rules again.
+    """
+
+    __slots__ = ("grant", "judged", "resource", "rules")
+
+    def __init__(self, resource: Resource, rules: tuple[Rule, ...]) -> None:
+        self.resource = resource
+        self.rules = rules
+        self.judged: object = None
+        self.grant: Grant | None = None
 
 
 class Seen(NamedTuple):
-    """What a subject may do, and what was decided by that lately (`authorize.py`)."""
+    """What a subject may do, and what is kept of that (`authorize.py`)."""
 
     view: View
-    decided: dict[Resource, tuple[Rule, ...]]
+    permits: dict[Resource, Permit]
 
 
 def views(policy: Policy) -> Views[Seen]:
