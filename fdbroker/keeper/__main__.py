@@ -10,10 +10,12 @@ import socket
 import sys
 from typing import NoReturn
 
-from fdbroker import limits, refusals
+from fdbroker import refusals
+from fdbroker.keeper.refusals import Refusals
 from fdbroker.keeper.service import Keeper
 from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.link import Link
+from fdbroker.limits import opener as limits
 from fdbroker.nodes.find import Finder
 from fdbroker.policy.compiled import from_bytes
 
@@ -27,5 +29,6 @@ def main() -> NoReturn:
     launcher, opener, inbox = (
         Link(socket.socket(fileno=descriptors[name])) for name in ("launcher", "opener", "inbox")
     )
-    Keeper(launcher, opener, inbox, policy, Finder()).serve()
+    journal = socket.socket(fileno=descriptors["journal"]) if "journal" in descriptors else None
+    Keeper(launcher, opener, inbox, policy, Finder(), Refusals(journal)).serve()
     orders.end(refusals.EX_OK)

@@ -8,9 +8,7 @@ from __future__ import annotations
 from fdbroker.bucket import Bucket
 from fdbroker.policy.decide import View
 from fdbroker.terms import Subject
-from fdbroker.wire.link import turned
-
-_OWNERS_KEPT = 1024
+from fdbroker.wire.lists import turned
 
 
 class Connection:
@@ -23,7 +21,7 @@ class Connection:
         self.subject = subject
         self.view = seen
         self.work = work  # of its owner
-        self.state = "idle"  # one of link.STATES
+        self.state = "idle"  # one of lists.STATES
 
     def turn(self, event: str) -> None:
         """Something happens on it. Raises LinkViolation when that is out of turn."""
@@ -36,19 +34,3 @@ class Connection:
     def charge(self, now_s: float, nodes: int) -> None:
         """So many nodes were looked at for it."""
         self.work.charge(self.view.limits["requests_per_second"], self.view.limits["burst"], now_s, nodes)
-
-
-class Owners:
-    """What each owner had looked at: it outlives the connections, or a new connection would bring a new bucket."""
-
-    def __init__(self) -> None:
-        self._by_owner: dict[int, Bucket] = {}
-
-    def of(self, owner: int, burst: int, now_s: float) -> Bucket:
-        """The owner's bucket."""
-        found = self._by_owner.get(owner)
-        if found is None:
-            if len(self._by_owner) >= _OWNERS_KEPT:
-                self._by_owner = {one: kept for one, kept in self._by_owner.items() if not kept.is_idle(now_s)}
-            found = self._by_owner[owner] = Bucket(burst, now_s)
-        return found

@@ -4,7 +4,7 @@ Runs in: keeper. An attacker controls how often it asks, and nothing else here.
 
 A List takes as long as there are nodes that its rules name, so it is made a few nodes at a time; of each owner one at a
 time, of several owners in turn. Each node is looked at once, and charged, whether it may be opened or not. Connections
-of one owner for which the policy says the same share one listing.
+of one owner for which the policy says the same share one listing, which is handed on to one of them at a time.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 
-from fdbroker import limits
 from fdbroker.keeper.connections import Connection
 from fdbroker.kernel import inotify
 from fdbroker.kernel.devices import nodes_matching
+from fdbroker.limits import keeper as limits
 from fdbroker.nodes.find import Finder
 from fdbroker.offers import Offer
 from fdbroker.policy.decide import View, decide
+from fdbroker.policy.fit import misfit
 from fdbroker.policy.paths import matcher
 from fdbroker.refusals import Refused
 from fdbroker.terms import (
@@ -32,7 +33,7 @@ from fdbroker.terms import (
     Socket,
     SocketRule,
 )
-from fdbroker.wire.keeper import Given
+from fdbroker.wire.launcher import Given
 from fdbroker.wire.lists import split_offers
 
 _OFFERS, _AT_ONCE = limits.OFFERS, limits.LOOKED_AT_ONCE
@@ -65,15 +66,18 @@ class Lister:
         self.given = Given(False, False, ())
         self._finder = finder
         self._notify = notify
-        self._waiting: dict[int, list[Connection]] = {}  # by owner; the first owner is next
+        # by owner, each connection once; the first owner is next
+        self._waiting: dict[int, dict[Connection, None]] = {}
         self._jobs: dict[int, _Job] = {}  # by owner
+        # Complete listings that are to be handed on, by owner and connection, each with the view that it was made by.
+        self._done: dict[int, dict[Connection, tuple[View, list[Offer]]]] = {}
         self._watching: dict[Connection, list[Offer]] = {}  # the listing that each was sent last
         self.news = False  # whether a watching connection was told something new since `list_again`
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to look at."""
-        return bool(self._waiting)
+        """Whether there is something to look at, or to hand on."""
+        return bool(self._waiting or self._done)
 
     @property
     def watched(self) -> bool:
@@ -81,16 +85,19 @@ class Lister:
         return bool(self._watching)
 
     def add(self, connection: Connection) -> None:
-        """Make its listing, after those of the same owner that were asked for before."""
-        self._waiting.setdefault(connection.subject.owner, []).append(connection)
+        """Make its listing, after those of the same owner that were asked for before; who waits already waits once."""
+        self._waiting.setdefault(connection.subject.owner, {})[connection] = None
 
     def drop(self, connection: Connection) -> None:
         """Make no more listing for it."""
         self._watching.pop(connection, None)
         owner = connection.subject.owner
-        waiting = self._waiting.get(owner, [])
+        done = self._done.get(owner, {})
+        if done.pop(connection, None) is not None and not done:
+            del self._done[owner]
+        waiting = self._waiting.get(owner, {})
         if connection in waiting:
-            waiting.remove(connection)
+            del waiting[connection]
             job = self._jobs.get(owner)
             if job is not None and connection in job.connections:
                 job.connections.remove(connection)
@@ -109,14 +116,36 @@ class Lister:
                 self.add(connection)
 
     def step(self, now_s: float) -> Iterator[tuple[Connection, list[bytes]]]:
-        """Look at a few things for the next owner; gives the messages of a listing that is complete, and new."""
+        """Look at a few things for the next owner; gives one listing that is complete, and new, as messages."""
+        if self._waiting:
+            self._look(now_s)
+        if self._done:
+            yield from self._hand_on()
+
+    def _hand_on(self) -> Iterator[tuple[Connection, list[bytes]]]:
+        """The next connection's listing of the next owner: as messages it takes long, and there can be many of them."""
+        owner, done = next(iter(self._done.items()))
+        del self._done[owner]
+        connection = next(iter(done))
+        seen, found = done.pop(connection)
+        if done:
+            self._done[owner] = done  # behind the other owners
+        before = self._watching.get(connection)
+        if seen is not connection.view:  # there is another policy since
+            self.add(connection)
+        elif found != before:
+            if connection.state == "watching":
+                self._watching[connection] = found
+                self.news |= before is not None
+            yield connection, split_offers(connection.number, found)
+
+    def _look(self, now_s: float) -> None:
         owner, waiting = next(iter(self._waiting.items()))
         del self._waiting[owner]
         job = self._jobs.get(owner)
         if job is None or job.view is not job.connections[0].view:
-            job = self._jobs[owner] = _Job(
-                [one for one in waiting if _alike(one, waiting[0])], self._finder, self.given
-            )
+            first = next(iter(waiting))
+            job = self._jobs[owner] = _Job([one for one in waiting if _alike(one, first)], self._finder, self.given)
         looked = list(islice(job.looks, _AT_ONCE))
         job.found += [offer for offer in looked if offer is not None]
         # a change is nothing that the client does: only who asks now pays
@@ -127,19 +156,14 @@ class Lister:
             self._waiting[owner] = waiting  # behind the other owners
             return
         del self._jobs[owner]
-        left = [one for one in waiting if one not in job.connections]
-        if left:
-            self._waiting[owner] = left
+        for one in job.connections:
+            del waiting[one]
+        if waiting:
+            self._waiting[owner] = waiting
         for folder in job.folders:
             inotify.watch_directory(self._notify, folder)
         found = job.found[:_OFFERS]
-        for connection in job.connections:
-            before = self._watching.get(connection)
-            if found != before:
-                if connection.state == "watching":
-                    self._watching[connection] = found
-                    self.news |= before is not None
-                yield connection, split_offers(connection.number, found)
+        self._done.setdefault(owner, {}).update(dict.fromkeys(job.connections, (job.view, found)))
 
 
 def _alike(one: Connection, other: Connection) -> bool:
@@ -174,15 +198,18 @@ def _device(path: str, seen: View, finder: Finder, given: Given) -> Offer | None
     if not rules:
         return None
     try:
-        node = finder.look(path, seen)
+        node = finder.look(path, {})
     except Refused:
         return None
     try:
-        fitting = {rule for rule in rules if not node.misfit(rule)}
+        node.judge_way(seen, None)
+        fitting = {rule for rule in rules if not misfit(rule, node.facts)}
         for access, covering in allowed.items():
             for rule in covering:
                 if rule in fitting and _can_open(given, node.status, access):
                     return Offer(Device(path, access), rule.where, _generation(node.status))
+    except Refused:
+        return None
     finally:
         os.close(node.descriptor)
     return None

@@ -17,16 +17,20 @@ import sys
 import time
 from typing import NoReturn
 
-from fdbroker import errors, limits
+from fdbroker import errors
 from fdbroker.errors import PolicyBroken
 from fdbroker.kernel import orders, sockets
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.refusal import say_refusal
+from fdbroker.limits import opener as limits
+from fdbroker.limits.launcher import BROKEN_LOOK_SECONDS, REFUSED_AT_ONCE
 from fdbroker.wire import link
+from fdbroker.wire.launcher import LAUNCHER_TO_REFUSER, LOOK
 
-_LOOK_S = limits.BROKEN_LOOK_SECONDS
-_AT_ONCE = limits.REFUSED_AT_ONCE
+_LOOK_S = BROKEN_LOOK_SECONDS
+_AT_ONCE = REFUSED_AT_ONCE
+_OTHERS = 65_536  # from here on there are subordinate uids, and those of containers: subuid(5)
 _PAUSE_S = limits.ACCEPT_PAUSE_MS / 1000
 
 
@@ -40,7 +44,7 @@ def refuse_all(listener: socket.socket, closing: Jobs) -> None:
                 sockets.hang_up(sock)
             sockets.hear_urgent(sock)  # else what came with an urgent byte is not seen
             if _has_more(sock):
-                closing.put(sockets.peer_credentials(sock).uid, sock.close)
+                closing.put(_account(sockets.peer_credentials(sock).uid), sock.close)
             else:
                 sock.close()
     except OSError as error:  # nobody waits any more
@@ -62,7 +66,7 @@ def serve(listener: socket.socket, launcher: Link) -> None:
                 data = launcher.receive()
                 if data is None:
                     continue
-                if not data or isinstance(link.LAUNCHER_TO_REFUSER.decode(data), link.Stop):
+                if not data or isinstance(LAUNCHER_TO_REFUSER.decode(data), link.Stop):
                     return
                 asked, refuse_until_s = False, time.monotonic() + _LOOK_S
                 poll.register(listener.fileno(), select.POLLIN)
@@ -72,7 +76,7 @@ def serve(listener: socket.socket, launcher: Link) -> None:
             elif not asked:
                 asked = True
                 poll.unregister(listener.fileno())  # whoever comes waits for the answer
-                launcher.send(link.LOOK)
+                launcher.send(LOOK)
 
 
 def main() -> NoReturn:
@@ -81,6 +85,11 @@ def main() -> NoReturn:
     orders.obey(order, descriptors["filter"])
     serve(socket.socket(fileno=descriptors["listener"]), Link(socket.socket(fileno=descriptors["launcher"])))
     orders.end(errors.EX_OK)  # threads may still close
+
+
+def _account(uid: int) -> int:
+    """Whose turn, and whose threads, closing takes. Nothing here knows owners: all uids from _OTHERS on are one."""
+    return min(uid, _OTHERS)
 
 
 def _has_more(sock: socket.socket) -> bool:

@@ -24,6 +24,7 @@ from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.processes import Process, is_alive
 from fdbroker.wire import admin, link
+from fdbroker.wire.launcher import LAUNCHER_TO_WITNESS, WITNESS_TO_LAUNCHER
 
 
 def is_home(pidfd: int, looking: Bracket) -> bool:
@@ -64,8 +65,8 @@ def main() -> int:
     launcher.send(link.READY)
     while True:
         data, pidfds = _next(launcher)
-        message = link.LAUNCHER_TO_WITNESS.decode(data) if data else link.Stop()
+        message = LAUNCHER_TO_WITNESS.decode(data) if data else link.Stop()
         if not isinstance(message, admin.Judge):
             return errors.EX_OK
         home = bool(pidfds) and is_home(pidfds[0], looking)
-        launcher.send(link.WITNESS_TO_LAUNCHER.encode(admin.Judged(message.connection, home)))
+        launcher.send(WITNESS_TO_LAUNCHER.encode(admin.Judged(message.connection, home)))
