@@ -17,12 +17,14 @@ from dbus_fast import Message, MessageType, Variant
 from dbus_fast.__version__ import __version__
 from dbus_fast.aio import MessageBus
 
-from fdbroker import errors, limits
+from fdbroker import errors
 from fdbroker.bridges.notifications import Flood, Notification, name_of, notification
 from fdbroker.bridges.outbox import Losses, Outbox, say, until_one_ends
 from fdbroker.bridges.signals import signal_text
 from fdbroker.client.aio import Client
 from fdbroker.errors import FdbrokerError
+from fdbroker.limits import inbox as limits
+from fdbroker.limits.bridges import BUS_SECONDS
 
 # Before, dbus-fast counted a text's characters where D-Bus counts bytes: the rest of a sender's text was then read as
 # what follows, by the bus. Debian 12's package is older.
@@ -110,7 +112,7 @@ def _unavailable(why: str, but: type[Exception] | tuple[()] = ()) -> Iterator[No
 
 async def _connected(address: str) -> MessageBus:
     with _unavailable(f"no bus answers at {address}"):
-        async with asyncio.timeout(limits.BUS_SECONDS):
+        async with asyncio.timeout(BUS_SECONDS):
             # Without negotiate_unix_fd the bus sends us no descriptors.
             return await MessageBus(bus_address=address).connect()
 
@@ -125,7 +127,7 @@ async def _called(bus: MessageBus, destination: str, path: str, member: str, sig
     """Call a method of the interface that has the destination's name. Raises _Failed, or BusUnavailable."""
     message = Message(destination, path, destination, member, signature=signature, body=body)
     try:
-        async with asyncio.timeout(limits.BUS_SECONDS):
+        async with asyncio.timeout(BUS_SECONDS):
             with _unavailable("the bus is gone", but=ValueError):
                 reply = await bus.call(message)
     except TimeoutError:

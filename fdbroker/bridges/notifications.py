@@ -11,8 +11,8 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from fdbroker import limits
 from fdbroker.bucket import Bucket
+from fdbroker.limits import bridges as limits
 
 # Source: Desktop Notifications Specification 1.2, "Urgency Levels"
 _URGENCY = {"low": 0, "normal": 1, "critical": 2}

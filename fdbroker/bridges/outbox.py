@@ -12,10 +12,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fdbroker import limits
 from fdbroker.client.aio import Client
 from fdbroker.client.calls import CallFailed
 from fdbroker.errors import BrokerUnavailable, RateLimited, Refused
+from fdbroker.limits import bridges as limits
+from fdbroker.limits.inbox import MESSAGE_BYTES
 from fdbroker.wire.journal import escaped
 
 _RETRY_S = 0.01  # at least this long before a message that was refused for its rate is tried again
@@ -72,8 +73,8 @@ class Outbox:
     def add(self, topic: str, payload: str) -> None:
         """Send this when its turn comes; one that is longer than any message may be is dropped."""
         size = len(payload.encode())
-        if size > limits.MESSAGE_BYTES:
-            self._losses.add(f"longer than {limits.MESSAGE_BYTES} bytes")
+        if size > MESSAGE_BYTES:
+            self._losses.add(f"longer than {MESSAGE_BYTES} bytes")
             return
         self._waiting.append((topic, payload, size))
         self._bytes += size

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from fdbroker import limits
 from fdbroker.client import closing
 from fdbroker.client.descriptor import Descriptor, close_together
 from fdbroker.errors import (
@@ -26,6 +25,8 @@ from fdbroker.errors import (
     ProtocolViolation,
     Refused,
 )
+from fdbroker.limits import opener as limits
+from fdbroker.limits.inbox import ACKNOWLEDGED
 from fdbroker.offers import Offer
 from fdbroker.terms import ACCESS_NAMES, INVALID_ID, OTHERS, Resource
 from fdbroker.typed import parse
@@ -200,8 +201,8 @@ def receive_call(maximum: int, acknowledge: Iterable[int]) -> bytes:
     numbers = list(acknowledge)
     _check_numbers("maximum", maximum)
     _check_numbers("acknowledge", *numbers)
-    if len(numbers) > limits.ACKNOWLEDGED:
-        raise ValueError(f"{len(numbers)} numbers are acknowledged, at most {limits.ACKNOWLEDGED} in one call")
+    if len(numbers) > ACKNOWLEDGED:
+        raise ValueError(f"{len(numbers)} numbers are acknowledged, at most {ACKNOWLEDGED} in one call")
     return varlink.encode_call(f"{_INBOX}.Receive", {"maximum": maximum, "acknowledge": numbers})
 
 

@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Iterable
 from functools import partial
 
-from fdbroker import limits
 from fdbroker.kernel.jobs import Jobs
+from fdbroker.limits import client as limits
 
 _UNKNOWN = -1  # whose a closing is where no message says it
 # Descriptors that come faster than threads close them would fill the process's table. Above so many of one sender the
@@ -41,7 +41,7 @@ class Closing:
         with self._lock:
             waiting = self._waiting.setdefault(sender, deque())
             waiting.extend(number for number in numbers if number >= 0)
-            if self._jobs.waits(sender):
+            if sender in self._jobs.waiting:
                 self._jobs.start()
             else:
                 self._jobs.put(sender, partial(self._close, sender))

@@ -15,12 +15,13 @@ from functools import partial
 from types import TracebackType
 from typing import NoReturn, Protocol, Self, TypeVar
 
-from fdbroker import limits
 from fdbroker.client import calls, closing, unreachable
 from fdbroker.client.descriptor import Descriptor
 from fdbroker.client.replies import Continued, Replies
 from fdbroker.errors import BrokerUnavailable, NoSuchRecipient, PolicyBroken, PolicyError, ProtocolViolation
-from fdbroker.kernel import memfd, sockets
+from fdbroker.kernel import sockets
+from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.limits import inbox as limits
 from fdbroker.offers import Offer
 from fdbroker.wire import frame, varlink
 
@@ -290,7 +291,7 @@ def outgoing(
         call = calls.send_call(topic, payload, to, len(numbers))
     except ValueError:
         _check_count(len(numbers) + 1, ", with the memfd that has the payload")
-        file = memfd.sealed("message", payload.encode() if isinstance(payload, str) else payload)
+        file = sealed_memfd("message", payload.encode() if isinstance(payload, str) else payload)
         try:
             yield calls.send_call(topic, None, to, len(numbers)), [file, *numbers]
         finally:

@@ -11,7 +11,7 @@ import sqlite3
 import sys
 from typing import NoReturn
 
-from fdbroker import errors, limits
+from fdbroker import errors
 from fdbroker.inbox.service import Inbox
 from fdbroker.inbox.store import opened
 from fdbroker.inbox.topics import Topics
@@ -19,6 +19,7 @@ from fdbroker.inbox.turns import unit_of_this_machine_s
 from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
+from fdbroker.limits import opener as limits
 from fdbroker.policy.compiled import from_bytes
 
 

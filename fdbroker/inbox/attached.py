@@ -18,17 +18,30 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
-from fdbroker import limits
 from fdbroker.errors import QuotaExceeded
 from fdbroker.kernel import sockets
 from fdbroker.kernel.jobs import Jobs
-from fdbroker.kernel.memfd import SEALS
 from fdbroker.kernel.received import collect
+from fdbroker.kernel.sealed import SEALS
+from fdbroker.limits import inbox as limits
+from fdbroker.limits.opener import reserved, shared
 
 _HELD, _HELD_BYTES = limits.HELD_DESCRIPTORS, limits.HELD_BYTES
 _LOOK_S = 0.05
+_READ = 65536  # bytes at a time
 _OURS = -1  # whose job it is to have the kernel collect
 _UNREAD, _UNREAD_OF_USER = limits.UNREAD_DESCRIPTORS, limits.UNREAD_OF_USER
+
+
+def drain(sock: socket.socket) -> None:
+    """Read and forget all that has come on a connection that was hung up; borrows `sock`.
+
+    Descriptors that came along are closed by the kernel, in this thread. Until then the connection stays: one of them
+    can be its own other end.
+    """
+    with contextlib.suppress(OSError):
+        while sock.recv(_READ, sockets.DONT_WAIT):
+            pass
 
 
 class Attached:
@@ -104,16 +117,19 @@ class Ledger:
             most = limits.DESCRIPTORS_PER_MESSAGE
             # of a small table, one owner gets a quarter
             each = min(_HELD, self._most // 4)
-            return self._count + most <= limits.shared(self._most) and held.count + most <= each
+            return self._count + most <= shared(self._most) and held.count + most <= each
 
     def has_room_to_close(self, owner: int) -> bool:
         """Whether the descriptors of one message more may be let in from that owner to be closed at once."""
-        with self._lock:
-            held = self._held.get(owner)
-            if held is None:
-                return True
-            self._jobs.start()
-            return held.count <= min(_HELD, self._most // 4)
+        held = self._held.get(owner)  # without the lock: other threads only take away from it
+        if held is None:
+            return True
+        self._jobs.start()
+        return held.count <= min(_HELD, self._most // 4)
+
+    def has_numbers(self, count: int) -> bool:
+        """Whether so many more surely find a free number in this process."""
+        return self._count + count <= self._most  # without the lock: other threads only take away from it
 
     def take(self, owner: int, numbers: Sequence[int]) -> Attached:
         """Own these, which came from that owner, once `has_room` said so; none of them stands for those not let in."""
@@ -133,8 +149,8 @@ class Ledger:
 
     def give_back(self, owner: int, numbers: tuple[int, ...], size: int) -> None:
         """Close these, without waiting for it: each by a job of its own, for one may wait for another to be closed."""
-        for index, number in enumerate(numbers):
-            self._jobs.put(owner, partial(self._close, owner, number, 0 if index else size))
+        jobs = [partial(self._close, owner, number, 0 if index else size) for index, number in enumerate(numbers)]
+        self._jobs.put(owner, *jobs)  # together: to wake a thread for each would hold up others
 
     def _close(self, owner: int, number: int, size: int) -> None:
         with contextlib.suppress(OSError):  # what its owner's close(2) says is nothing to us
@@ -158,23 +174,27 @@ class Unread:
         self._jobs = jobs
         self._draining: set[socket.socket] = set()  # ended ones that a thread reads
         self._collecting = False
-        self._sent: dict[int, dict[socket.socket, int]] = {}  # by owner; an ended connection may have been sent none
+        # what waits to be received, by owner; an ended connection may have been sent none
+        self.waiting: dict[int, dict[socket.socket, int]] = {}
         self._count = 0
         self._looked_s = 0.0
         self._ended: dict[socket.socket, int] = {}  # and whose it was
-        self._ended_of: Counter[int] = Counter()
+        self._ended_of: Counter[int] = Counter()  # of these, that were sent some: of others, sending makes none more
+        self._ended_count = 0  # of all owners, and of one a quarter at most: else it could fill this alone
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = descriptors - limits.reserved(descriptors)
+        self._most = descriptors - reserved(descriptors)
         self._ended_max = held_in_all(descriptors) // 4
 
     def may_send(self, owner: int, sock: socket.socket, count: int) -> bool:
         """Whether so many more may be sent on that user's socket; none while many that it ended have some unread."""
         for look in (True, False):
-            sent = self._sent.get(owner, {})
+            sent = self.waiting.get(owner, {})
             # a part of all is kept for owners of whom none is unread
-            most = limits.shared(self._most) if sent else self._most
+            most = shared(self._most) if sent else self._most
             own = sent.get(sock, 0) + count <= _UNREAD and sum(sent.values()) + count <= _UNREAD_OF_USER
-            ended = self._ended_of[owner] >= self._ended_max // 4 or len(self._ended) >= self._ended_max
+            mine = self._ended_of[owner]
+            ended = mine >= self._ended_max // 4
+            ended |= self._ended_count >= (shared(self._ended_max) if mine else self._ended_max)
             if own and not ended and self._count + count <= most:
                 return True
             if look:
@@ -188,13 +208,13 @@ class Unread:
         if now_s - self._looked_s >= _LOOK_S:
             self._looked_s = now_s
             self.sweep()
-            if self._sent and not self._collecting:  # one may be the other end of the connection that it waits in
+            if self.waiting and not self._collecting:  # one may be the other end of the connection that it waits in
                 self._collecting = True
                 self._jobs.put(_OURS, self._collect)
 
     def add(self, owner: int, sock: socket.socket, count: int) -> None:
         """So many have been sent on this socket."""
-        sent = self._sent.setdefault(owner, {})
+        sent = self.waiting.setdefault(owner, {})
         sent[sock] = sent.get(sock, 0) + count
         self._count += count
 
@@ -206,53 +226,55 @@ class Unread:
         """
         sockets.hang_up(sock)  # nothing more comes
         if sockets.waiting_bytes(sock):
-            self._sent.setdefault(owner, {}).setdefault(sock, 0)
+            self.waiting.setdefault(owner, {}).setdefault(sock, 0)
             self._draining.add(sock)
             self._jobs.put(owner, partial(self._drain, sock))
         if self._is_in_use(owner, sock):
             self._ended[sock] = owner
-            self._ended_of[owner] += 1
+            if self.waiting[owner][sock]:
+                self._ended_count += self._ended_of[owner] < self._ended_max // 4
+                self._ended_of[owner] += 1
         else:
             self._forget(owner, sock)
             sock.close()
 
     def _is_in_use(self, owner: int, sock: socket.socket) -> bool:
-        sent = self._sent.get(owner, {}).get(sock, 0)
+        sent = self.waiting.get(owner, {}).get(sock, 0)
         return sock in self._draining or (sent > 0 and sockets.unread_bytes(sock) > 0)
 
     def _drain(self, sock: socket.socket) -> None:
-        sockets.drain(sock)
+        drain(sock)
         self._draining.discard(sock)
 
     def _collect(self) -> None:
-        collect()
+        with contextlib.suppress(OSError):  # no descriptor is left for it: another time
+            collect()
         self._collecting = False
-
-    @property
-    def waiting(self) -> bool:
-        """Whether anything is unread, as far as we know: `sweep_at_times` from time to time."""
-        return bool(self._sent)
 
     def sweep(self) -> None:
         """Close the ended connections of which nothing is unread any more."""
-        for owner, sent in list(self._sent.items()):
+        for owner, sent in list(self.waiting.items()):
             self._look(owner, list(sent))
 
     def _look(self, owner: int, of: Sequence[socket.socket]) -> None:
         for sock in of:
             if not self._is_in_use(owner, sock):
-                self._forget(owner, sock)
+                sent = self._forget(owner, sock)
                 if self._ended.pop(sock, None) is not None:
-                    self._ended_of -= Counter([owner])  # which leaves no zeros
+                    if sent:
+                        self._ended_count -= self._ended_of[owner] <= self._ended_max // 4
+                        self._ended_of -= Counter([owner])  # which leaves no zeros
                     sock.close()
 
-    def _forget(self, owner: int, sock: socket.socket) -> None:
-        sent = self._sent.get(owner, {})
-        self._count -= sent.pop(sock, 0)
+    def _forget(self, owner: int, sock: socket.socket) -> int:
+        sent = self.waiting.get(owner, {})
+        count = sent.pop(sock, 0)
+        self._count -= count
         if not sent:
-            self._sent.pop(owner, None)
+            self.waiting.pop(owner, None)
+        return count
 
 
 def held_in_all(descriptors: int) -> int:
     """Of these, how many the messages of all users may hold: the others are for links, files, and what just came."""
-    return limits.reserved(descriptors) - 64
+    return reserved(descriptors) - 64

@@ -12,7 +12,6 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 
-from fdbroker import limits
 from fdbroker.errors import ClientNotReading, Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
@@ -20,13 +19,16 @@ from fdbroker.inbox.decode import Decoder
 from fdbroker.inbox.member import BEGIN, Member
 from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.kernel import sockets
+from fdbroker.limits import inbox as limits
 from fdbroker.offers import Offer
 from fdbroker.pace import Pace
 from fdbroker.terms import Resource
-from fdbroker.wire import link
+from fdbroker.wire import link, lists
 
 _UNITS_PER_REQUEST = limits.UNITS_PER_REQUEST
 _LOST = re.compile(re.escape(BEGIN) + rb'"lost":([0-9]+),')  # as Member.take says it
+# The kernel sends no descriptor of ours now, to nobody; or none to this client, who wants none (SO_PASSRIGHTS).
+_NO_DESCRIPTORS = errno.ETOOMANYREFS, errno.EPERM
 ENDED, BROKE, FOREIGN, SLOW, DEAF, NOT_TAKEN = range(len(link.CLOSED_REASONS))
 
 
@@ -76,7 +78,7 @@ class User:
 class Client:
     """One connection: our copy of its socket, who it is (and all its messages must come from), what waits.
 
-    `state` is one of link.STATES. `uncommitted` are the answers from the first on that must wait for a
+    `state` is one of lists.STATES. `uncommitted` are the answers from the first on that must wait for a
     commit: None for a message that is said to be stored, Receive for what its client then gets.
     """
 
@@ -116,14 +118,14 @@ class Client:
         self.out = bytearray()
         self.attached: deque[tuple[int, Attached]] = deque()  # what goes with which byte of `out`
         self.uncommitted: list[bytes | dispatch.Receive | None] = []
-        self.events = select.EPOLLIN
+        self.events = 0  # that epoll tells of
         self.ended = False  # it sends no more
         self.doomed = False  # close once all is sent
         self.reason = ENDED  # why it will be closed
 
     def turn(self, event: str) -> None:
         """Something happens on it. Raises LinkViolation when that is out of turn: the opener breaks its rules."""
-        self.state = link.turned(self.number, self.state, event)
+        self.state = lists.turned(self.number, self.state, event)
 
     def lose(self) -> None:
         """It is gone: nothing more is sent."""
@@ -198,7 +200,7 @@ class Client:
     def send(self, unread: Unread) -> None:
         """Send what there is room for. Raises BlockingIOError when there is none, OSError when the client is gone."""
         if not self.attached:
-            del self.out[: sockets.send(self.sock, self.out)]
+            del self.out[: self.sock.send(self.out, sockets.SEND)]
             return
         while self.out:
             numbers: tuple[int, ...] = ()
@@ -211,9 +213,9 @@ class Client:
             try:
                 sent = sockets.send(self.sock, self.out if end == len(self.out) else self.out[:end], numbers)
             except OSError as error:
-                if error.errno != errno.ETOOMANYREFS:
+                if not numbers or error.errno not in _NO_DESCRIPTORS:
                     raise
-                self.shed()  # the kernel sends no descriptor of ours now, to nobody
+                self.shed()
                 continue
             if numbers:
                 unread.add(self.user.owner, self.sock, len(numbers))

@@ -12,7 +12,6 @@ import errno
 import select
 from collections.abc import Iterable
 
-from fdbroker import limits
 from fdbroker.errors import ProtocolViolation
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Unread
@@ -25,14 +24,16 @@ from fdbroker.inbox.topics import Topics
 from fdbroker.inbox.turns import Turns, timed
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
+from fdbroker.limits import opener as limits
+from fdbroker.limits.inbox import BYTES_PER_UNIT, UNITS_PER_RESOURCE
 from fdbroker.policy.compiled import Policy
-from fdbroker.wire import frame, link, lists
+from fdbroker.wire import admin, frame, link, lists
 from fdbroker.wire.frame import TooLong
 
 # After these nothing may be asked any more: what a client sends then ends its connection.
 _LAST = ("watching", "subscribed")
 _to_opener = link.INBOX_TO_OPENER.encode
-_BYTES_PER_UNIT, _UNITS_PER_RESOURCE = limits.BYTES_PER_UNIT, limits.UNITS_PER_RESOURCE
+_BYTES_PER_UNIT, _UNITS_PER_RESOURCE = BYTES_PER_UNIT, UNITS_PER_RESOURCE
 
 
 class Clients:
@@ -48,7 +49,7 @@ class Clients:
         self._receiver = Receiver(closing)
         self._unread = Unread(closing)
         self.turns = Turns(unit_s)
-        self._messages = Messages(topics, opener, self._unread, self.turns)
+        self._messages = Messages(topics, keeper, self._unread, self.turns)
         self._by_number: dict[int, Client] = {}
         self._by_descriptor: dict[int, Client] = {}
         self._deadlines = Deadlines()
@@ -61,7 +62,17 @@ class Clients:
     def _end_turn(self, client: Client, event: str) -> None:
         client.turn(event)
         client.asked = ()
-        self._work(client)
+        self._look(client)
+
+    def _look(self, client: Client) -> None:
+        """Go on with a client that has come, or has its answer: mostly it has asked already, before epoll tells so."""
+        done = self._is_quiet(client) and not client.decoder.held and not self.draining
+        if done and self.turns.may_work(client.user):
+            self._read(client)
+        else:
+            self._work(client)
+
+    _look_timed = timed(_look)
 
     def _answered(self, client: Client) -> None:
         """The opener needs to answer this one no more: another of the same user may ask."""
@@ -83,6 +94,8 @@ class Clients:
             if number not in client.user.held and not self._receiver.peek(client):
                 self._close(client, SLOW)
             self._deadlines.completed(number)  # else it is we who do not read, and the rest has its time anew
+        for number in self._deadlines.attached():  # also of who rests
+            self._close(self._by_number[number], SLOW)
 
     @timed
     def _client_event(self, client: Client, events: int) -> None:
@@ -97,7 +110,7 @@ class Clients:
         elif events & ~select.EPOLLOUT:
             if client.number in client.user.held:
                 return
-            if client.state == "idle" and not client.out and not client.ended and self._awaits(client):
+            if self._is_quiet(client) and not client.ended:
                 if self.turns.may_work(client.user):
                     self._read(client)
                 elif client.user.rests_until_s:
@@ -109,10 +122,10 @@ class Clients:
             else:
                 client.wait(self._epoll, readable=False)  # what waits now comes first
 
-    def _awaits(self, client: Client) -> bool:
-        """Whether nothing that it sent before is still to be done."""
-        number = client.number
-        return client.question is None and number not in self._more and number not in self._messages.unsaid
+    def _is_quiet(self, client: Client) -> bool:
+        """Whether nothing is owed to it, and nothing that it sent before is still to be done."""
+        number, done = client.number, client.state == "idle" and client.question is None and not client.out
+        return done and number not in self._more and number not in self._messages.unsaid
 
     def _end_asking(self, client: Client) -> None:
         """Something came after Subscribe or a watch, and must not stay: it could be the connection's own other end."""
@@ -127,6 +140,7 @@ class Clients:
         try:
             received = self._receiver.read(client)
         except BlockingIOError:
+            self._settle(client)
             return
         except OSError:
             self._close(client, ENDED)
@@ -147,7 +161,11 @@ class Clients:
         """Take the client's whole messages in order, until one waits for the opener or for the client to read."""
         self._more.pop(client.number, None)
         try:
-            while self.turns.may_work(client.user):
+            while client.decoder.held or client.question is not None:
+                if not self.turns.may_work(client.user):
+                    waiting = client.user.held if client.user.rests_until_s else self._more
+                    waiting[client.number] = client
+                    break
                 if client.state != "idle" or client.doomed or client.number in self._messages.unsaid:
                     break
                 if client.question is None and not self._take(client):
@@ -156,9 +174,6 @@ class Clients:
                     break
                 if len(client.out) > READ_BYTES and not self._send(client):
                     break
-            else:
-                waiting = client.user.held if client.user.rests_until_s else self._more
-                waiting[client.number] = client
         except TooLong:
             if client.decoder.framed:
                 client.answer(frame.encode_status(errno.EMSGSIZE))
@@ -175,21 +190,21 @@ class Clients:
         if received is None:
             return False
         message, attached = received
-        self._deadlines.completed(client.number)
+        self._deadlines.completed(client.number, attached=attached is not None)
         dispatched = dispatch.dispatch_frame if client.decoder.framed else dispatch.dispatch_varlink
         action = dispatched(message, attached)
         match action:
             case dispatch.Answer(data):
                 client.answer(data)
-            case dispatch.TellAbout():
-                client.answer(dispatch.about_reply(self._policy))
-            case dispatch.Publish():
-                self._messages.publish(client, action, attached)
-            case dispatch.Receive(_, acknowledge):
-                self.turns.work(client.user, len(acknowledge))
-                client.question = action
             case dispatch.AskOpen(resources):
                 self.turns.work(client.user, len(resources) * _UNITS_PER_RESOURCE)
+                client.question = action
+            case dispatch.Publish():
+                self._messages.publish(client, action, attached)
+            case dispatch.TellAbout():
+                client.answer(dispatch.about_reply(self._policy))
+            case dispatch.Receive(_, acknowledge):
+                self.turns.work(client.user, len(acknowledge))
                 client.question = action
             case _:
                 client.question = action
@@ -198,31 +213,36 @@ class Clients:
 
     def _put(self, client: Client) -> bool:
         """Put the question, mostly to the opener, once all answers before it are sent; false when they are not."""
-        if client.uncommitted or (client.out and not self._send(client)):
+        asked = client.question
+        if asked is None or client.uncommitted or (client.out and not self._send(client)):
             return False
-        weight = dispatch.weight(client.question)
-        if weight and not self.turns.may_ask(client.user, client, weight):
+        if asked.weight and not self.turns.may_ask(client.user, client, asked.weight):
             return False
-        asked, client.question = client.question, None
+        client.question = None
         match asked:
+            case dispatch.AskOpen(resources):
+                client.asked = resources
+                self._ask(client, "Open", link.Open(client.number, resources))
             case dispatch.Subscribe(topics, after):
                 self._messages.subscribe(client, topics, after)
             case dispatch.Receive():
                 self._messages.receive(client, asked)
+            case dispatch.AskReload():
+                self._ask(client, "Reload", admin.Reload(client.number))
             case dispatch.AskShutdown() if self.draining:
                 client.doomed = True  # it stops already
+            case dispatch.AskShutdown():
+                self._ask(client, "Shutdown", link.Shutdown(client.number))
             case dispatch.AskList(watch):
                 client.turn("Watch" if watch else "List")
                 self._keeper.send(lists.INBOX_TO_KEEPER.encode(lists.List(client.number, watch)))
-            case dispatch.AskOpen() | dispatch.AskReload() | dispatch.AskShutdown():
-                if isinstance(asked, dispatch.AskOpen):
-                    client.asked = asked.resources
-                event, message = dispatch.question(asked, client.number)
-                client.turn(event)
-                self._opener.send(_to_opener(message))
-        if client.state in _LAST and client.decoder.partial:  # that was its last request, and another one came with it
+        if client.state in _LAST and client.decoder.held:  # that was its last request, and another one came with it
             client.doomed, client.reason = True, BROKE
         return True
+
+    def _ask(self, client: Client, event: str, message: link.FromInbox) -> None:
+        client.turn(event)
+        self._opener.send(_to_opener(message))
 
     def _send(self, client: Client) -> bool:
         """Send what waits; true when all of it is sent. A client that is gone is noticed when it is read."""
@@ -248,21 +268,21 @@ class Clients:
             sent = self._send(client)
         if not sent or client.member.replayed is not None:
             client.shed()
-        idle = client.state == "idle" and self._awaits(client) and client.number not in client.user.held
-        ends = client.doomed or client.ended or self.draining
-        if (sent and idle and ends) or (client.state in _LAST and client.doomed):
+        last = client.state in _LAST
+        idle = sent and self._is_quiet(client) and client.number not in client.user.held
+        if (idle and (client.doomed or client.ended or self.draining)) or (last and client.doomed):
             self._close(client, client.reason)
             return
         size = len(client.out) + client.member.queued_bytes + client.decoder.held
-        if (size or self._memory.waiting) and self._memory.is_too_much(client.user.owner, client.number, size):
-            self._close(client, DEAF)
-            return
-        self._deadlines.note(
-            client.number,
-            unsent=client.state not in _LAST and bool(client.out),
-            partial=idle and sent and client.decoder.partial,
-        )
-        readable = (idle and sent) or client.state in _LAST or bool(client.events & select.EPOLLIN)
+        if size or client.number in self._memory.waiting:
+            if self._memory.is_too_much(client.user.owner, client.number, size):
+                self._close(client, DEAF)
+                return
+            partial, unsent = idle and client.decoder.held > 0, bool(client.out) and not last
+            attached = client.decoder.has_attached
+            self._deadlines.note(client.number, unsent=unsent, partial=partial, attached=attached)
+        # not while the opener is asked: what comes then would wake us for nothing, mostly just before the outcome
+        readable = idle or last or (client.state == "idle" and bool(client.events & select.EPOLLIN))
         client.wait(self._epoll, readable=readable and not client.ended)
 
     _settle_timed = timed(_settle)

@@ -1,6 +1,13 @@
 """By when a client must have sent the rest of its message, and taken something of its answers.
 
-Runs in: inbox. An attacker controls how slowly it sends and reads.
+Runs in: inbox. An attacker controls how slowly it sends and reads, and how much it has us do before.
+
+Descriptors that came with a message have ATTACHED_SECONDS until it is taken, whatever comes before it and however long
+its user rests: one of them can be the connection's own other end, or another connection's, and then neither ends by
+itself. This ends no honest connection. Descriptors are read while nothing is owed to their client, so whoever waits for
+its answers has nothing before them: their message is taken as soon as it is whole, or after a rest, which is
+DEBT_SECONDS at most. Whoever sends ahead has that time for all that was read with them, and each message with
+descriptors that is taken begins the time of the next one.
 """
 
 from __future__ import annotations
@@ -8,28 +15,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from fdbroker import limits
+from fdbroker.limits import inbox as limits
 
 _MESSAGE_S, _ANSWER_S, _ATTACHED_S = limits.MESSAGE_SECONDS, limits.ANSWER_SECONDS, limits.ATTACHED_SECONDS
 _LATE_S = 0.05  # how late it may be noticed
 
 
 class Deadlines:
-    """Connections by their numbers: those in the middle of a message, and those whose answers wait to be read."""
+    """Connections by their numbers: in the middle of a message, with descriptors, and with answers that wait."""
 
     def __init__(self) -> None:
         self._partial: dict[int, float] = {}  # since when; in order of time, and so are the other ones
-        self._attached: dict[int, float] = {}  # of these, since descriptors have come with it
+        self._attached: dict[int, float] = {}  # since descriptors have come
         self._unsent: dict[int, float] = {}
 
-    @property
-    def busy(self) -> bool:
-        """Whether there is anybody with a deadline."""
-        return bool(self._partial or self._unsent)
-
-    def note(self, number: int, *, unsent: bool, partial: int) -> None:
-        """Whether a connection has answers that it does not take, and what of a message: see Decoder.partial."""
-        for waiting, does in ((self._unsent, unsent), (self._partial, partial > 0), (self._attached, partial > 1)):
+    def note(self, number: int, *, unsent: bool, partial: bool, attached: bool) -> None:
+        """Whether a connection has answers that it does not take, a part of a message, descriptors not yet taken."""
+        for waiting, does in ((self._unsent, unsent), (self._partial, partial), (self._attached, attached)):
             if does:
                 waiting.setdefault(number, time.monotonic())
             elif waiting:
@@ -39,31 +41,30 @@ class Deadlines:
         """It has taken something of its answers: it has time again."""
         self._unsent.pop(number, None)
 
-    def completed(self, number: int) -> None:
-        """A message of it was complete."""
+    def completed(self, number: int, *, attached: bool = False) -> None:
+        """A message of it was complete; whether it was one with descriptors."""
         self._partial.pop(number, None)
-        self._attached.pop(number, None)
+        if attached:
+            self._attached.pop(number, None)
 
     def forget(self, number: int) -> None:
         """It has ended."""
         self._unsent.pop(number, None)
-        self.completed(number)
+        self.completed(number, attached=True)
 
-    def timeout_s(self) -> float:
-        """Until the next one is late, while there is any."""
-        ends = [
-            next(iter(waiting.values())) + limit_s
-            for waiting, limit_s in (
-                *((self._partial, _MESSAGE_S), (self._attached, _ATTACHED_S)),
-                (self._unsent, _ANSWER_S),
-            )
-            if waiting
-        ]
-        return max(_LATE_S, min(ends) - time.monotonic())
+    def timeouts_s(self) -> list[float]:
+        """Until the next one of each kind is late, as far as there is any."""
+        kinds = ((self._partial, _MESSAGE_S), (self._attached, _ATTACHED_S), (self._unsent, _ANSWER_S))
+        now_s = time.monotonic()
+        return [max(_LATE_S, next(iter(one.values())) + limit_s - now_s) for one, limit_s in kinds if one]
 
     def partial(self) -> Iterator[int]:
         """Those whose message is not complete in time."""
-        yield from dict.fromkeys((*_late(self._partial, _MESSAGE_S), *_late(self._attached, _ATTACHED_S)))
+        return _late(self._partial, _MESSAGE_S)
+
+    def attached(self) -> Iterator[int]:
+        """Those whose descriptors were not taken in time."""
+        return _late(self._attached, _ATTACHED_S)
 
     def unsent(self) -> Iterator[int]:
         """Those that have taken nothing for too long."""

@@ -18,35 +18,27 @@ _BRACE = b"{"
 class Decoder:
     """The bytes of one connection, and the descriptors. After ProtocolViolation it must not be used again."""
 
-    __slots__ = ("_attached", "_fed", "_reader")
+    __slots__ = ("_attached", "_fed", "_reader", "framed", "held")
 
     def __init__(self) -> None:
-        self._reader: VarlinkReader | FrameReader | None = None
+        self._reader: VarlinkReader | FrameReader = VarlinkReader()
         self._fed = 0
         self._attached: deque[tuple[int, Attached]] = deque()  # which byte they came with, counted from the first
+        self.framed = False  # whether the client speaks the inbox framing; false before the first byte
+        self.held = 0  # how many bytes wait
 
     @property
-    def framed(self) -> bool:
-        """Whether the client speaks the inbox framing; false before the first byte."""
-        return isinstance(self._reader, FrameReader)
-
-    @property
-    def partial(self) -> int:
-        """Whether the beginning of a message waits for its end: 1, or 2 when descriptors have come with it; else 0."""
-        return (2 if self._attached else 1) if self.held else 0
-
-    @property
-    def held(self) -> int:
-        """How many bytes wait."""
-        return 0 if self._reader is None else self._reader.held
+    def has_attached(self) -> bool:
+        """Whether descriptors wait for their message to be whole, or to be taken."""
+        return bool(self._attached)
 
     def feed(self, data: bytes, attached: Attached | None = None) -> None:
         """Add what arrived, at least one byte; `attached` came with the last of them."""
-        if self._reader is None:
-            # a frame's length is at most 64 KiB, so its first byte is 0
-            self._reader = VarlinkReader() if data[:1] == _BRACE else FrameReader()
+        if not self._fed and data[:1] != _BRACE:  # a frame's length is at most 64 KiB, so its first byte is 0
+            self._reader, self.framed = FrameReader(), True
         self._reader.feed(data)
         self._fed += len(data)
+        self.held += len(data)
         if attached is not None:
             self._attached.append((self._fed, attached))
 
@@ -55,11 +47,12 @@ class Decoder:
 
         Raises TooLong, ProtocolViolation when descriptors came with several parts of it.
         """
-        message = None if self._reader is None else self._reader.next_message()
-        if self._reader is None or message is None:
+        message = self._reader.next_message()
+        if message is None:
             return None
+        self.held = self._reader.held
         attached = None
-        while self._attached and self._attached[0][0] <= self._fed - self._reader.held:
+        while self._attached and self._attached[0][0] <= self._fed - self.held:
             if attached is not None:
                 raise ProtocolViolation("descriptors with several parts of one message")
             attached = self._attached.popleft()[1]

@@ -8,19 +8,22 @@ from __future__ import annotations
 import base64
 import errno
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeGuard, assert_never
+from typing import Any, NamedTuple, TypedDict, TypeGuard
 
-from fdbroker import __version__, limits
+from fdbroker import __version__
 from fdbroker.errors import (
     Denied,
     Finding,
     Refused,
 )
 from fdbroker.inbox.attached import Attached
+from fdbroker.limits import opener as limits
+from fdbroker.limits.inbox import ACKNOWLEDGED, DESCRIPTORS_PER_MESSAGE, VALUES_PER_UNIT
+from fdbroker.limits.policy import TOPICS
 from fdbroker.offers import Offer
 from fdbroker.policy.compiled import Policy
-from fdbroker.terms import FRAMED_TOPIC, Device, Resource
-from fdbroker.wire import admin, frame, link, varlink
+from fdbroker.terms import Device, Resource
+from fdbroker.wire import frame, varlink
 from fdbroker.wire.asked import WrongMember, from_json
 from fdbroker.wire.resources import to_json
 from fdbroker.wire.varlink import SERVICE, Call, VarlinkError, invalid_parameter
@@ -29,6 +32,8 @@ _RESOURCES = limits.RESOURCES_PER_OPEN
 _BROKER = "io.fdbroker.Broker"
 _INBOX = "io.fdbroker.Inbox"
 _ADMIN = "io.fdbroker.Admin"
+# Where the messages of the inbox framing go, which name no topic.
+FRAMED_TOPIC = "inbox"
 SENT = (frame.encode_status(0), varlink.encode_reply({}))  # by the framing, by Varlink
 
 
@@ -38,24 +43,33 @@ class Answer(NamedTuple):
     data: bytes
 
 
+# `weight` of a question: what it counts for among those that the opener answers at once
+
+
 class AskOpen(NamedTuple):
     """Ask the opener for these; it answers the client itself, or says how to refuse."""
 
     resources: tuple[Resource, ...]
+    weight: int
 
 
 class AskList(NamedTuple):
-    """Ask the opener what the client may open; with `watch` again after every change."""
+    """Ask the keeper what the client may open; with `watch` again after every change."""
 
     watch: bool
+    weight: int = 1
 
 
 class AskShutdown(NamedTuple):
     """Ask the opener to stop the service, if the client is an administrator; there is no answer then."""
 
+    weight: int = 0
+
 
 class AskReload(NamedTuple):
     """Ask the opener to have the policy loaded again, if the client is an administrator."""
+
+    weight: int = 0
 
 
 class TellAbout(NamedTuple):
@@ -89,6 +103,7 @@ class Subscribe(NamedTuple):
 
     topics: list[str]
     after: int | None
+    weight: int = 0
 
 
 class Receive(NamedTuple):
@@ -100,6 +115,7 @@ class Receive(NamedTuple):
     maximum: int
     acknowledge: list[int]
     silent: bool = False
+    weight: int = 0
 
 
 # What the latest calls of Open ask for, by their bytes, whoever sent them: most programs ask for what others asked for.
@@ -205,9 +221,11 @@ def _open(call: Call) -> Action:
     if not isinstance(listed, list) or not 1 <= len(listed) <= _RESOURCES:
         raise invalid_parameter("resources")
     try:
-        return AskOpen(tuple(from_json(value) for value in listed))
+        resources = tuple(map(from_json, listed))
     except WrongMember as error:
         raise invalid_parameter(str(error)) from None
+    # what the namespaces worker opens takes long, and the opener nothing
+    return AskOpen(resources, len(resources) if all(isinstance(one, Device) for one in resources) else 0)
 
 
 def _list(call: Call) -> Action:
@@ -249,7 +267,7 @@ def _send(call: Call) -> Action:
     if file is not None and not _is_number(file):
         raise invalid_parameter("fileDescriptor")
     if others is not None and not (
-        isinstance(others, list) and len(others) <= limits.DESCRIPTORS_PER_MESSAGE and all(map(_is_number, others))
+        isinstance(others, list) and len(others) <= DESCRIPTORS_PER_MESSAGE and all(map(_is_number, others))
     ):
         raise invalid_parameter("fileDescriptors")
     if file is not None and text is None:
@@ -270,7 +288,7 @@ def _send(call: Call) -> Action:
 def _subscribe(call: Call) -> Action:
     _only(call, "topics", "after")
     topics = call.parameters.get("topics")
-    if not isinstance(topics, list) or not 1 <= len(topics) <= limits.TOPICS:
+    if not isinstance(topics, list) or not 1 <= len(topics) <= TOPICS:
         raise invalid_parameter("topics")
     if not all(isinstance(topic, str) for topic in topics):
         raise invalid_parameter("topics")
@@ -289,7 +307,7 @@ def _receive(call: Call) -> Action:
         raise invalid_parameter("maximum")
     if acknowledge is None:
         acknowledge = []
-    if not isinstance(acknowledge, list) or len(acknowledge) > limits.ACKNOWLEDGED:
+    if not isinstance(acknowledge, list) or len(acknowledge) > ACKNOWLEDGED:
         raise invalid_parameter("acknowledge")
     if not all(map(_is_number, acknowledge)):
         raise invalid_parameter("acknowledge")
@@ -316,28 +334,7 @@ HANDLERS: dict[tuple[str, str], Callable[[Call], Action]] = {
 
 def units(message: bytes) -> int:
     """What decoding a message counts as, beside its bytes: objects and arrays take the longest."""
-    return 1 + (message.count(b"{") + message.count(b"[")) // limits.VALUES_PER_UNIT
-
-
-def weight(question: Question | None) -> int:
-    """What a question counts for among those that the opener answers at once: how many resources it names."""
-    if isinstance(question, AskOpen):
-        # what the namespaces worker opens takes long, and the opener nothing
-        return len(question.resources) if all(isinstance(one, Device) for one in question.resources) else 0
-    return int(isinstance(question, AskList))
-
-
-def question(asked: AskOpen | AskReload | AskShutdown, number: int) -> tuple[str, link.FromInbox]:
-    """What to ask the opener for connection `number`: the event of link.TURNS, and the message."""
-    match asked:
-        case AskOpen(resources):
-            return "Open", link.Open(number, resources)
-        case AskReload():
-            return "Reload", admin.Reload(number)
-        case AskShutdown():
-            return "Shutdown", link.Shutdown(number)
-        case other:
-            assert_never(other)
+    return 1 + (message.count(b"{") + message.count(b"[")) // VALUES_PER_UNIT
 
 
 def refusal_status(refusal: Refused) -> bytes:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from fdbroker import limits
 from fdbroker.inbox.attached import Attached
 from fdbroker.inbox.rights import Rights, Sender
+from fdbroker.limits import inbox as limits
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
 # how every message begins: where `lost` is put, when there is something to say

@@ -6,7 +6,7 @@ few of them could have the whole service killed for its memory.
 
 from __future__ import annotations
 
-from fdbroker import limits
+from fdbroker.limits import inbox as limits
 
 _MOST, _SHARE = limits.WAITING_BYTES, limits.WAITING_SHARE_BYTES
 

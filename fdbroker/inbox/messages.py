@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fdbroker import limits
 from fdbroker.errors import RateLimited, Refused, TopicDenied
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.attached import Attached, Unread
@@ -18,25 +17,26 @@ from fdbroker.inbox.rights import Rights
 from fdbroker.inbox.topics import Topics
 from fdbroker.inbox.turns import Turns, clock
 from fdbroker.kernel.link import Link
+from fdbroker.limits import inbox as limits
 from fdbroker.terms import TopicUse
-from fdbroker.wire import link
+from fdbroker.wire import lists
 
 _BYTES_PER_UNIT = limits.BYTES_PER_UNIT
 
 
 class Messages:
-    """Borrows the link to the opener, which writes down who was denied."""
+    """Borrows the link to the keeper, which writes down who was denied."""
 
-    def __init__(self, topics: Topics, opener: Link, unread: Unread, turns: Turns) -> None:
+    def __init__(self, topics: Topics, keeper: Link, unread: Unread, turns: Turns) -> None:
         self._topics = topics
-        self._opener = opener
+        self._keeper = keeper
         self._unread = unread
         self._turns = turns
         self._subscribed: dict[Member, Client] = {}
         self._uncommitted: dict[int, Client] = {}  # whose answers wait for the commit
         self.replaying: dict[int, Client] = {}  # subscribers that still get what is stored
         self.due = False  # whether something has come since the last `commit`
-        self.unsaid: dict[int, tuple[Client, bytes]] = {}  # denials for which there was no room in the opener's link
+        self.unsaid: dict[int, tuple[Client, bytes]] = {}  # denials for which there was no room in the keeper's link
 
     @property
     def pressing(self) -> bool:
@@ -121,30 +121,30 @@ class Messages:
         return True
 
     def _note(self, client: Client, refusal: Refused, verb: str) -> None:
-        """Have a denial recorded; while there is no room in the opener's link, the client's next message waits."""
+        """Have a denial recorded; while there is no room in the keeper's link, the client's next message waits."""
         if isinstance(refusal, TopicDenied):
-            denied = link.INBOX_TO_OPENER.encode(link.DeniedUse(client.number, TopicUse(verb, refusal.topic)))
-            if self._opener.waiting or self.unsaid:
+            denied = lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(client.number, TopicUse(verb, refusal.topic)))
+            if self._keeper.waiting or self.unsaid:
                 self.unsaid[client.number] = client, denied
             else:
-                self._opener.send(denied)
+                self._keeper.send(denied)
 
     def say_denied(self) -> list[Client]:
-        """Say what was denied, as far as there is room in the opener's link; these clients may go on."""
+        """Say what was denied, as far as there is room in the keeper's link; these clients may go on."""
         said = []
-        while self.unsaid and not self._opener.waiting:
+        while self.unsaid and not self._keeper.waiting:
             client, denied = self.unsaid.pop(next(iter(self.unsaid)))
-            self._opener.send(denied)
+            self._keeper.send(denied)
             said.append(client)
         return said
 
     def say_slowed(self, clients: Iterable[Client]) -> None:
-        """Have it recorded whose work has begun to wait, as far as there is room in the opener's link."""
-        while self._turns.slowed and not self._opener.waiting:
+        """Have it recorded whose work has begun to wait, as far as there is room in the keeper's link."""
+        while self._turns.slowed and not self._keeper.waiting:
             user = self._turns.slowed.popitem()[0]
             number = next((client.number for client in clients if client.user is user), None)
             if number is not None:
-                self._opener.send(link.INBOX_TO_OPENER.encode(link.Slowed(number)))
+                self._keeper.send(lists.INBOX_TO_KEEPER.encode(lists.Slowed(number)))
 
     def deliver(self) -> Iterator[Client]:
         """Those that something waits for, of each all of it at once; also what is stored, for those who asked."""
@@ -176,7 +176,7 @@ class Messages:
     def forget(self, client: Client) -> None:
         """Its connection has ended."""
         if client.number in self.unsaid:  # one of each connection can always be queued
-            self._opener.send(self.unsaid.pop(client.number)[1])
+            self._keeper.send(self.unsaid.pop(client.number)[1])
         self._uncommitted.pop(client.number, None)
         self.replaying.pop(client.number, None)
         self._subscribed.pop(client.member, None)

@@ -4,6 +4,8 @@ Runs in: inbox. An attacker controls what comes, when, and how long it takes to 
 
 The kernel closes a descriptor for which a read has no room, in the thread that reads, and that can take as long as a
 driver likes. So descriptors are let in, also those that nobody may send, and a thread of their owner's closes them.
+Where few numbers are free, a look at the queue copies as many as a message may have, and what the read then lets go of
+is never the last copy; where more have come than that, or than have room, nothing is read.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from __future__ import annotations
 import socket
 from typing import NamedTuple
 
-from fdbroker import limits
 from fdbroker.inbox.attached import Attached, Ledger
 from fdbroker.inbox.client import Client
 from fdbroker.kernel import sockets
 from fdbroker.kernel.jobs import Jobs
-from fdbroker.kernel.received import receive_with_sender
+from fdbroker.kernel.received import plain_bytes, receive_with_sender
+from fdbroker.limits import inbox as limits
 
 READ_BYTES = 65536
 _MOST = limits.DESCRIPTORS_PER_MESSAGE
+_LOOK_SPACE = socket.CMSG_SPACE(sockets.UCRED.size) + socket.CMSG_LEN(_MOST * sockets.FD_SIZE)
+_LOOK = sockets.DONT_WAIT | int(socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC)
 
 
 class Received(NamedTuple):
@@ -49,11 +53,18 @@ class Receiver:
         owner = client.user.owner
         size, room = READ_BYTES, sockets.SCM_MAX_FD
         if not self._ledger.has_room_to_close(owner):
-            size, room = sockets.plain_bytes(client.sock, READ_BYTES), 0
+            size, room = plain_bytes(client.sock, READ_BYTES), 0
             if not size:  # more than the owner may have waiting to be closed
                 return Received(b"", -1, 0, None, broken=True)
-        may_hold = client.member.send and self._ledger.has_room(owner)
-        data, uid, numbers, cut = receive_with_sender(client.sock, size, room)
+        if room and not self._ledger.has_numbers(room):
+            size, copies, cut = _look(client.sock)
+            if cut:
+                return Received(b"", -1, len(copies), self._ledger.take(owner, copies), broken=True)
+            data, uid, _, _ = receive_with_sender(client.sock, size or 1)
+            numbers = copies
+        else:
+            data, uid, numbers, cut = receive_with_sender(client.sock, size, room)
+        may_hold = numbers and client.member.send and self._ledger.has_room(owner)
         attached = self._ledger.take(owner, numbers) if numbers else None
         if cut or (attached is not None and not may_hold):
             attached = self._ledger.take(owner, ())  # none was left here, or they are too many for it
@@ -68,3 +79,11 @@ class Receiver:
             return None
         except OSError:
             return b"?"
+
+
+def _look(sock: socket.socket) -> tuple[int, list[int], bool]:
+    """How much a read brings, copies of the descriptors that come with it, and whether there are more."""
+    data, ancillary, flags, _ = sock.recvmsg(READ_BYTES, _LOOK_SPACE, _LOOK)
+    rights = (value for _, kind, value in ancillary if kind == socket.SCM_RIGHTS)
+    copies = [number for value in rights for number in sockets.descriptors_in(value)]
+    return len(data), copies, bool(flags & socket.MSG_CTRUNC)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from fdbroker import limits
+from fdbroker.limits import inbox as limits
 
 
 class Reserve:

@@ -10,7 +10,6 @@ import socket
 import time
 from typing import assert_never
 
-from fdbroker import limits
 from fdbroker.errors import LinkViolation, RateLimited, Refused
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.client import DEAF, ENDED, NOT_TAKEN, Client
@@ -19,15 +18,17 @@ from fdbroker.inbox.rights import Rights, Sender, rights_by
 from fdbroker.inbox.topics import Topics
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.received import let_descriptors
+from fdbroker.limits import inbox as limits
+from fdbroker.limits.opener import DRAIN_SECONDS, UNIT_US
 from fdbroker.offers import Offer
 from fdbroker.policy.compiled import Policy
 from fdbroker.renewal import Renewal
-from fdbroker.wire import admin, link, lists
+from fdbroker.wire import admin, findings, link, lists
 from fdbroker.wire.connections import Came, Use
-from fdbroker.wire.keeper import ListRefused
+from fdbroker.wire.launcher import DRAINED, LAUNCHER_TO_INBOX
 
 _to_opener = link.INBOX_TO_OPENER.encode
-_UNSENT_BYTES, _UNIT_S = limits.UNSENT_BYTES, limits.UNIT_US / 1e6
+_UNSENT_BYTES, _UNIT_S = limits.UNSENT_BYTES, UNIT_US / 1e6
 _MESSAGES_PER_TURN = 64
 _LINGER_S = 1.0  # how often we look whether descriptors that were unread still are
 _UNITS_PER_RESOURCE = limits.UNITS_PER_RESOURCE
@@ -50,21 +51,26 @@ class Inbox(Clients):
         """Serve. Raises LinkViolation when the opener breaks its rules, OSError when it is gone in mid-sentence."""
         poll, only_opener = self._epoll, select.poll()
         only_opener.register(self._opener.fileno(), select.POLLIN)
-        self._launcher.poll(poll)
+        links = (  # in this order: who has its answer should find itself idle
+            (self._opener.fileno(), self._opener, self._read_opener),
+            (self._keeper.fileno(), self._keeper, self._read_keeper),
+            (self._launcher.fileno(), self._launcher, self._read_launcher),
+        )
+        for _, one, _ in links:
+            one.poll(poll)
         self._launcher.send(link.READY)
-        while not (self.draining and not self._by_number):
-            self._opener.poll(poll)
-            self._keeper.poll(poll)
+        while not (self.draining and not (self._by_number or self._keeper.waiting)):
+            for _, one, _ in links:
+                if one.waiting:
+                    one.poll(poll)
             ready = dict(poll.poll(self._timeout_s()))
-            # first these two: a client that has its answer asks again, and should find itself idle
-            for one, read in ((self._opener, self._read_opener), (self._keeper, self._read_keeper)):
-                events = ready.pop(one.fileno(), 0)
+            for number, one, read in links:
+                events = ready.pop(number, 0)
                 if events & select.EPOLLOUT:
                     one.flush()
+                    one.poll(poll)
                 if events & ~select.EPOLLOUT and not read():
                     return
-            if ready.pop(self._launcher.fileno(), 0) and not self._read_launcher():
-                return
             while self._renewal.to_come:  # nobody is served before all have come again, with another policy
                 only_opener.poll()
                 if not self._read_opener():
@@ -78,19 +84,19 @@ class Inbox(Clients):
                 self._go_on(self._messages.commit())
                 for client in self._messages.deliver():
                     self._settle_timed(client)
-            if self._messages.unsaid and not self._opener.waiting:
+            if self._messages.unsaid and not self._keeper.waiting:
                 self._go_on(self._messages.say_denied())
             self.turns.end()
             if self.turns.slowed:
                 self._messages.say_slowed(self._by_number.values())
-            if self._deadlines.busy:
+            if self._memory.waiting:  # something of whoever has a deadline
                 self._end_slow()
             if self._unread.waiting:
                 self._unread.sweep_at_times()
             if self.draining and time.monotonic() >= self._drained_at_s:
                 for client in list(self._by_number.values()):
                     self._close(client, DEAF)
-        self._opener.send(link.DRAINED)
+        self._opener.send(DRAINED)
 
     def _timeout_s(self) -> float:
         if self._more or self._messages.due or (self._messages.replaying and self._messages.pressing):
@@ -100,9 +106,9 @@ class Inbox(Clients):
             ends_s.append(max(0.0, self._drained_at_s - time.monotonic()))
         if self.turns.resting:
             ends_s.append(self.turns.timeout_s())
-        if self._deadlines.busy:
-            ends_s.append(self._deadlines.timeout_s())
-        return min(ends_s, default=-1)
+        if self._memory.waiting:
+            ends_s += self._deadlines.timeouts_s()
+        return min(ends_s) if ends_s else -1
 
     # ---- the opener's link
 
@@ -116,18 +122,18 @@ class Inbox(Clients):
             if not data:
                 return False
             match link.OPENER_TO_INBOX.decode(data):
+                case link.Outcome(number, refusal, sent_us):
+                    self._outcome(number, refusal, sent_us / 1e6)
+                    return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
                 case Came() as came:
                     self._came(came, descriptors)
                 case Use(number, count):
                     if not self._renewal.knows(number):
                         self._read_launcher()  # which has sent it to us before
                     self._use(self._renewal.use(number, count))
-                case link.Outcome(number, refusal, sent_us):
-                    self._outcome(number, refusal, sent_us / 1e6)
-                    return True  # mostly nothing else waits: to look takes as long as the next turn of the loop
-                case admin.Reloaded(number, findings):
+                case admin.Reloaded(number, told):
                     if known := self._by_number.get(number):
-                        known.out += dispatch.reloaded_reply(findings)
+                        known.out += dispatch.reloaded_reply(findings.from_bytes(told))
                         self._end_turn(known, "Reloaded")
                 case link.Drain():
                     self._drain()
@@ -141,8 +147,8 @@ class Inbox(Clients):
         """Take one message of the keeper; false when it is gone. Raises LinkViolation when it is out of turn."""
         data = self._keeper.receive()
         if data and (known := self._by_number.get((message := lists.KEEPER_TO_INBOX.decode(data)).connection)):
-            link.turned(known.number, known.state, "Offered")  # a refusal, too, is for who asks the keeper
-            if isinstance(message, ListRefused):
+            lists.turned(known.number, known.state, "Offered")  # a refusal, too, is for who asks the keeper
+            if isinstance(message, lists.ListRefused):
                 self._outcome(message.connection, RateLimited(message.wait_ms, "rate"))
             else:
                 self._offered(known, message.offers, last=message.last)
@@ -164,7 +170,7 @@ class Inbox(Clients):
             data, descriptors = received
             if not data:
                 return False
-            self._renewal.put(link.LAUNCHER_TO_INBOX.decode(data).number, descriptors)
+            self._renewal.put(LAUNCHER_TO_INBOX.decode(data).number, descriptors)
         return True
 
     def _use(self, policy: Policy) -> None:
@@ -180,11 +186,12 @@ class Inbox(Clients):
             let_descriptors(known.sock, allowed=bool(allowed.send))
             if not self._messages.allow(known, allowed):
                 self._end_turn(known, "Unsubscribe")
-        elif number > self._last:
+        elif descriptors != [] or number > self._last:  # else one comes again that has ended meanwhile
             self._connected(came, allowed, descriptors)
 
     def _connected(self, came: Came, allowed: Rights, descriptors: list[int] | None) -> None:
-        number = self._last = came.connection
+        number = came.connection  # they may come in another order than they were accepted
+        self._last = max(self._last, number)
         if descriptors is None:  # no descriptor was left here for the client's socket: nobody serves it
             self._opener.send(_to_opener(link.Closed(number, NOT_TAKEN)))
             return
@@ -198,8 +205,7 @@ class Inbox(Clients):
         self._by_number[client.number] = client
         self._by_descriptor[client.sock.fileno()] = client
         self._epoll.register(client.sock.fileno(), client.events)
-        if self.draining:
-            self._close(client, ENDED)
+        self._look_timed(client)
 
     def _offered(self, client: Client, offers: list[Offer], *, last: bool) -> None:
         client.offers += offers
@@ -225,7 +231,7 @@ class Inbox(Clients):
     def _drain(self) -> None:
         """Answer what has been asked, read nothing more; who has not taken its answers in DRAIN_SECONDS gets none."""
         self.draining = True
-        self._drained_at_s = time.monotonic() + limits.DRAIN_SECONDS
+        self._drained_at_s = time.monotonic() + DRAIN_SECONDS
         for client in list(self._by_number.values()):
             if client.state in ("watching", "stopping", "reloading", "subscribed"):  # nothing more is owed to them
                 self._close(client, ENDED)

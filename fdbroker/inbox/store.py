@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from fdbroker import limits
 from fdbroker.errors import QueueFull
 from fdbroker.inbox.reserve import Reserve
+from fdbroker.limits import inbox as limits
 from fdbroker.terms import INVALID_ID
 
 _NAME = "messages.sqlite"

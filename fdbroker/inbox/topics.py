@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fdbroker import limits
 from fdbroker.bucket import Bucket
 from fdbroker.errors import (
     DescriptorsRefused,
@@ -27,11 +26,14 @@ from fdbroker.inbox.member import Member
 from fdbroker.inbox.rights import Rights
 from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.kernel.records import NotRecorded, Records
+from fdbroker.limits import inbox as limits
+from fdbroker.limits.keeper import AUDIT_REPEAT_SECONDS
+from fdbroker.limits.opener import JOURNAL_RETRY_MS, NAME_BYTES
 from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Topic, User, owner_text
 from fdbroker.wire import varlink
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES
-_JOURNAL_RETRY_MS = limits.JOURNAL_RETRY_MS
+_JOURNAL_RETRY_MS = JOURNAL_RETRY_MS
 _UIDS_HERE = limits.RECIPIENTS_OF_OWNER
 _ROWS = limits.ROWS_PER_MESSAGE
 _DELIVERIES_PER_UNIT = limits.DELIVERIES_PER_UNIT
@@ -79,7 +81,7 @@ def _reply(data: bytes) -> bytes:
 
 def _can_be_named(name: str) -> bool:
     """Whether a name of the databases is a text that is not too long: cut, it could be another's."""
-    return name.isprintable() and len(name.encode(errors="replace")) <= limits.NAME_BYTES
+    return name.isprintable() and len(name.encode(errors="replace")) <= NAME_BYTES
 
 
 class Topics:
@@ -177,7 +179,7 @@ class Topics:
             stored.check(sender.owner, len(delivery.data), maxima.stored_messages, maxima.stored_bytes)
             recipients = frozenset({to}) if to is not None else self._recipients(topic)
             if len(recipients) > _ROWS:
-                self._take_token(member, len(recipients) // _ROWS)
+                self._take_token(member, 1 + len(recipients) // _ROWS, taken=1)
         if "journal" in topic.deliver:  # the journal can still refuse, so it comes before a number is given
             self._take_records(member, len(asked.payload))
             self._record(message, asked.payload)
@@ -248,7 +250,7 @@ class Topics:
         now_s = time.monotonic()
         if now_s < self._say_at_s:
             return
-        self._say_at_s = now_s + limits.AUDIT_REPEAT_SECONDS
+        self._say_at_s = now_s + AUDIT_REPEAT_SECONDS
         fields = {"MESSAGE": text, "MESSAGE_ID": STORE_MESSAGE_ID, "PRIORITY": "2", "SYSLOG_IDENTIFIER": _IDENTIFIER}
         with contextlib.suppress(NotRecorded):
             self._records.write(fields)
@@ -342,10 +344,15 @@ class Topics:
         except NotRecorded:
             raise RateLimited(_JOURNAL_RETRY_MS, "journal") from None
 
-    def _take_token(self, member: Member, cost: int = 1) -> None:
-        """Count one message against its owner's token bucket, or a broadcast like several."""
+    def _take_token(self, member: Member, cost: int = 1, taken: int = 0) -> None:
+        """Count one message against its owner's token bucket, or a broadcast like several.
+
+        What was `taken` for it is given back first: it costs all or nothing, else the wait that is told would be wrong.
+        """
         rate, burst = member.maxima.messages_per_second, member.maxima.burst
-        wait_ms = _bucket(self._buckets, member.sender.owner, burst).take(rate, burst, time.monotonic(), cost)
+        bucket = _bucket(self._buckets, member.sender.owner, burst)
+        bucket.tokens += taken
+        wait_ms = bucket.take(rate, burst, time.monotonic(), cost)
         if wait_ms:
             raise RateLimited(wait_ms, "rate")
 

@@ -13,18 +13,20 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from fdbroker import limits
 from fdbroker.inbox.client import Client, User
 from fdbroker.inbox.rights import Rights
+from fdbroker.limits import inbox as limits
+from fdbroker.limits.keeper import AUDIT_REPEAT_SECONDS, OFFENCES_SECONDS, STALL_PAUSE
+from fdbroker.limits.opener import CONTEST_SECONDS, DEBT_SECONDS, STALL_UNITS, UNIT_US
 
 _SHARE, _SHARE_ALONE = limits.TURN_UNITS, limits.TURN_UNITS_ALONE
 _UNDIVIDED = limits.UNDIVIDED_FACTOR
 _REST_S = limits.REST_MS / 1000
-_DEBT_S, _FORGOTTEN_S = limits.DEBT_SECONDS, limits.OFFENCES_SECONDS
-_CONTEST_S = limits.CONTEST_SECONDS
+_DEBT_S, _FORGOTTEN_S = DEBT_SECONDS, OFFENCES_SECONDS
+_CONTEST_S = CONTEST_SECONDS
 _ASKED = limits.ASKED_AT_ONCE
 _USERS_KEPT = 4096
-_LONG, _STALL, _STALL_PAUSE = limits.LONG_UNITS, limits.STALL_UNITS, limits.STALL_PAUSE
+_LONG, _STALL, _STALL_PAUSE = limits.LONG_UNITS, STALL_UNITS, STALL_PAUSE
 _Method = TypeVar("_Method", bound=Callable[..., None])
 clock = time.thread_time  # of this thread's own work: what other processes do meanwhile counts for nobody
 # Units are taken from the budget in lots: looking at the clock for each message would cost as much as some messages.
@@ -51,7 +53,7 @@ def unit_of_this_machine_s() -> float:
 
     An emulated machine takes fifty times as long for all that it does, and would find all work of honest clients long.
     """
-    return max(limits.UNIT_US / 1e6, time.process_time() / limits.UNITS_OF_START)
+    return max(UNIT_US / 1e6, time.process_time() / limits.UNITS_OF_START)
 
 
 class Turns:
@@ -157,7 +159,7 @@ class Turns:
                 user.rests = min(user.rests + 1, 16)
                 self.resting[user] = None
                 if now_s >= user.quiet_until_s:
-                    user.quiet_until_s = now_s + limits.AUDIT_REPEAT_SECONDS
+                    user.quiet_until_s = now_s + AUDIT_REPEAT_SECONDS
                     self.slowed[user] = None
 
     def timeout_s(self) -> float:
