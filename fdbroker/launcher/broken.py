@@ -10,11 +10,11 @@ import socket
 from types import TracebackType
 from typing import Self
 
-from fdbroker import limits
 from fdbroker.errors import FdbrokerError
 from fdbroker.kernel import lifeline
 from fdbroker.launcher import start
-from fdbroker.wire import link
+from fdbroker.limits import launcher as limits
+from fdbroker.wire.launcher import REFUSER_TO_LAUNCHER, STILL_BROKEN, Look
 
 
 class RefuserFailed(FdbrokerError):
@@ -41,11 +41,11 @@ class Refuser:
             process = self._child.process
             how = lifeline.how_ended(process.pid, process.wait())
             raise RefuserFailed(f"the process that refuses everybody {how}")
-        return data is not None and isinstance(link.REFUSER_TO_LAUNCHER.decode(data), link.Look)
+        return data is not None and isinstance(REFUSER_TO_LAUNCHER.decode(data), Look)
 
     def go_on(self) -> None:
         """Nothing is mended: refuse who waits."""
-        self._child.link.send(link.STILL_BROKEN)
+        self._child.tell(STILL_BROKEN)
 
     def __enter__(self) -> Self:
         return self

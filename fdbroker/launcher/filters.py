@@ -16,8 +16,7 @@ import termios
 from typing import NamedTuple
 
 from fdbroker.kernel import libc
-from fdbroker.kernel.namespaces import CLONE, QUESTIONS
-from fdbroker.kernel.processes import PIDFD_GET_INFO
+from fdbroker.kernel.namespaces import CLONE, KCMP_FILES, PIDFD_GET_INFO, QUESTIONS
 from fdbroker.kernel.received import SO_PASSRIGHTS
 from fdbroker.kernel.seccomp import pyseccomp
 from fdbroker.terms import NEW_NAMESPACE_TYPES
@@ -109,8 +108,23 @@ IOCTLS = (
         "kernel/namespaces.py",
         "`namespaces` with `of`",
     ),
+    # how many mounts a mount namespace has, and which is the next one: answer.py, living.py
+    Ioctl(
+        "namespaces",
+        "NS_MNT_GET_INFO",
+        QUESTIONS["NS_MNT_GET_INFO"],
+        "kernel/namespaces.py",
+        "`namespaces` with `create`",
+    ),
+    Ioctl(
+        "namespaces",
+        "NS_MNT_GET_NEXT",
+        QUESTIONS["NS_MNT_GET_NEXT"],
+        "kernel/namespaces.py",
+        "`namespaces` with `create`",
+    ),
     # the uids of all processes, without their groups: living.py
-    Ioctl("namespaces", "PIDFD_GET_INFO", PIDFD_GET_INFO, "kernel/processes.py", "`namespaces` with `create`"),
+    Ioctl("namespaces", "PIDFD_GET_INFO", PIDFD_GET_INFO, "kernel/namespaces.py", "`namespaces` with `create`"),
 )
 
 
@@ -132,7 +146,7 @@ NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
     # threads for drivers that sleep
     "opener": {
         "ioctl": _ioctls("opener"),
-        "setsockopt": (2, (socket.SO_OOBINLINE,)),
+        "setsockopt": (2, (socket.SO_OOBINLINE, socket.SO_PASSCRED)),
         "clone": (0, (_THREAD,)),
     },
     "keeper": {},
@@ -146,6 +160,7 @@ NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
         "socket": (0, (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)),
         "ioctl": _ioctls("namespaces"),
         "prctl": (0, (libc.PR_SET_PDEATHSIG,)),
+        "kcmp": (2, (KCMP_FILES,)),  # whose threads have one table of descriptors: living.py
     },
     "witness": {},
     "refuser": {"clone": (0, (_THREAD,)), "setsockopt": (2, (socket.SO_OOBINLINE,))},

@@ -1,4 +1,4 @@
-"""The journal's socket, which opener and inbox write to, and which is connected again when the journal has a new one.
+"""The journal's socket, to which opener, keeper and inbox write; connected again when the journal has a new one.
 
 Runs in: launcher. It writes nothing to it: the children, which may not connect, share this very socket.
 """
@@ -11,7 +11,7 @@ import socket
 import stat
 import time
 
-from fdbroker import limits
+from fdbroker.limits import launcher as limits
 
 _ADDRESS = "/run/systemd/journal/socket"
 _BYTES = 8 * 1024 * 1024  # SO_SNDBUF, as sd_journal_send(3) sets it

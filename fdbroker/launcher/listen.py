@@ -19,7 +19,7 @@ from fdbroker.policy.files import untrusted
 from fdbroker.terms import INVALID_ID
 
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
-_BACKLOG = 4096  # net.core.somaxconn cuts it
+_BACKLOG = 128  # whoever connects in a storm waits in the kernel, where one process has one place
 DEFAULT_ADDRESS = "/run/fdbroker/socket"
 DEFAULT_GROUP = "fdbroker"
 
@@ -100,12 +100,12 @@ def bound(path: str, mode: int, group: str | None) -> Listener:
         raise CannotListen(f"{path!r} is no absolute path; abstract addresses have no mode and are refused")
     _judge_folders(path)
     _remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     gid_before = os.getegid()
+    gid = gid_before if group is None else _gid_of(group)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask_before = os.umask(0o777 & ~mode)
     try:
-        if group is not None:
-            os.setegid(_gid_of(group))
+        os.setegid(gid)
         sock.bind(path)
     except OSError as error:
         sock.close()
@@ -138,7 +138,7 @@ def _judge_folders(path: str) -> None:
 
 def _gid_of(group: str) -> int:
     try:
-        if group.isascii() and group.isdecimal() and int(group[:11]) < INVALID_ID:
+        if group.isascii() and group.isdecimal() and int(group) < INVALID_ID:
             return int(group)
         return grp.getgrnam(group).gr_gid
     except (KeyError, ValueError):

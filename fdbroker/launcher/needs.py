@@ -9,21 +9,22 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from fdbroker import errors, limits
+from fdbroker import errors
 from fdbroker.errors import FdbrokerError, Finding, PolicyError, RestartNeeded
 from fdbroker.kernel.devices import nodes_matching
 from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
+from fdbroker.limits import opener as limits
 from fdbroker.policy.compile import Loaded, failed_tests, load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.fit import number_fits
 from fdbroker.policy.literals import is_literal
 from fdbroker.policy.rules import all_rules
 from fdbroker.policy.spelling import literal_folder
-from fdbroker.terms import DeviceRule, NamespaceRule, SocketRule, TopicRule
-from fdbroker.wire.keeper import Given
+from fdbroker.terms import DeviceRule, NamespaceRule, Rule, SocketRule, TopicRule
+from fdbroker.wire.launcher import Given
 
 _MODE_BITS = {"ro": 4, "wo": 2, "rw": 6}
 _RIGHTS = {"ro": READ_FILE, "wo": WRITE_FILE, "rw": READ_FILE | WRITE_FILE}
@@ -66,19 +67,20 @@ class Needs(NamedTuple):
         return Given(reads, _CAPABILITY["rw"] in self.capabilities, tuple(sorted(self.groups)))
 
 
-def needs(policy: Policy) -> Needs:
-    """Look at the nodes that the rules name as they are now.
+def needs(policy: Policy, idle: Iterable[Rule] = ()) -> Needs:
+    """Look at the nodes that the rules name as they are now, those that nobody has yet (`idle`) too.
 
     A node that its group or everybody may open needs no capability. A rule that matches nothing yet does: nobody
     knows the mode of a node that comes later.
     """
+    rules = dict.fromkeys((*all_rules(policy), *idle))
     capabilities: set[str] = set()
     groups: set[int] = set()
     files: dict[str, int] = {}
     reasons = []
     worker: set[str] | None = None
     removing = _devtmpfs()
-    for rule in all_rules(policy):
+    for rule in rules:
         if isinstance(rule, TopicRule):
             continue
         if not isinstance(rule, DeviceRule):
@@ -111,7 +113,7 @@ def needs(policy: Policy) -> Needs:
         inodes,
         None if worker is None else frozenset(worker),
         bool(stored),
-        (*_believing_bridges(policy), *_hidden_processes()),
+        (*_believing_bridges(rules), *_hidden_processes()),
     )
 
 
@@ -127,9 +129,9 @@ def _hidden_processes() -> Iterator[str]:
             )
 
 
-def _believing_bridges(policy: Policy) -> Iterator[str]:
+def _believing_bridges(rules: Iterable[Rule]) -> Iterator[str]:
     """Bridges on which a client could tell the machine a way: by router advertisements, as ip-sysctl.rst has it."""
-    uplinks = [rule.uplink for rule in all_rules(policy) if isinstance(rule, NamespaceRule) and rule.uplink]
+    uplinks = [rule.uplink for rule in rules if isinstance(rule, NamespaceRule) and rule.uplink]
     for bridge in sorted({uplink.bridge for uplink in uplinks}):
         try:
             values = [_sysctl(f"/proc/sys/net/ipv6/conf/{bridge}/{name}") for name in ("accept_ra", "forwarding")]
@@ -266,10 +268,15 @@ def checked_policy(path: str) -> tuple[Loaded, Needs]:
     failed = failed_tests(loaded)
     if failed:
         raise PolicyError(failed)
+    check_size(path, loaded.policy)
+    return loaded, needs(loaded.policy, loaded.idle)
+
+
+def check_size(path: str, policy: Policy) -> None:
+    """Raises PolicyError for a policy that the children would not take."""
     for what, unit, count, most in (
-        ("is too large once it is compiled", "bytes", len(to_bytes(loaded.policy)), limits.POLICY_LINK_BYTES),
-        ("names too many groups", "groups", len(loaded.policy.gids), limits.POLICY_GROUPS),
+        ("is too large once it is compiled", "bytes", len(to_bytes(policy)), limits.POLICY_LINK_BYTES),
+        ("names too many groups", "groups", len(policy.gids), limits.POLICY_GROUPS),
     ):
         if count > most:
             raise PolicyError([Finding(path, 0, 0, what, f"at most {most} {unit}", f"{count} {unit}")])
-    return loaded, needs(loaded.policy)

@@ -14,40 +14,43 @@ import socket
 import subprocess
 import sys
 import time
-from types import FrameType
+from collections import deque
 from typing import Any, NamedTuple, assert_never
 
-from fdbroker import errors, limits
+from fdbroker import errors
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
-from fdbroker.kernel import capabilities, memfd
+from fdbroker.kernel import capabilities
 from fdbroker.launcher import ends, listen, own, start
 from fdbroker.launcher.broken import Refuser
 from fdbroker.launcher.ends import ChildRefused, ServiceFailed
+from fdbroker.launcher.handing import Handing, has_room
 from fdbroker.launcher.journal import Journal
 from fdbroker.launcher.needs import CapabilitiesMissing, check_reload, checked_policy
 from fdbroker.launcher.notify import Notify
+from fdbroker.launcher.renewed import renewed
+from fdbroker.launcher.signals import Signals, Stopped
+from fdbroker.limits import launcher as limits
+from fdbroker.limits.opener import DESCRIPTORS_RESERVED
 from fdbroker.policy import names
-from fdbroker.policy.compile import compile_documents
 from fdbroker.policy.compiled import Policy, to_bytes
-from fdbroker.wire import admin, codec, keeper, link
+from fdbroker.wire import admin, codec, link
+from fdbroker.wire import findings as told
+from fdbroker.wire import launcher as words
 
 _to_opener = link.LAUNCHER_TO_OPENER.encode
-
 # What each child may say to us.
 _SAYS: dict[str, codec.Table[Any]] = {
     "opener": link.OPENER_TO_LAUNCHER,
-    "keeper": keeper.KEEPER_TO_LAUNCHER,
-    "inbox": link.INBOX_TO_LAUNCHER,
-    "namespaces": link.WORKER_TO_LAUNCHER,
-    "witness": link.WITNESS_TO_LAUNCHER,
+    "keeper": words.KEEPER_TO_LAUNCHER,
+    "inbox": words.INBOX_TO_LAUNCHER,
+    "namespaces": words.WORKER_TO_LAUNCHER,
+    "witness": words.WITNESS_TO_LAUNCHER,
 }
 _STOP_LOOK_S = 0.05
 # How often we look whether a child has ended that does not say so by its link, whether the journal is another one, and
 # whether the databases of users and groups have changed.
 _LOOK_S = 2.0
 _PINGED = ("opener", "keeper")  # the opener asks the inbox
-_JUDGES = ("keeper", "inbox", "opener")
-_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
 class Options(NamedTuple):
@@ -79,25 +82,27 @@ class Launcher:
         self._reload_wanted = False
         self._reload_for: list[int] = []  # connections that wait for the next load
         self._applying: list[int] | None = None  # those that wait for the policy to be in force, while it is not yet
-        self._handed_on = 0  # policies since the start
-        self._missing: set[str] = set()  # children that do not use the last of these yet, as they must by `_late_at_s`
+        self._handing = Handing()
+        self._owed: deque[admin.Reloaded] = deque()  # how a reload ended, for each connection
+        self._would_fail = ""  # why a reload would, which is said once
         self._silent: set[str] = set()  # children that have not answered the last Ping
         self._stop_at_s = 0.0
         self._children: list[start.Child] = []
+        self._gone: set[str] = set()  # those whose link is at its end
         self._half_ended: set[str] = set()  # children that the last look found without their main thread
         self._epoll = select.epoll()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signals = Signals()
 
     def run(self) -> None:
         """Serve. Raises PolicyError and CannotListen before anything is started, ServiceFailed afterwards."""
         options = self._options
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        if descriptors != resource.RLIM_INFINITY and descriptors <= limits.DESCRIPTORS_RESERVED:
-            needed = limits.DESCRIPTORS_RESERVED
+        if descriptors != resource.RLIM_INFINITY and descriptors <= DESCRIPTORS_RESERVED:
+            needed = DESCRIPTORS_RESERVED
             raise ServiceFailed(f"at most {descriptors} descriptors (ulimit -Hn) leave none for clients: over {needed}")
         listener = listen.inherited()
         try:
-            self._catch_signals()
+            self._signals.catch()
             while not self._children:
                 try:
                     self._check()
@@ -111,9 +116,10 @@ class Launcher:
                     if not self._refuse_until_mended(listener.sock, error):
                         return
             self._loop()
+        except Stopped:
+            pass  # before anybody was served
         finally:
-            for number in _SIGNALS:  # at its own end Python would give them back what they did, which is to kill
-                signal.signal(number, signal.SIG_IGN)
+            self._signals.ignore()
             if listener is not None:
                 listener.sock.close()
                 listener.remove()
@@ -124,7 +130,8 @@ class Launcher:
     def _check(self) -> None:
         """Load the policy. Raises PolicyError, or CapabilitiesMissing when this service could not serve it."""
         self._databases = names.databases()
-        self._loaded, self._given = checked_policy(self._options.policy)
+        with self._signals.breaking_off():
+            self._loaded, self._given = checked_policy(self._options.policy)
         missing = sorted((self._given.capabilities | (self._given.worker or frozenset())) - capabilities.effective())
         if missing:
             hint = ": see /usr/share/doc/fdbroker/namespaces.conf" if self._given.worker is not None else ""
@@ -144,7 +151,7 @@ class Launcher:
         policy = to_bytes(self._in_force(self._loaded.policy))
         self._children = start.start_children(listener.sock, policy, self._given, options.state, journal)
         listener.sock.close()  # the opener alone accepts
-        self._child("keeper").link.send(keeper.LAUNCHER_TO_KEEPER.encode(self._given.given))
+        self._child("keeper").tell(words.LAUNCHER_TO_KEEPER.encode(self._given.given))
         self._await_ready()
         if not own.confine_launcher(options.policy, listener.path):
             say("this kernel has no Landlock: only its capabilities limit what the opener can open", priority=4)
@@ -163,8 +170,8 @@ class Launcher:
         say(f"nobody is served until this is mended:\n{broken}", priority=3)
         self._notify.tell(STATUS="The policy cannot be used, and nobody is served: fdbroker policy check")
         with Refuser(listener) as refuser:
-            while refuser.wait(self._wake_read):
-                if any(number != signal.SIGHUP for number in self._signals()):
+            while refuser.wait(self._signals.fileno()):
+                if any(number != signal.SIGHUP for number in self._signals.read()):
                     return False
                 if not refuser.is_asked():
                     continue
@@ -185,20 +192,11 @@ class Launcher:
 
     # ---- start
 
-    def _catch_signals(self) -> None:
-        def note(_number: int, _frame: FrameType | None) -> None:
-            """The number comes through the wake-up pipe."""
-
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        for number in _SIGNALS:
-            signal.signal(number, note)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
     def _await_ready(self) -> None:
         """Wait for all children to be confined and to serve."""
-        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._epoll.register(self._signals, select.EPOLLIN)
         for child in self._children:
-            self._epoll.register(child.link.fileno(), select.EPOLLIN)
+            child.link.poll(self._epoll)
         deadline_s = time.monotonic() + limits.START_SECONDS
         missing = {child.name for child in self._children}
         while missing:
@@ -222,8 +220,7 @@ class Launcher:
 
         The main thread of every process that ends is gone a moment before the process is: so two looks must find it so.
         """
-        if self._missing and self._applying is not None and time.monotonic() >= self._late_at_s:
-            raise ServiceFailed(f"the {' and the '.join(sorted(self._missing))} did not take the new policy")
+        self._handing.look()
         before, self._half_ended = self._half_ended, set()
         for child in self._children:
             if child.process.poll() is None and ends.main_thread_ended(child.process.pid):
@@ -241,7 +238,7 @@ class Launcher:
                 ping_at_s = now_s + watchdog_s
                 self._silent = {*_PINGED}
                 for name in () if self._stop_at_s else _PINGED:  # when it stops, they end one by one
-                    self._child(name).link.send(link.PING)
+                    self._child(name).tell(link.PING)
             if now_s >= look_at_s:
                 look_at_s = now_s + _LOOK_S
                 if not self._stop_at_s:  # then every process is to end, in its own time until `_stop_at_s`
@@ -251,14 +248,14 @@ class Launcher:
             ends_s = [at_s for at_s in (look_at_s, ping_at_s, self._stop_at_s) if at_s]
             if self._stop_at_s:
                 ends_s.append(now_s + _STOP_LOOK_S)  # a child's link has ended a moment before it
-            self._epoll.poll(max(0.0, min(ends_s) - now_s))
-            for number in self._signals():
+            self._write(max(0.0, min(ends_s) - now_s))
+            for number in self._signals.read():
                 if number == signal.SIGHUP:
                     self._reload_wanted = True
                 elif not self._stop_at_s:
                     self._stop()
             ended = self._read_children()
-            if self._reload_wanted and self._applying is None and not self._stop_at_s:
+            if self._reload_wanted and self._handing.can(self._children) and not self._stop_at_s:
                 self._reload()
             if ended:
                 return
@@ -271,11 +268,18 @@ class Launcher:
     def _opener(self) -> start.Child:
         return self._children[0]
 
-    def _signals(self) -> bytes:
-        try:
-            return os.read(self._wake_read, 64)
-        except BlockingIOError:
-            return b""
+    def _write(self, timeout_s: float) -> None:
+        """Wait until there is something to read, and send what waits as far as there is room."""
+        while self._owed and not self._opener.link.waiting:  # each can be as long as a message may be
+            self._opener.tell(_to_opener(self._owed.popleft()))
+        present = [child for child in self._children if child.name not in self._gone]
+        for child in present:
+            child.link.poll(self._epoll, write=self._reload_wanted and not has_room(child.link))
+        ready = dict(self._epoll.poll(timeout_s))
+        for child in present:
+            if ready.get(child.link.fileno(), 0) & select.EPOLLOUT:
+                with contextlib.suppress(OSError):  # it has ended, as is read next
+                    child.link.flush()
 
     def _child(self, name: str) -> start.Child:
         return next(child for child in self._children if child.name == name)
@@ -283,7 +287,7 @@ class Launcher:
     def _read_children(self) -> bool:
         """What the children say; true when all have ended as they were told to."""
         for child in self._children:
-            while True:
+            while child.name not in self._gone:
                 received = child.link.receive_with_descriptors(1 if child is self._opener else 0)
                 if received is None:
                     break
@@ -291,10 +295,10 @@ class Launcher:
                 if not data:
                     if not self._stop_at_s:
                         raise ServiceFailed(ends.end_of(child, self._children))
-                    with contextlib.suppress(FileNotFoundError):
-                        self._epoll.unregister(child.link.fileno())
-                        if child is self._opener:
-                            self._stop_others()
+                    self._gone.add(child.name)
+                    self._epoll.unregister(child.link.fileno())
+                    if child is self._opener:
+                        self._stop_others()
                     break
                 try:
                     self._heard(child.name, _SAYS[child.name].decode(data), data, descriptors)
@@ -320,21 +324,24 @@ class Launcher:
                     say("an administrator asks to stop")
                     self._stop()
             case admin.Judge():
-                if not self._child("witness").link.send_with_descriptors(data, descriptors):
-                    self._opener.link.send(_to_opener(admin.Judged(message.connection, False)))
+                try:
+                    told = self._child("witness").link.send_with_descriptors(data, descriptors)
+                except OSError:  # it has ended, or too many of root's descriptors are in flight
+                    told = False
+                if not told:
+                    self._opener.tell(_to_opener(admin.Judged(message.connection, False)))
             case admin.Judged():
-                self._opener.link.send(data)
+                self._opener.tell(data)
             case admin.ReloadAsked(connection):
                 self._reload_for.append(connection)
                 self._reload_wanted = True
             case link.WorkerStuck():
-                say("the namespaces worker does not answer; it is started again", priority=4)
-                self._child("namespaces").link.send(link.RESTART)
+                for child in (one for one in self._children if one.name == "namespaces"):
+                    say("the namespaces worker does not answer; it is started again", priority=4)
+                    child.tell(words.RESTART)
             case link.Applied(number):
-                if number == self._handed_on:
-                    self._missing.discard(name)
                 # for what changed users or groups make of the policy, nobody waits
-                if self._applying is not None and not self._missing:
+                if self._handing.taken(name, number) and self._applying is not None:
                     text = f"Serving with {self._options.policy}, reloaded {self._generation - 1} times"
                     self._notify.tell(READY=1, STATUS=text)
                     say(f"the policy is reloaded: {self._options.policy}")
@@ -346,15 +353,13 @@ class Launcher:
                 assert_never(other)
 
     def _tell_reloaded(self, connections: list[int], findings: list[Finding]) -> None:
-        for connection in connections:
-            self._opener.link.send(_to_opener(admin.Reloaded(connection, tuple(findings[: limits.POLICY_FINDINGS]))))
+        self._owed.extend(admin.Reloaded(connection, told.to_bytes(findings)) for connection in connections)
 
     def _stop_others(self) -> None:
-        """The opener has ended, so nobody asks the others any more, whether they answer or not."""
+        """The opener has ended, so nobody asks the others any more, whether they answer or not. The keeper sees it."""
         for child in self._children:
-            if child.name in ("keeper", "namespaces", "witness"):
-                with contextlib.suppress(OSError):  # it has ended by itself
-                    child.link.send(link.STOP)
+            if child.name in ("namespaces", "witness"):
+                child.tell(words.STOP)
 
     def _reload(self) -> None:
         """Load the policy again; on any error the old one stays in force. Those who asked for it are told."""
@@ -363,10 +368,14 @@ class Launcher:
         self._notify.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
         databases = names.databases()
         try:
-            loaded, wanted = checked_policy(self._options.policy)
-            check_reload(self._given, wanted)
+            with self._signals.breaking_off():
+                loaded, wanted = checked_policy(self._options.policy)
+                check_reload(self._given, wanted)
             for warning in wanted.warnings:
                 say(warning, priority=4)
+        except Stopped:
+            self._tell_reloaded(asked, [Finding(self._options.policy, 0, 0, "the service is told to stop")])
+            return
         except PolicyError as error:
             self._keep_policy(error.findings, asked)
             return
@@ -376,47 +385,33 @@ class Launcher:
             return
         self._generation += 1
         loaded = loaded._replace(policy=self._in_force(loaded.policy))
-        why = self._hand_on(loaded.policy)
+        why = self._handing.give(self._children, loaded.policy)
         if why:
             self._generation -= 1
             self._keep_policy([Finding(self._options.policy, 0, 0, why)], asked)
         else:
             self._databases, self._loaded, self._applying = databases, loaded, asked
 
-    def _hand_on(self, policy: Policy) -> str:
-        """Give the children a policy, the opener, which says when it counts, last; why that cannot be now, or ""."""
-        self._handed_on += 1
-        self._missing = set(_JUDGES)
-        self._late_at_s = time.monotonic() + limits.POLICY_SECONDS
-        message = _to_opener(link.Policy(self._handed_on))
-        try:
-            descriptor = memfd.sealed("policy", to_bytes(policy))
-            try:
-                sent = all(self._child(name).link.send_with_descriptors(message, [descriptor]) for name in _JUDGES)
-            finally:
-                os.close(descriptor)
-        except OSError as error:  # no descriptors, or too many of root's in flight
-            return f"the service's processes cannot be told: {error}"
-        return "" if sent else "the service's processes are busy, try again"
-
     def _read_databases(self) -> None:
         """When users, groups or subordinate uids have changed, compile the policy in force with the new ones.
 
-        The policy's files are not read again: whatever stands in them now is for a reload. Where the policy names a
-        user or group that is no more, the rules stay as they are, and the owners alone are new.
+        The policy's files are not read again: whatever stands in them now is for a reload. Nothing is handed on when
+        all comes out as before: every user can change its line of passwd(5), by chsh(1), as often as it likes.
         """
         found = names.databases()
-        if found == self._databases or self._stop_at_s or self._applying is not None:
+        if found == self._databases or self._stop_at_s or not self._handing.can(self._children):
             return
         before = self._loaded.policy
         try:
-            loaded = compile_documents(self._options.policy, self._loaded.documents, [], before.digest)
-        except PolicyError as error:
-            say(f"users or groups have changed, and a reload would now fail:\n{error}", priority=4)
-            loaded = self._loaded._replace(policy=before._replace(owners=names.owners()))
-        policy = loaded.policy._replace(generation=before.generation, loaded_us=before.loaded_us)
-        if not self._hand_on(policy):  # else the next time
-            self._databases, self._loaded = found, loaded._replace(policy=policy)
+            with self._signals.breaking_off():
+                loaded, why = renewed(self._options.policy, self._loaded)
+        except Stopped:
+            return
+        if why and why != self._would_fail:
+            say(f"users or groups have changed, and a reload would now fail:\n{why}", priority=4)
+        self._would_fail = why
+        if loaded.policy == before or not self._handing.give(self._children, loaded.policy):  # else the next time
+            self._databases, self._loaded = found, loaded
 
     def _keep_policy(self, findings: list[Finding], asked: list[int]) -> None:
         why = "\n".join(map(str, findings))
@@ -428,7 +423,8 @@ class Launcher:
         self._notify.tell(STOPPING=1)
         # what is left of the five seconds is for the kernel: our end takes the children with us
         self._stop_at_s = time.monotonic() + limits.STOP_SECONDS - 0.5
-        self._opener.link.send(link.STOP)
+        for child in (one for one in self._children if one.name in ("opener", "keeper")):
+            child.tell(words.STOP)
 
 
 def serve(options: Options) -> int:

@@ -16,12 +16,13 @@ import sys
 import time
 from typing import NamedTuple
 
-from fdbroker import limits
-from fdbroker.kernel import capabilities, landlock, lifeline, memfd, orders
+from fdbroker.kernel import capabilities, landlock, lifeline, orders
 from fdbroker.kernel.link import Link
+from fdbroker.kernel.sealed import sealed_memfd
 from fdbroker.launcher import state
 from fdbroker.launcher.filters import compile_filter
 from fdbroker.launcher.needs import Needs
+from fdbroker.limits import launcher as limits
 
 # the ids that systemd's DynamicUser= takes from: systemd.io, "Users, Groups, UIDs and GIDs"
 _DYNAMIC_IDS = range(61184, 65520)
@@ -51,6 +52,11 @@ class Child(NamedTuple):
     process: subprocess.Popen[bytes]
     link: Link
     life: tuple[int, ...]
+
+    def tell(self, message: bytes) -> None:
+        """Send, or queue. A child that has ended is told nothing, as is read next: a stop is none the worse for it."""
+        with contextlib.suppress(OSError):
+            self.link.send(message)
 
 
 def end(*children: Child) -> None:
@@ -137,7 +143,7 @@ def start_children(
         opener_inbox, inbox_opener = map(ours.enter_context, pair())
         opener_keeper, keeper_opener = map(ours.enter_context, pair())
         inbox_keeper, keeper_inbox = map(ours.enter_context, pair())
-        policy_fd = memfd.sealed("policy", policy)
+        policy_fd = sealed_memfd("policy", policy)
         ours.callback(os.close, policy_fd)
         opener = {
             "listener": listener.fileno(),
@@ -159,7 +165,7 @@ def start_children(
             "policy": policy_fd,
         }
         if journal is not None:
-            opener["journal"] = inbox["journal"] = journal.fileno()
+            opener["journal"] = inbox["journal"] = keeper["journal"] = journal.fileno()
         children = []
         if need.worker is not None:
             to_worker, worker_end = pair()

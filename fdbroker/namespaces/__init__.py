@@ -2,7 +2,8 @@
 
 | module | what it does |
 |---|---|
-| service | questions in, a child for each, its answer or its failure out |
+| service | requests in, a child for each question of them, one answer or its failure out |
+| queue | whose question is next: of each owner one at a time, in turn |
 | answer | what a child does: find and judge a namespace, make a new one, a socket inside one |
 | connect | a new net namespace on the admin's bridge |
 | living | which of the namespaces that were made still are |

@@ -21,6 +21,7 @@ from fdbroker.kernel.dumpable import new_identity_exposes
 from fdbroker.kernel.link import Link
 from fdbroker.namespaces.service import Worker
 from fdbroker.wire import link, worker
+from fdbroker.wire.launcher import LAUNCHER_TO_WORKER, Restart
 
 # A child that enters a client's user namespace would be dumpable there, so its memory the client's to read and write.
 _EXPOSED = (
@@ -76,7 +77,7 @@ def _wait(process: int, launcher: Link) -> int:
     try:
         while not any(descriptor == pidfd for descriptor, _ in poll.poll()):
             match _said(launcher):
-                case link.Restart():
+                case Restart():
                     os.kill(process, signal.SIGKILL)
                 case link.Stop():  # a worker that still runs does not answer, and dies with us
                     return errors.EX_OK
@@ -85,9 +86,9 @@ def _wait(process: int, launcher: Link) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def _said(launcher: Link) -> link.Stop | link.Restart | None:
+def _said(launcher: Link) -> link.Stop | Restart | None:
     """What the launcher says; its end is the service's."""
     data = launcher.receive()
     if data is None:
         return None
-    return link.LAUNCHER_TO_WORKER.decode(data) if data else link.Stop()
+    return LAUNCHER_TO_WORKER.decode(data) if data else link.Stop()

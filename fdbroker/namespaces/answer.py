@@ -14,17 +14,17 @@ import signal
 import socket
 import time
 
-from fdbroker import limits
 from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded
 from fdbroker.kernel import confine, namespaces, sockets
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.namespaces import CLONE, Caller, NotANamespace
 from fdbroker.kernel.processes import Process, is_alive, state
 from fdbroker.kernel.rtnetlink import RtNetlink
+from fdbroker.limits import namespaces as limits
 from fdbroker.namespaces.connect import connect
 from fdbroker.namespaces.living import living
 from fdbroker.terms import UNMAPPED_ID, Namespace, Socket
-from fdbroker.wire.worker import UNKNOWN, Ask, Made
+from fdbroker.wire.worker import UNKNOWN, Ask, Made, Opened
 
 _MARGIN_S = 1.0  # before the worker ends this process, its own child must have ended
 _STOPPED, _STOPPED_MS, _LOOK_MS = (b"T", b"t"), limits.NAMESPACE_STOPPED_MS, 50
@@ -36,17 +36,20 @@ _TYPES = {"stream": socket.SOCK_STREAM, "dgram": socket.SOCK_DGRAM}
 _NEW_LINKS = {"time": "time_for_children"}
 
 
-def answer(ask: Ask, pidfd: int | None, permitted: frozenset[str], until_s: float) -> tuple[Made, list[int]]:
-    """The answer and its descriptors; `pidfd`, borrowed, is the process that asks. The process ends after this.
+def answer(
+    ask: Ask, pidfd: int | None, permitted: frozenset[str], until_s: float, held: frozenset[int] = frozenset()
+) -> tuple[Made, list[int]]:
+    """The answer to a question for one resource, and its descriptors. The process ends after this.
 
-    At `until_s` the worker ends it.
+    `pidfd`, borrowed, is the process that asks. At `until_s` the worker ends this one. `held` are inode numbers of what
+    was opened for the owner's requests that are not answered yet: nobody but the worker holds these.
 
     Raises Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, and OSError for what the kernel refuses.
     """
-    work = _Work(ask, pidfd, permitted, until_s - _MARGIN_S)
-    match ask.resource:
+    work = _Work(ask, pidfd, permitted, until_s - _MARGIN_S, held)
+    match ask.wanted[0].resource:
         case Socket() as asked:
-            return Made(ask.request, 0, UNKNOWN, ()), [work.socket(asked)]
+            return Made(ask.request, (Opened(0, UNKNOWN),)), [work.socket(asked)]
         case Namespace(kind, name) if name:
             return work.by_name(kind, name)
         case Namespace(kind, _, pid) if pid:
@@ -58,7 +61,10 @@ def answer(ask: Ask, pidfd: int | None, permitted: frozenset[str], until_s: floa
 class _Work:
     """One question, and the capabilities that may be raised for it. What it opens is closed by the process's end."""
 
-    def __init__(self, ask: Ask, pidfd: int | None, permitted: frozenset[str], until_s: float) -> None:
+    def __init__(
+        self, ask: Ask, pidfd: int | None, permitted: frozenset[str], until_s: float, held: frozenset[int]
+    ) -> None:
+        self.held = held
         self.until_s = until_s
         self.ask = ask
         self.pidfd = pidfd
@@ -79,10 +85,10 @@ class _Work:
         except (ProcessLookupError, FileNotFoundError):
             raise Denied("the program that asked has ended") from None
 
-    def made(self, descriptor: int, kind: str, caller: Caller | None, living: tuple[bool, ...] = ()) -> Made:
+    def made(self, descriptor: int, kind: str, caller: Caller | None, known: tuple[int, ...] = ()) -> Made:
         """The answer for a namespace's descriptor."""
         unusable = UNKNOWN if caller is None else namespaces.why_unusable(descriptor, kind, caller)
-        return Made(self.ask.request, os.fstat(descriptor).st_ino, unusable, living)
+        return Made(self.ask.request, (Opened(os.fstat(descriptor).st_ino, unusable),), known)
 
     # ---- existing ones
 
@@ -131,10 +137,16 @@ class _Work:
             raise Denied("it runs a setgid program")
         user = target.namespace("user")
         ours = os.stat(f"{_OWN}/user")
-        # in a user namespace of its own, capabilities are the user's to have
-        if uid and status.permitted and namespaces.identity(user) == (ours.st_dev, ours.st_ino):
-            raise Denied("it has capabilities")
+        is_in_ours = namespaces.identity(user) == (ours.st_dev, ours.st_ino)
         os.close(user)
+        # in a user namespace of its own, capabilities are the user's to have
+        if uid and status.permitted and is_in_ours:
+            raise Denied("it has capabilities")
+        # What a setuid program leaves when it drops its rights: it is not dumpable, and to the user itself closed. Its
+        # files are then root's of the user namespace that its program was started in; those of a container the user's.
+        holder = os.stat("status", dir_fd=target.folder).st_uid
+        if holder != uid and (is_in_ours or holder in (0, UNMAPPED_ID)):
+            raise Denied("it is not dumpable")
 
     def belongs(self, descriptor: int, kind: str, user: int | None) -> bool:
         """Whether a namespace is the user's own, or one that the caller lives in or below: never somebody else's."""
@@ -151,27 +163,28 @@ class _Work:
         process, caller = asking
         if process.status().uids[0] != self.ask.uid:
             raise Denied("the program is not who it was when it connected")
-        known = self.count_living()
+        living = self.count_living()
         descriptor = self.make(kind, process, caller)
         if namespaces.type_of(descriptor) != kind:
             raise NotWhatItWas(f"it is no {kind} namespace")
         if namespaces.identity(namespaces.owner(descriptor)) != namespaces.identity(caller.user):
             raise NotWhatItWas("it does not belong to the caller's user namespace")
-        made = self.made(descriptor, kind, caller, known)
+        inode = os.fstat(descriptor).st_ino  # of one that was, perhaps: the kernel gives numbers again
+        made = self.made(descriptor, kind, caller, (*(one for one in living if one != inode), inode))
         if kind == "net":
             self.set_up(descriptor)
         return made, [descriptor]
 
-    def count_living(self) -> tuple[bool, ...]:
-        """Which of those that were made for this user still are. Raises QuotaExceeded when there is no room."""
+    def count_living(self) -> tuple[int, ...]:
+        """Those that were made for this owner and may be living. Raises QuotaExceeded when there is no room."""
         known, maximum = self.ask.known, self.ask.maximum
         if len(known) < maximum:
-            return (True,) * len(known)
-        with self.raised("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"):
-            still = living(self.ask, time.monotonic() + limits.LIVING_SECONDS)
+            return known
+        with self.raised("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH", "CAP_SYS_ADMIN"):
+            still = living(self.ask, time.monotonic() + limits.LIVING_SECONDS).union(self.held.intersection(known))
         if len(still) >= maximum:
             raise QuotaExceeded("namespaces", maximum)
-        return tuple(inode in still for inode in known)
+        return tuple(inode for inode in known if inode in still)
 
     def make(self, kind: str, process: Process, caller: Caller) -> int:
         """A new namespace in the caller's user namespace, by a child that goes there and does not come back."""
@@ -218,9 +231,10 @@ class _Work:
         status = os.stat("user", dir_fd=own)
         with self.raised("CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE"):
             if kind == "mnt":  # a copy of what the caller sees, not of what we do
-                if count_mounts(process, _MOUNTS) > _MOUNTS:  # each copy takes memory that counts for this service
+                theirs = process.namespace("mnt")
+                if count_mounts(process, theirs, _MOUNTS) > _MOUNTS:  # each copy's memory counts for this service
                     raise OSError(errno.ENOSPC, "too many mounts")
-                namespaces.setns(process.namespace("mnt"), CLONE["mnt"])
+                namespaces.setns(theirs, CLONE["mnt"])
             if namespaces.identity(caller.user) != (status.st_dev, status.st_ino):
                 # From here on the caller may signal this process. It cannot trace it: its memory is still ours.
                 namespaces.setns(caller.user, CLONE["user"])
@@ -231,8 +245,9 @@ class _Work:
     def set_up(self, namespace: int) -> None:
         """Bring `lo` up, and connect it, if the rule says so."""
         enter, change = self.raised("CAP_SYS_ADMIN"), self.raised("CAP_NET_ADMIN")
-        if self.ask.uplink is not None:
-            connect(namespace, self.ask.uplink, self.ask.owner, self.ask.maximum, enter, change)
+        uplink = self.ask.wanted[0].uplink
+        if uplink is not None:
+            connect(namespace, uplink, self.ask.owner, self.ask.maximum, enter, change)
             return
         with enter:
             namespaces.setns(namespace, CLONE["net"])
@@ -265,8 +280,15 @@ def _open_named(name: str) -> int:
         raise NotWhatItWas(str(error)) from None
 
 
-def count_mounts(process: Process, most: int) -> int:
-    """How many mounts a process sees; of more than `most`, some number above that. Needs CAP_SYS_PTRACE over it."""
+def count_mounts(process: Process, namespace: int, most: int) -> int:
+    """How many mounts are in a process' mount namespace, of which the borrowed descriptor is.
+
+    Before Linux 6.12, which does not say that, those that the process sees, all below its root; of more than `most`,
+    some number above that. Needs CAP_SYS_PTRACE over it.
+    """
+    there = namespaces.mounts_in(namespace)
+    if there is not None:
+        return there
     descriptor, count = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process.folder), 0
     try:
         while count <= most and (part := os.read(descriptor, 65536)):

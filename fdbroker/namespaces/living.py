@@ -1,8 +1,10 @@
 """Which namespaces still are: those that a process is in, has open, or has mounted somewhere.
 
-Runs in: a child of the namespaces worker, with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH raised. Clients control what
-their processes hold; one that is held by a socket alone, or by a descriptor in flight, is not seen here. The kernel's
-own maxima (/proc/sys/user) hold for those as well.
+Runs in: a child of the namespaces worker, with CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH and CAP_SYS_ADMIN raised. Clients
+control what their processes hold. What cannot be looked at counts, for the owner of what hides it, as if all were
+there. A namespace that is held by a socket alone, by a descriptor in flight, or by a process that forks and ends all
+the time, is not seen here, unless it is a mount namespace, which the kernel lists. The kernel's own maxima
+(/proc/sys/user) hold for all of them.
 """
 
 from __future__ import annotations
@@ -13,31 +15,34 @@ import re
 import time
 from collections.abc import Iterator
 
-from fdbroker import limits
-from fdbroker.kernel import namespaces, processes
+from fdbroker.kernel import namespaces
 from fdbroker.kernel.namespaces import CLONE
+from fdbroker.limits import namespaces as limits
 from fdbroker.wire.worker import Ask
 
 _OTHERS_S = limits.LIVING_OTHERS_MS / 1000
+_TRIES, _TRY_S = 20, 0.001
 _LINKS = (*CLONE, "time_for_children")
+_ENDED = (FileNotFoundError, ProcessLookupError)
 # what has no path of a file system, and no other kind of it than namespaces
 _NSFS = re.compile(rf"(?:{'|'.join(CLONE)}):\[([0-9]+)\]")
 
 
-class _Late(Exception):
-    """The time is over, and nobody has looked at all processes that may be the owner's."""
+class _Unseen(Exception):
+    """Not all that the owner's processes may hold was looked at: the time is over, or something hides it."""
 
 
 def living(ask: Ask, until_s: float) -> set[int]:
     """Those of the known namespaces, which were made for an owner, that still are: that any of its uids holds.
 
     A number that the kernel has given to somebody else's namespace since then does not count. At `until_s` all that
-    were not found yet count, if the owner's processes or root's took it so long.
+    were not found yet count, if the owner's processes or root's took it so long; so do they when the owner's hide
+    something.
     """
     search = _Search(ask, until_s)
     try:
         search.run()
-    except _Late:
+    except _Unseen:
         return set(ask.known)
     return set(ask.known) - search.missing
 
@@ -55,10 +60,12 @@ class _Search:
         self.ask = ask
         self.until_s = until_s
         self.missing = set(ask.known)
-        self._mounts: set[str] = set()
+        self._listed: set[int] = set()  # mount namespaces of our own user namespace that are, whoever holds them
+        self._of_others: set[int] = set()  # mount namespaces that processes which need not be the owner's are in
+        self._whole: dict[str, bool] = {}  # mount namespaces, by link: whether all that is mounted there was seen
 
     def run(self) -> None:
-        """Look until nothing is missing. Raises _Late."""
+        """Look until nothing is missing. Raises _Unseen."""
         own, roots, others = self._processes()
         for pid in own:
             self._in_time()
@@ -67,16 +74,46 @@ class _Search:
             self._in_time()
             self._enter(pid)
             self._look_if_its(pid)
-        until_s = min(self.until_s, time.monotonic() + _OTHERS_S)
+        self._look_at_list(time.monotonic() + _OTHERS_S)
+        self._look_at_others(others, min(self.until_s, time.monotonic() + _OTHERS_S))
+        # an owner without power over our own user namespace gets no process into one; who has made another, has
+        self.missing -= self._listed - self._of_others
+        if self.missing and not all(self._whole.values()):
+            raise _Unseen
+
+    def _look_at_others(self, others: list[str], until_s: float) -> None:
         for step in (self._enter, self._look_if_its):  # the first takes no longer for anybody's groups
             for pid in others:
                 if time.monotonic() >= until_s:
                     return
                 step(pid)
 
+    def _look_at_list(self, until_s: float) -> None:
+        """All mount namespaces that were made since this service's own, where the kernel lists them."""
+        found, tries = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), 0
+        try:
+            while self.missing and time.monotonic() < until_s and tries < _TRIES:
+                before = found
+                try:
+                    found = namespaces.next_mount_namespace(before)
+                except FileNotFoundError:  # the end; or one is just ending, and hides those behind it for a moment
+                    tries += 1
+                    time.sleep(_TRY_S)
+                    continue
+                os.close(before)
+                tries, number = 0, os.fstat(found).st_ino
+                if number in self.missing and _is_of(found, self.ask, its=False):
+                    self.missing.discard(number)
+                elif number in self.missing and _is_of(found, self.ask, its=True):
+                    self._listed.add(number)
+        except OSError:  # this kernel has no list, or not for us
+            pass
+        finally:
+            os.close(found)
+
     def _in_time(self) -> None:
         if time.monotonic() >= self.until_s:
-            raise _Late
+            raise _Unseen
 
     def _processes(self) -> tuple[list[str], list[str], list[str]]:
         """By their effective uids: the owner's, root's, and others, those of the system's users first.
@@ -91,7 +128,7 @@ class _Search:
             self._in_time()
             with contextlib.suppress(OSError):  # it ended meanwhile
                 euid = os.stat(f"/proc/{pid}").st_uid
-                if self.ask.belongs(euid):
+                if _belongs(self.ask, euid):
                     own.append(pid)
                 elif euid == 0:
                     roots.append(pid)
@@ -105,35 +142,71 @@ class _Search:
             return
         with contextlib.suppress(OSError):
             self.missing -= set(_entered(f"/proc/{pid}", self.missing, self.ask, its=False))
+            self._of_others.add(_number(os.readlink(f"/proc/{pid}/ns/mnt")))
 
     def _look_if_its(self, pid: str) -> None:
+        its = False
         with contextlib.suppress(OSError):
-            if self.missing and any(map(self.ask.belongs, _uids(pid))):
-                self._look(pid)
+            its = bool(self.missing) and any(_belongs(self.ask, uid) for uid in _uids(pid))
+        if its:
+            self._look(pid)
 
     def _look(self, pid: str) -> None:
-        """A process of the owner's: all that it holds."""
-        if not self.missing:
-            return
-        with contextlib.suppress(OSError):
-            self.missing -= set(_entered(f"/proc/{pid}", self.missing, self.ask, its=True))
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                self._in_time()
-                self.missing -= set(_entered(f"/proc/{pid}/task/{thread}", self.missing, self.ask, its=True))
-            for number in _opened(pid):
-                self._in_time()
-                self.missing.discard(number)
-            mounted = os.readlink(f"/proc/{pid}/ns/mnt")
-            if mounted not in self._mounts:
-                self._mounts.add(mounted)
-                self.missing -= set(_mounted(pid))
+        """A process of the owner's: all that it holds. Its threads are in one, have tables and roots of their own."""
+        threads: list[str] = []
+        with contextlib.suppress(*_ENDED):
+            threads = os.listdir(f"/proc/{pid}/task")
+        read = 0  # the last one whose descriptors were looked at
+        for thread in threads:
+            if not self.missing:
+                return
+            shared = bool(read) and namespaces.shares_descriptors(read, int(thread))
+            if self._look_at_thread(f"/proc/{pid}/task/{thread}", descriptors=not shared) and not shared:
+                read = int(thread)
+
+    def _look_at_thread(self, folder: str, *, descriptors: bool) -> bool:
+        """Whether it was there to the end. One that ends meanwhile can be forbidden for a moment. Raises _Unseen."""
+        for _ in range(2):
+            self._in_time()
+            try:
+                self.missing -= set(_entered(folder, self.missing, self.ask, its=True))
+                for number in _opened(folder) if descriptors else ():
+                    self._in_time()
+                    self.missing.discard(number)
+                self._look_at_mounts(folder)
+            except _ENDED:
+                return False
+            except OSError:
+                continue
+            return True
+        if not _belongs(self.ask, 0):  # root has processes that a security module keeps from everybody
+            raise _Unseen
+        return False
+
+    def _look_at_mounts(self, folder: str) -> None:
+        """What is mounted in a thread's mount namespace. What is outside of its root another one may see."""
+        link = os.readlink(f"{folder}/ns/mnt")
+        if not self._whole.get(link):
+            descriptor = os.open(f"{folder}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                numbers, whole = _mounted(folder, descriptor)
+                self.missing -= numbers
+                # in one of somebody else's the owner can mount nothing
+                self._whole[link] = whole or not _is_of(descriptor, self.ask, its=False)
+            finally:
+                os.close(descriptor)
+
+
+def _belongs(ask: Ask, uid: int) -> bool:
+    """Whether a uid is one of the owner's."""
+    return any(first <= uid <= last for first, last in ask.uids)
 
 
 def _uids(pid: str) -> tuple[int, ...]:
     """Those of a process. Before Linux 6.13 it takes as long as the process has groups."""
     pidfd = os.pidfd_open(int(pid))
     try:
-        found = processes.uids_of(pidfd)
+        found = namespaces.uids_of(pidfd)
     finally:
         os.close(pidfd)
     if found is not None:
@@ -155,34 +228,54 @@ def _entered(folder: str, wanted: set[int], ask: Ask, *, its: bool) -> Iterator[
             number = _number(os.readlink(path))
         except FileNotFoundError:  # a kernel without that type
             continue
-        if number in wanted and _is_of(path, ask, its=its):
-            yield number
+        if number in wanted:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if _is_of(descriptor, ask, its=its):
+                    yield number
+            finally:
+                os.close(descriptor)
 
 
-def _is_of(path: str, ask: Ask, *, its: bool) -> bool:
+def _is_of(descriptor: int, ask: Ask, *, its: bool) -> bool:
     """Whether a namespace is owned by a user namespace of that owner; or by ours, and `its` process is in it."""
-    with contextlib.ExitStack() as owned:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        owned.callback(os.close, descriptor)
+    maker = _maker(descriptor)
+    return its if maker is None else _belongs(ask, maker)
+
+
+def _maker(descriptor: int) -> int | None:
+    """The uid that made the user namespace which owns a namespace; None: that is ours, or above ours."""
+    try:
         user = namespaces.owner(descriptor)
-        owned.callback(os.close, user)
+    except PermissionError:
+        return None
+    try:
         ours = os.stat("/proc/self/ns/user")
-        return ask.belongs(namespaces.owner_uid(user)) or (
-            its and namespaces.identity(user) == (ours.st_dev, ours.st_ino)
-        )
+        return None if namespaces.identity(user) == (ours.st_dev, ours.st_ino) else namespaces.owner_uid(user)
+    finally:
+        os.close(user)
 
 
-def _opened(pid: str) -> Iterator[int]:
+def _opened(folder: str) -> Iterator[int]:
     """By the link alone: fdinfo would ask the file's driver, and an epoll's owner can make that wait for ever."""
-    for name in os.listdir(f"/proc/{pid}/fd"):
+    for name in os.listdir(f"{folder}/fd"):
         with contextlib.suppress(FileNotFoundError):
-            yield _number(os.readlink(f"/proc/{pid}/fd/{name}"))
+            yield _number(os.readlink(f"{folder}/fd/{name}"))
 
 
-def _mounted(pid: str) -> Iterator[int]:
+def _mounted(folder: str, namespace: int) -> tuple[set[int], bool]:
+    """The namespaces that a thread sees mounted, and whether it sees all mounts of its mount namespace.
+
+    Before Linux 6.12, which does not say how many there are, whoever sees a `/` is believed to see all: in an empty
+    folder it would not.
+    """
+    numbers, seen, root = set(), 0, False
     # a newline alone ends a line: a mount's path may have "\r" in it
-    with open(f"/proc/{pid}/mountinfo", errors="replace", newline="\n") as file:
+    with open(f"{folder}/mountinfo", errors="replace", newline="\n") as file:
         for line in file:
-            number = _number(line.split(" ", 4)[3])
-            if number:
-                yield number
+            own, parent, _, what, where, _ = line.split(" ", 5)
+            numbers.add(_number(what))
+            seen += own != parent  # the root of them all is its own parent, and does not count
+            root = root or where == "/"
+    there = namespaces.mounts_in(namespace)
+    return numbers - {0}, root if there is None else there == seen

@@ -10,14 +10,15 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fdbroker import limits
 from fdbroker.errors import Finding, PolicyError
+from fdbroker.limits import policy as limits
+from fdbroker.limits.inbox import MESSAGE_BYTES
 from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import decide, view
 from fdbroker.policy.globs import dangerous_rule
 from fdbroker.policy.literals import is_literal
-from fdbroker.policy.load import Digest, Node, close, in_order, load
+from fdbroker.policy.load import Digest, Node, close, hinted, in_order, load
 from fdbroker.policy.ranges import known_owner
 from fdbroker.policy.recipients import with_recipients
 from fdbroker.policy.spelling import glob_error, label_glob_error, name_glob_error
@@ -48,6 +49,8 @@ from fdbroker.typed import parse_asked
 CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
 
 
+# With so many errors no more names are looked up, for each that nobody has takes a look at all accounts.
+_SOUGHT = 1000
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -61,11 +64,15 @@ class PolicyTest(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A policy that has no error, its tests, and the trees of its files, as load.py makes them."""
+    """A policy that has no error, its tests, and the trees of its files, as load.py makes them.
+
+    `idle` are rules by the group database that nobody has: a group's first member gets them without a reload.
+    """
 
     policy: Policy
     tests: tuple[PolicyTest, ...]
     documents: tuple[Node, ...] = ()
+    idle: tuple[Rule, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -100,6 +107,19 @@ def compile_documents(path: str, documents: Sequence[Node], findings: list[Findi
     return loaded._replace(policy=policy, documents=tuple(documents))
 
 
+def compile_again(loaded: Loaded, findings: list[Finding]) -> Loaded:
+    """The trees of `loaded` with what the databases say now, but for the recipients of stored messages.
+
+    `findings` takes the names that are no more. What is for one of them is left out, but a deny rule with one is still
+    for all that it was for, and for the members that its other groups have now.
+    """
+    work = _Compiler(findings, loaded.policy)
+    for document in loaded.documents:
+        work.document(document)
+    findings[:] = in_order(findings)
+    return work.result()._replace(documents=loaded.documents)
+
+
 def failed_tests(loaded: Loaded) -> list[Finding]:
     """The policy's own tests that do not come out as they say."""
     findings = []
@@ -118,22 +138,27 @@ def failed_tests(loaded: Loaded) -> list[Finding]:
 
 
 class _Compiler:
-    def __init__(self, findings: list[Finding]) -> None:
+    """`before` is what came of the same trees the last time, None for new ones."""
+
+    def __init__(self, findings: list[Finding], before: Policy | None = None) -> None:
         self.findings = findings
+        self.before = before
         self.administrators: tuple[set[int], set[int]] = (set(), set())
         self.limits = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
         self.by_uid: dict[int, list[Rule]] = {}
         self.by_gid: dict[int, list[Rule]] = {}
         self.everyone: list[Rule] = []
         self.deny: list[DenyRule] = []
+        self.idle: list[Rule] = []
         self.topics: dict[str, Topic] = {}
         self.named_topics: list[Node] = []  # by name, in rules: they must exist
         self.uid_limits: dict[int, dict[str, int]] = {}
         self.gid_limits: dict[int, dict[str, int]] = {}
         self.everyone_limits: dict[str, int] = {}
         self.tests: list[PolicyTest] = []
-        self.owners = names.owners()
-        self.subordinate = names.subordinate_uids()
+        self.listed = names.Listed()
+        self.owners = self.listed.owners()
+        self.subordinate = self.listed.subordinate_uids()
 
     def result(self) -> Loaded:
         return Loaded(
@@ -152,6 +177,7 @@ class _Compiler:
                 owners=self.owners,
             ),
             tuple(self.tests),
+            idle=tuple(self.idle),
         )
 
     def document(self, document: Node) -> None:
@@ -187,10 +213,12 @@ class _Compiler:
     # ---- names
 
     def id(self, node: Node, kind: str) -> int | None:
-        number = names.uid_of(node.value) if kind == "user" else names.gid_of(node.value)
+        if len(self.findings) >= _SOUGHT:
+            return None
+        number = self.listed.uid_of(node.value) if kind == "user" else names.gid_of(node.value)
         if number is None:
-            known = names.user_names() if kind == "user" else names.group_names()
-            self.findings.append(node.finding(f"unknown {kind} {node.value!r}", hint=close(node.value, known)))
+            hint = close(node.value, self.listed.names(kind)) if hinted(self.findings) else ""
+            self.findings.append(node.finding(f"unknown {kind} {node.value!r}", hint=hint))
         elif number in NOBODY or number > INVALID_ID:
             self.findings.append(
                 node.finding(f"{kind} {node.value!r} is number {number}, which stands for nobody and matches nothing")
@@ -217,8 +245,11 @@ class _Compiler:
         for node, rule in compiled:
             if node.get("membership") == "nss" and gid is not None:
                 # the database's word: the rule goes to its members of this moment, one by one
-                for uid in names.members_of(gid):
+                members = self.listed.members_of(gid)
+                for uid in members:
                     self.by_uid.setdefault(uid, []).append(rule)
+                if not members:
+                    self.idle.append(rule)
             else:
                 rules.append(rule)
 
@@ -332,10 +363,10 @@ class _Compiler:
             keep_s = 0
             if keep:
                 self.findings.append(node.value["keep"].finding("keep, but nothing is stored", "`queue` in `deliver`"))
-        most = limits.ATTACHED_BYTES if deliver == ("subscribers",) else limits.MESSAGE_BYTES
+        most = limits.ATTACHED_BYTES if deliver == ("subscribers",) else MESSAGE_BYTES
         maximum = node.get("maximum_bytes") or most
-        if maximum > limits.MESSAGE_BYTES and deliver != ("subscribers",):
-            expected = f"at most {limits.MESSAGE_BYTES} where the journal or the queue has them"
+        if maximum > MESSAGE_BYTES and deliver != ("subscribers",):
+            expected = f"at most {MESSAGE_BYTES} where the journal or the queue has them"
             self.findings.append(node.value["maximum_bytes"].finding("maximum_bytes", expected, str(maximum)))
         self.topics[name] = Topic(name, deliver, maximum, keep_s)
 
@@ -353,7 +384,8 @@ class _Compiler:
         """Once all files are read: a rule that names a topic which does not exist is a mistake."""
         for node in self.named_topics:
             if node.value not in self.topics:
-                hint = close(node.value, self.topics) or "declare it under `topics:`"
+                meant = close(node.value, self.topics) if hinted(self.findings) else ""
+                hint = meant or "declare it under `topics:`"
                 self.findings.append(node.finding(f"unknown topic {node.value!r}", hint=hint))
 
     def deny_rule(self, node: Node) -> None:
@@ -374,10 +406,15 @@ class _Compiler:
         others += [self.socket(one, source) for one in node.items("sockets")]
         if not any(key in node.value for key in ("devices", "namespaces", "sockets")):
             self.findings.append(node.finding("a deny rule without any of devices, namespaces, sockets"))
+        unknown = len(self.findings)
         gids = self.ids(groups, "group")
         # a process can leave its groups, and be any subordinate uid of its user: the rule is for all of these
-        uids = self.ids(users, "user").union(*map(names.members_of, gids))
+        uids = self.ids(users, "user").union(*map(self.listed.members_of, gids))
         ranges = tuple((first, last) for user, first, last in self.subordinate if user in uids)
+        if self.before is not None and len(self.findings) > min(unknown, _SOUGHT - 1):  # by then none is looked up
+            was = self.before.deny[len(self.deny)]
+            gids, uids = gids | was.gids, uids | was.uids
+            ranges = tuple(dict.fromkeys((*ranges, *was.ranges)))
         everyone = bool(node.get("everyone"))
         where = f"{node.file}:{node.line}"
         self.deny.append(DenyRule(patterns, tuple(others), uids, gids, everyone, source, where, globs, ranges))
@@ -390,18 +427,9 @@ class _Compiler:
         if uid is None or resource is None:
             return
         gid, all_gids = (min(gids, default=INVALID_ID), gids) if "groups" in subject.value else names.groups_of(uid)
-        self.tests.append(
-            PolicyTest(
-                Subject(
-                    *(uid, all_gids, gid, 0, "", subject.get("label") or ""),
-                    foreign=False,
-                    owner=known_owner(self.owners, uid),
-                ),
-                resource,
-                node.get("expect") == "allow",
-                node,
-            )
-        )
+        label, owner = subject.get("label") or "", known_owner(self.owners, uid)
+        who = Subject(uid, all_gids, gid, 0, "", label, foreign=False, owner=owner)
+        self.tests.append(PolicyTest(who, resource, node.get("expect") == "allow", node))
 
     def asked(self, node: Node) -> Resource | TopicUse | None:
         """What a test asks for."""

@@ -40,6 +40,11 @@ class Policy(NamedTuple):
     loaded_us: int = 0
 
     @property
+    def uids(self) -> frozenset[int]:
+        """All uids that it names, as those of users."""
+        return self.administrator_uids.union(self.by_uid, self.uid_limits, *(rule.uids for rule in self.deny))
+
+    @property
     def gids(self) -> frozenset[int]:
         """All groups for which it says anything."""
         named = frozenset((*self.by_gid, *self.gid_limits, *self.administrator_gids))

@@ -1,6 +1,7 @@
 """Allow or deny: the policy, a subject and what it asks for, and nothing else.
 
-Runs in: opener, command line. An attacker controls what is asked. Nothing is opened, looked up or remembered here.
+Runs in: opener, keeper, inbox, launcher, command line. An attacker controls what is asked. Nothing is opened, looked up
+or remembered here.
 
 Default deny, for root too. A deny rule that matches wins. Otherwise the union of the rules for everyone, for the
 user and for all groups of the subject, as far as they are for its label.

@@ -13,15 +13,17 @@ import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from fdbroker import limits
 from fdbroker.errors import Finding, PolicyError
+from fdbroker.limits import policy as limits
 
 # dpkg and rpm leave such files beside a file of configuration: x.dpkg-old, x.rpmsave.
 _LEFTOVER = re.compile(r"\.(?:dpkg-|rpm)")
 _LINKS = 40  # as many as the kernel follows: path_resolution(7)
+# Landlock: a running service has given up other folders
+_DENIED = "Landlock denies root this until fdbroker is restarted, or AppArmor or SELinux do by their policy"
 
 
-def policy_files(policy: str, findings: list[Finding]) -> list[str]:
+def policy_files(policy: str, findings: list[Finding], *, trusted: bool = False) -> list[str]:
     """The policy file and the *.yaml of the folder policy.d beside it, in order of name, as absolute paths.
 
     Leftovers of editors and package managers are skipped; any other entry of policy.d is added to `findings`, for an
@@ -32,8 +34,11 @@ def policy_files(policy: str, findings: list[Finding]) -> list[str]:
     try:
         names = sorted(os.listdir(folder)) if os.path.lexists(folder) else []
     except OSError as error:
-        what, hint = f"cannot be read: {error.strerror}", "make it one, or remove it"
-        raise PolicyError([Finding(folder, 0, 0, what, "a folder", hint=hint)]) from None
+        expected, hint = "a folder", "make it one, or remove it"
+        if trusted and error.errno == errno.EACCES:
+            expected, hint = "", _DENIED
+        what = f"cannot be read: {error.strerror}"
+        raise PolicyError([Finding(folder, 0, 0, what, expected, hint=hint)]) from None
     files = []
     for name in names:
         path = os.path.join(folder, name)
@@ -161,9 +166,7 @@ def read(file: str, findings: list[Finding], *, trusted: bool) -> str | None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        hint = "`--policy FILE` takes another file"
-        if trusted and error.errno == errno.EACCES:  # Landlock: a running service has given up other folders
-            hint = "Landlock denies root this until fdbroker is restarted, or AppArmor or SELinux do by their policy"
+        hint = _DENIED if trusted and error.errno == errno.EACCES else "`--policy FILE` takes another file"
         wrong(f"cannot be read: {error.strerror}", hint=hint)
         return None
     if len(data) > limits.POLICY_FILE_BYTES:

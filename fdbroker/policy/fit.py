@@ -1,7 +1,7 @@
 """Judges whether a node fits a rule, and which nodes a rule gives only with `dangerous: true`.
 
-Runs in: opener, launcher, command line. An attacker controls which allowed path is asked for. Nothing is opened or
-looked up here.
+Runs in: opener, keeper, launcher, command line. An attacker controls which allowed path is asked for. Nothing is opened
+or looked up here.
 
 The reader or writer of a dangerous node has power over the machine, or over other people's sessions. A name proves
 nothing, for root can make a node of any name; so a node is judged by its number, its class and its name in the kernel
@@ -20,93 +20,36 @@ from fdbroker.terms import OWN_TERMINAL, DeviceRule
 
 # Names at any depth below /dev, and in the kernel.
 DANGEROUS_NAMES = (
-    "mem",
-    "kmem",
-    "port",
-    "kmsg",
-    "watchdog*",
-    "snapshot",
-    "msr*",
-    "nvram",
+    *("mem", "kmem", "port", "kmsg", "watchdog*", "snapshot", "msr*", "nvram"),
     # terminals
-    "tty*",
-    "pty*",
-    "ptmx",
-    "pts",
-    "vcs*",
-    "console",
-    "hvc*",
-    "rfcomm*",
+    *("tty*", "pty*", "ptmx", "pts", "vcs*", "console", "hvc*", "rfcomm*"),
     # disks, and other stores of the machine's software
-    "sd*",
-    "vd*",
-    "nvme*",
-    "ng*",
-    "mmcblk*",
-    "loop*",
-    "dm-*",
-    "mapper",
-    "btrfs-control",
-    "sg*",
-    "bsg",
-    "st*",
-    "nst*",
-    "mtd*",
-    "ipmi*",
+    *("sd*", "vd*", "nvme*", "ng*", "mmcblk*", "loop*", "dm-*", "mapper", "btrfs-control", "sg*", "bsg", "st*", "nst*"),
+    *("mtd*", "ipmi*"),
     # devices that a program plays, such as a keyboard that types for others, and a tap on all USB devices
-    "uinput",
-    "userio",
-    "uhid",
-    "vhci",
-    "cuse",
-    "uio*",
-    "usbmon*",
+    *("uinput", "userio", "uhid", "vhci", "cuse", "uio*", "usbmon*"),
 )
 DANGEROUS_CLASSES = (
-    "tty",
-    "vc",
-    "block",
-    "nvme",
-    "nvme-generic",
-    "nvme-subsystem",
-    "scsi_generic",
-    "scsi_tape",
-    "scsi_changer",
-    "bsg",
-    "mtd",
-    "mmc_rpmb",
-    "watchdog",
-    "msr",
-    "ipmi",
-    "uio",
-    "usbmon",
+    *("tty", "vc", "block", "nvme", "nvme-generic", "nvme-subsystem", "scsi_generic", "scsi_tape", "scsi_changer"),
+    *("bsg", "mtd", "mmc_rpmb", "watchdog", "msr", "ipmi", "uio", "usbmon"),
 )
 _TERMINAL = "a terminal"
 _MAJORS_OF_TERMINALS = (2, 3, 4, 5, *range(136, 144), 166, 188, 204, 229)
 # Fixed numbers: for these no driver need be there, for the kernel loads some of them when a node is opened.
-DANGEROUS_NUMBERS = {
-    "1:1": "mem",
-    "1:2": "kmem",
-    "1:4": "port",
-    "1:11": "kmsg",
-    **{f"{major}:*": _TERMINAL for major in _MAJORS_OF_TERMINALS},
-    "7:*": "the memory of a console",
-    "9:*": "a tape",
-    "10:130": "watchdog",
-    "10:137": "vhci",
-    "10:144": "nvram",
-    "10:203": "cuse",
-    "10:223": "uinput",
-    "10:231": "snapshot",
-    "10:234": "btrfs-control",
-    "10:236": "mapper/control",
-    "10:237": "loop-control",
-    "10:239": "uhid",
-    "10:240": "userio",
-    "21:*": "a disk (sg)",
-    "90:*": "mtd",
-    "202:*": "msr",
-}
+DANGEROUS_NUMBERS = (
+    {"1:1": "mem", "1:2": "kmem", "1:4": "port", "1:11": "kmsg"}
+    | {f"{major}:*": _TERMINAL for major in _MAJORS_OF_TERMINALS}
+    | {"7:*": "the memory of a console", "9:*": "a tape", "10:130": "watchdog", "10:137": "vhci", "10:144": "nvram"}
+    | {
+        "10:203": "cuse",
+        "10:223": "uinput",
+        "10:231": "snapshot",
+        "10:234": "btrfs-control",
+        "10:236": "mapper/control",
+    }
+    | {"10:237": "loop-control", "10:239": "uhid", "10:240": "userio", "21:*": "a disk (sg)", "90:*": "mtd"}
+    | {"202:*": "msr"}
+)
 # Terminals of windows and of ssh: the kernel has no entry in /sys/dev for these. Source: drivers/tty/pty.c.
 PTS_MAJORS = range(136, 144)
 

@@ -112,7 +112,10 @@ def _dangerous_part(part: str) -> str:
     if is_literal(part) and not is_dangerous_name(literal(part)):
         return ""
     pieces = list(PIECE.finditer(part))
+    first = literal(pieces[0]["one"]) if pieces and pieces[0]["one"] else ""
     for name in DANGEROUS_NAMES:
+        if first not in ("", name[0]):  # as for most names of most rules
+            continue
         places = _after(pieces, name.removesuffix("*"))
         # a name that ends in a star goes on as the glob does
         if len(pieces) in places or (places and name.endswith("*")):

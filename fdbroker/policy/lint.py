@@ -161,8 +161,9 @@ def _unconnected(policy: Policy, machine: Machine) -> Iterator[Finding]:
     for uid, rules in policy.by_uid.items():
         if rules:
             first.setdefault(uid, rules[0].where)
+    listed = names.Listed()
     for gid, rules in policy.by_gid.items():
-        for uid in names.members_of(gid) if rules else ():
+        for uid in listed.members_of(gid) if rules else ():
             first.setdefault(uid, rules[0].where)
     for uid, where in first.items():
         why = None if uid in NOBODY else machine.connect(uid, names.groups_of(uid)[1])

@@ -14,18 +14,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import yaml
 
-from fdbroker import limits
 from fdbroker.errors import Finding
+from fdbroker.limits import policy as limits
+from fdbroker.limits.opener import POLICY_FINDINGS
 from fdbroker.policy import schema
 from fdbroker.policy.files import policy_files, read
 
 # What YAML 1.1 calls printable (its c-printable), but for what ends a line beside the line feed, and for the tab.
 _NOT_TEXT = re.compile("[^\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+_HINTED = 20  # findings with a hint
 
 
 class Node(NamedTuple):
@@ -76,9 +80,9 @@ def load(policy: str, findings: list[Finding], *, trusted: bool, digest: Digest 
     when the folder cannot be listed.
     """
     documents, size = [], 0
-    for file in policy_files(policy, findings):
+    for file in policy_files(policy, findings, trusted=trusted):
         text = read(file, findings, trusted=trusted)
-        size += len(text or "")
+        size += len((text or "").encode())
         if size > limits.POLICY_BYTES:  # nobody hears from the launcher while it loads: systemd's watchdog waits
             findings.append(
                 Finding(file, 0, 0, "is too much with those before it", f"at most {limits.POLICY_BYTES} bytes")
@@ -96,7 +100,7 @@ def load(policy: str, findings: list[Finding], *, trusted: bool, digest: Digest 
 def in_order(findings: list[Finding], what: str = "errors") -> list[Finding]:
     """By file and line, and no more than a person reads."""
     findings = sorted(dict.fromkeys(findings), key=lambda one: (one.file, one.line, one.column))
-    most = limits.POLICY_FINDINGS
+    most = POLICY_FINDINGS
     if len(findings) > most:
         findings[most:] = [Finding(findings[0].file, 0, 0, f"and {len(findings) - most} {what} more")]
     return findings
@@ -105,8 +109,22 @@ def in_order(findings: list[Finding], what: str = "errors") -> list[Finding]:
 # ---- syntax
 
 
-class _Text(yaml.SafeLoader):
-    """Composes nodes; constructs nothing."""
+class _Composer(yaml.composer.Composer, yaml.resolver.Resolver):
+    """Makes nodes of events that were read before: to read a text takes most of the time that loading does."""
+
+    def __init__(self, events: Iterable[yaml.Event]) -> None:
+        yaml.composer.Composer.__init__(self)
+        yaml.resolver.Resolver.__init__(self)
+        self._events = deque(events)
+
+    def check_event(self, *kinds: type[yaml.Event]) -> bool:
+        return bool(self._events) and isinstance(self._events[0], kinds)
+
+    def peek_event(self) -> yaml.Event:
+        return self._events[0]
+
+    def get_event(self) -> yaml.Event:
+        return self._events.popleft()
 
 
 def parse(file: str, text: str, findings: list[Finding]) -> Node | None:
@@ -122,10 +140,10 @@ def parse(file: str, text: str, findings: list[Finding]) -> Node | None:
     if len(findings) > before:
         return None
     try:
-        _check_events(file, text, findings)
+        events = _check_events(file, text, findings)
         if len(findings) > before:
             return None
-        root = yaml.compose(text, Loader=_Text)
+        root = _Composer(events).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
@@ -141,19 +159,21 @@ def parse(file: str, text: str, findings: list[Finding]) -> Node | None:
     return _Walk(file, findings).node(root, schema.POLICY, "a policy")
 
 
-def _check_events(file: str, text: str, findings: list[Finding]) -> None:
-    """Refuse what a policy needs not and a reader overlooks, before anything is built from it."""
+def _check_events(file: str, text: str, findings: list[Finding]) -> list[yaml.Event]:
+    """What a text says in YAML. What a policy needs not and a reader overlooks is refused before anything is built."""
 
     def wrong(event: Any, what: str, hint: str = "") -> None:
         findings.append(Finding(file, event.start_mark.line + 1, event.start_mark.column + 1, what, hint=hint))
 
     depth = documents = 0
-    for event in yaml.parse(text, Loader=_Text):
+    events: list[yaml.Event] = []
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        events.append(event)
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents == 2:
                 wrong(event, "a second document", "one file holds one policy")
-                return
+                break
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent):
             wrong(event, f"the alias *{anchor}", "aliases are not allowed: write it out")
@@ -165,9 +185,10 @@ def _check_events(file: str, text: str, findings: list[Finding]) -> None:
             depth += 1
             if depth > limits.POLICY_DEPTH:
                 wrong(event, f"over {limits.POLICY_DEPTH} levels deep")
-                return
+                break
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+    return events
 
 
 # ---- shape
@@ -252,7 +273,8 @@ class _Walk:
             case schema.Later():
                 self.wrong(node, f"{what} is not in this version", hint="remove it; nothing else would enforce it")
                 return None
-        self.wrong(node, what, expected, _kind_of(node), did_you_mean(text, kind))
+        hint = did_you_mean(text, kind) if hinted(self.findings) else ""
+        self.wrong(node, what, expected, _kind_of(node), hint)
         return None
 
     def sequence(self, node: yaml.Node, item: schema.Kind, what: str) -> list[Node] | None:
@@ -288,7 +310,8 @@ class _Walk:
             if field is None:
                 known = [known for known, one in kind.fields.items() if not isinstance(one.kind, schema.Later)]
                 expected = "one of " + ", ".join(known)
-                self.wrong(key, f"unknown key {name!r} in {kind.what}", expected, "", close(name, known))
+                hint = close(name, known) if hinted(self.findings) else ""
+                self.wrong(key, f"unknown key {name!r} in {kind.what}", expected, "", hint)
                 continue
             child = self.node(key if isinstance(field.kind, schema.Later) else value, field.kind, name)
             if child is not None:
@@ -316,6 +339,11 @@ class _Walk:
                 place = Node(name, self.file, key.start_mark.line + 1, key.start_mark.column + 1)
                 children[name] = (place, child)
         return children if isinstance(node, yaml.MappingNode) else None
+
+
+def hinted(findings: list[Finding]) -> bool:
+    """Whether the next one gets a hint: to find what is alike takes long, and the launcher is silent meanwhile."""
+    return len(findings) < _HINTED
 
 
 def close(word: str, words: Iterable[str]) -> str:

@@ -5,9 +5,12 @@ Runs in: launcher, command line; never in the opener or the inbox, for NSS loads
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
+from collections.abc import Collection
+from functools import cached_property
 
 from fdbroker.policy.owners import Owners
 from fdbroker.policy.ranges import make_owners
@@ -66,43 +69,67 @@ def groups_of(uid: int) -> tuple[int, frozenset[int]]:
     return user.pw_gid, frozenset(os.getgrouplist(user.pw_name, user.pw_gid))
 
 
-def members_of(gid: int) -> frozenset[int]:
-    """The uids of a group's members by the databases: those it lists and those whose primary group it is."""
-    members = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == gid}
-    try:
-        listed = grp.getgrgid(gid).gr_mem
-    except KeyError:
-        listed = []
-    for name in listed:
-        uid = uid_of(name)
-        if uid is not None:
-            members.add(uid)
-    return frozenset(members)
+class Listed:
+    """What the databases list of users and groups, each read when it is first asked for: once for all of a policy."""
 
+    @cached_property
+    def _users(self) -> list[pwd.struct_passwd]:
+        return pwd.getpwall()
 
-def subordinate_uids() -> list[tuple[int | None, int, int]]:
-    """The ranges of subuid(5): (the user's uid, or None for an unknown user, first uid, last uid).
+    @cached_property
+    def _uids(self) -> dict[str, int]:
+        return {user.pw_name: user.pw_uid for user in reversed(self._users)}  # of a name in two lines the first counts
 
-    A line that newuidmap(1) would not use, either, is left out. What another NSS service knows cannot be listed.
-    """
-    try:
-        with open(_SUBUID, "rb") as file:
-            lines = file.read().decode(errors="replace").split("\n")
-    except OSError:
-        return []
-    ranges = []
-    for line in lines:
-        name, *numbers = line.split(":")
-        first, count = (_number(text) for text in numbers) if len(numbers) == 2 else (None, None)
-        if first is not None and count and first < INVALID_ID:
-            user = uid_of(name)
-            ranges.append((user, first, min(first + count, INVALID_ID) - 1))
-    return ranges
+    @cached_property
+    def _by_gid(self) -> dict[int, set[int]]:
+        found: dict[int, set[int]] = {}
+        for user in self._users:
+            found.setdefault(user.pw_gid, set()).add(user.pw_uid)
+        return found
 
+    @cached_property
+    def _groups(self) -> list[str]:
+        return [group.gr_name for group in grp.getgrall()]
 
-def owners() -> Owners:
-    """The owner of every uid, by passwd(5) and subuid(5) as they are now."""
-    return make_owners((user.pw_uid for user in pwd.getpwall()), subordinate_uids())
+    def names(self, kind: str) -> Collection[str]:
+        """All names of a "user" or "group", for a suggestion."""
+        return self._uids if kind == "user" else self._groups
+
+    def uid_of(self, name: str) -> int | None:
+        """As `uid_of` of this module, and quick for a user that is listed: else each time all lines are read."""
+        number = _number(name)
+        if number is None:
+            number = self._uids.get(name)
+        return uid_of(name) if number is None else number
+
+    def members_of(self, gid: int) -> frozenset[int]:
+        """The uids of a group's members: those it lists and those whose primary group it is."""
+        members = set(self._by_gid.get(gid, ()))
+        with contextlib.suppress(KeyError):
+            members.update(uid for name in grp.getgrgid(gid).gr_mem if (uid := self.uid_of(name)) is not None)
+        return frozenset(members)
+
+    def subordinate_uids(self) -> list[tuple[int | None, int, int]]:
+        """The ranges of subuid(5): (the user's uid, or None for an unknown user, first uid, last uid).
+
+        A line that newuidmap(1) would not use, either, is left out. What another NSS service knows cannot be listed.
+        """
+        try:
+            with open(_SUBUID, "rb") as file:
+                lines = file.read().decode(errors="replace").split("\n")
+        except OSError:
+            return []
+        ranges = []
+        for line in lines:
+            name, *numbers = line.split(":")
+            first, count = (_number(text) for text in numbers) if len(numbers) == 2 else (None, None)
+            if first is not None and count and first < INVALID_ID:
+                ranges.append((self.uid_of(name), first, min(first + count, INVALID_ID) - 1))
+        return ranges
+
+    def owners(self) -> Owners:
+        """The owner of every uid, by passwd(5) and subuid(5) as they are now."""
+        return make_owners((user.pw_uid for user in self._users), self.subordinate_uids())
 
 
 def databases() -> tuple[tuple[int, int, int], ...]:
@@ -133,13 +160,3 @@ def people() -> frozenset[int]:
         for user in pwd.getpwall()
         if user.pw_uid == 0 or (user.pw_uid >= 1000 and os.path.basename(user.pw_shell) not in ("nologin", "false"))
     )
-
-
-def user_names() -> list[str]:
-    """All users that the databases list, for a suggestion."""
-    return [user.pw_name for user in pwd.getpwall()]
-
-
-def group_names() -> list[str]:
-    """All groups that the databases list, for a suggestion."""
-    return [group.gr_name for group in grp.getgrall()]

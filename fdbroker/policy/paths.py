@@ -1,6 +1,6 @@
 """Device paths and globs as text: which paths are well-formed, and what a glob matches.
 
-Runs in: opener, launcher, command line. An attacker controls every path; only the admin writes globs.
+Runs in: opener, keeper, inbox, launcher, command line. An attacker controls every path; only the admin writes globs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from fdbroker import limits
+from fdbroker.limits import opener as limits
 
 _Value = TypeVar("_Value")
 _PATH_BYTES, _NAME_BYTES = limits.PATH_BYTES, limits.NAME_BYTES

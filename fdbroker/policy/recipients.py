@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fdbroker import limits
 from fdbroker.errors import Finding, PolicyError
+from fdbroker.limits import policy as limits
 from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import covers, rules_of
@@ -28,9 +28,10 @@ def with_recipients(policy: Policy, path: str) -> Policy:
     )
     policy = policy._replace(topics=topics)
     uids = {uid for uid, rules in policy.by_uid.items() if _subscribes(rules)}
+    listed = names.Listed()
     for gid, rules in policy.by_gid.items():
         if _subscribes(rules):
-            uids |= names.members_of(gid)
+            uids |= listed.members_of(gid)
     if any(topic.everyone and topic.keep_s for topic in topics):
         uids |= names.people()
     users = []

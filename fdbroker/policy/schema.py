@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fdbroker import limits
+from fdbroker.limits import policy as limits
+from fdbroker.limits.inbox import MESSAGE_BYTES
 from fdbroker.terms import (
     ACCESS_NAMES,
     FAMILIES,
-    HANDLERS,
     NAMESPACE_TYPES,
     NEW_NAMESPACE_TYPES,
     PORT_MAX,
     SOCKET_TYPES,
 )
+
+HANDLERS = ("journal", "subscribers", "queue")
 
 
 class Text(NamedTuple):
@@ -321,7 +323,7 @@ POLICY = Mapping(
                         ),
                         "maximum_bytes": Field(
                             Integer(1, limits.ATTACHED_BYTES_MAX),
-                            f"How long a message may be; above {limits.MESSAGE_BYTES:,}, the default where it goes to "
+                            f"How long a message may be; above {MESSAGE_BYTES:,}, the default where it goes to "
                             "the journal or the queue, only in a memfd and to subscribers alone. Default for these: "
                             f"{limits.ATTACHED_BYTES:,}.",
                         ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from fdbroker import limits
+from fdbroker.limits import opener as limits
 from fdbroker.policy.labels import MODE, NO_PROFILE, STACK
 from fdbroker.policy.literals import is_literal
 from fdbroker.policy.paths import BACKSLASH, PIECE, literal, set_regex

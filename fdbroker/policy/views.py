@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import View, view
-from fdbroker.terms import Subject
+from fdbroker.terms import NOBODY, OTHERS, Subject, in_ranges
 
 # When there are more, all are made anew. A guess: as many as there are accounts.
 _KEPT = 1024
@@ -24,6 +24,8 @@ class Views(Generic[_Made]):
         self.policy = policy
         self._make = make
         self._gids = tuple(sorted(policy.gids))
+        self._uids = policy.uids | NOBODY | {0}
+        self._ranges = tuple(rule.ranges for rule in policy.deny if rule.ranges)
         self._by_subject: dict[tuple[object, ...], _Made] = {}
         self._by_view: dict[tuple[object, ...], _Made] = {}
 
@@ -33,11 +35,16 @@ class Views(Generic[_Made]):
 
     def of(self, subject: Subject) -> _Made:
         """For a subject; the same object for all about whom the policy says the same."""
-        who = (subject.uid, subject.owner, subject.foreign, subject.label, self.groups(subject))
+        # uids that no rule names are one, or each of a user's subordinate uids had a view to be made
+        uid, owner = (one if one in self._uids else None for one in (subject.uid, subject.owner))
+        denied = tuple([in_ranges(subject.uid, ranges) for ranges in self._ranges])
+        others = subject.owner == OTHERS
+        who = (uid, owner, others, denied, subject.foreign, subject.label, self.groups(subject))
         kept = self._by_subject.get(who)
         if kept is None:
             if len(self._by_subject) >= _KEPT:
                 self._by_subject.clear()
+            if len(self._by_view) >= _KEPT:
                 self._by_view.clear()
             made = view(self.policy, subject)
             # every field of it: two that differ in one that comes later must not be one either
