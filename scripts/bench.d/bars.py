@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-_WIDTH, _LEFT, _RIGHT = 900, 230, 90  # names to the left of the bars, numbers to the right
+_WIDTH, _LEFT, _RIGHT = 900, 270, 90  # names to the left of the bars, numbers to the right
 _ROW, _BAR, _HEAD, _TITLE = 20, 13, 34, 44
 _OURS, _OTHERS, _LINE = "#1f5fa8", "#9aa7b4", "#c8501e"
 

@@ -3,11 +3,18 @@
  *     client rounds CPU ROUNDS COUNT WHAT@SOCKET ...
  *         pinned to CPU, in each round COUNT requests to every target in turn, each round beginning with another one;
  *         prints one line a round: the median round trip of each target in nanoseconds. WHAT is
- *             open     one descriptor of /dev/null, on a connection that stays
- *             batch    sixteen of them in one request
- *             ping     PING, answered by PONG
- *             connect  a new connection and one descriptor over it; its end is not counted
- *             seat     seatd's protocol: a device is opened, then closed, which seatd wants before it opens it again
+ *             open         one descriptor of /dev/null, on a connection that stays
+ *             batch        sixteen of them in one request
+ *             mixed        sixteen different nodes in one request: the first of those in /dev/bench
+ *             first        one descriptor of a node in /dev/bench, each time another one
+ *             first-batch  sixteen of one such node in one request
+ *             first-mixed  sixteen such nodes in one request
+ *             ping         PING, answered by PONG
+ *             list         List, answered in one message
+ *             connect      a new connection and one descriptor of /dev/null over it; its end is not counted
+ *             seat         seatd's protocol: a device is opened, then closed, which seatd wants before it opens it again
+ *         The nodes of /dev/bench are asked for in order, and again from the first after the last one. bench.d/nodes.py
+ *         makes them, and compiles this with -DNODES=, how many there are.
  *     client hold COUNT SOCKET
  *         makes COUNT connections, says "ready" when the last one is answered, and keeps them until its input ends
  */
@@ -23,14 +30,11 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { BATCH = 16, TARGETS = 8, REPLY_BYTES = 65536, REST_NS = 100000 };
+enum { BATCH = 16, TARGETS = 8, REQUEST_BYTES = 4096, REPLY_BYTES = 65536, REST_NS = 100000 };
 
-#define RESOURCE "{\"device\":\"/dev/null\",\"access\":\"rw\"}"
-#define FOUR RESOURCE "," RESOURCE "," RESOURCE "," RESOURCE
-#define OPEN(resources) "{\"method\":\"io.fdbroker.Broker.Open\",\"parameters\":{\"resources\":[" resources "]}}"
-
-static const char open_one[] = OPEN(RESOURCE); /* the NUL at its end is the message's */
-static const char open_batch[] = OPEN(FOUR "," FOUR "," FOUR "," FOUR);
+static const char list[] = "{\"method\":\"io.fdbroker.Broker.List\"}"; /* the NUL at its end is the message's */
+static const char *const kinds[] = {"null", "zero", "full", "random", "urandom"}; /* of the nodes in /dev/bench, in turns */
+enum { KINDS = sizeof kinds / sizeof *kinds };
 static const char ping[] = {0, 0, 0, 4, 'P', 'I', 'N', 'G'};
 static const char pong[] = {0, 0, 0, 4, 'P', 'O', 'N', 'G'};
 
@@ -38,13 +42,33 @@ static const char pong[] = {0, 0, 0, 4, 'P', 'O', 'N', 'G'};
 enum { SEAT_OPEN = 1, DEVICE_OPEN = 3, DEVICE_CLOSE = 4, SEAT_ANSWER = 1 << 15, SEAT_ENABLED = 6 };
 static const char seat_device[] = "/dev/input/event0"; /* bench makes it a /dev/null; seatd judges by the name */
 
+/* What each request is. */
+static const struct what {
+    const char *name;
+    int descriptors; /* that the reply brings */
+    int first;       /* each time other nodes */
+    int different;   /* nodes in one request, else they are the same */
+    enum { MESSAGE, PONG, SEAT } answer;
+    int fresh; /* a connection for each request */
+} whats[] = {
+    {.name = "open", .descriptors = 1},
+    {.name = "batch", .descriptors = BATCH},
+    {.name = "mixed", .descriptors = BATCH, .different = 1},
+    {.name = "first", .descriptors = 1, .first = 1},
+    {.name = "first-batch", .descriptors = BATCH, .first = 1},
+    {.name = "first-mixed", .descriptors = BATCH, .first = 1, .different = 1},
+    {.name = "ping", .answer = PONG},
+    {.name = "list"},
+    {.name = "connect", .descriptors = 1, .fresh = 1},
+    {.name = "seat", .answer = SEAT},
+};
+
 struct target {
+    const struct what *what;
     const char *socket;
-    const char *request;
+    char request[REQUEST_BYTES];
     size_t size;
-    int descriptors; /* that the reply brings; 0 for a PONG */
-    int fresh;       /* a connection for each request */
-    int seat;
+    int next; /* node */
     int connection;
 };
 
@@ -61,8 +85,43 @@ static int connect_to(const char *path)
     return connection;
 }
 
+/* Write the next request. */
+static void compose(struct target *target)
+{
+    const struct what *what = target->what;
+    char *at = target->request, *end = at + sizeof target->request;
+
+    if (what->answer == PONG) {
+        memcpy(at, ping, target->size = sizeof ping);
+        return;
+    }
+    if (!what->descriptors) {
+        memcpy(at, list, target->size = sizeof list);
+        return;
+    }
+    at += snprintf(at, end - at, "{\"method\":\"io.fdbroker.Broker.Open\",\"parameters\":{\"resources\":[");
+    for (int index = 0; index < what->descriptors; index++) {
+        at += snprintf(at, end - at, "%s{\"device\":\"/dev/", index ? "," : "");
+        if (what->first || what->different)
+            at += snprintf(at, end - at, "bench/%s-%05d", kinds[target->next % KINDS], target->next);
+        else
+            at += snprintf(at, end - at, "null");
+        at += snprintf(at, end - at, "\",\"access\":\"rw\"}");
+        if (what->different)
+            target->next = (target->next + 1) % NODES;
+    }
+    at += snprintf(at, end - at, "]}}") + 1;
+    if (at > end)
+        errx(1, "a request of more than %d bytes", REQUEST_BYTES);
+    target->size = at - target->request;
+    if (!what->first)
+        target->next = 0;
+    else if (!what->different)
+        target->next = (target->next + 1) % NODES;
+}
+
 /* One reply, with exactly the descriptors that belong to it, which are closed. */
-static void receive(int connection, int descriptors)
+static void receive(int connection, const struct what *what)
 {
     static char reply[REPLY_BYTES];
     union {
@@ -73,7 +132,11 @@ static void receive(int connection, int descriptors)
     int owned = 0;
 
     do {
-        struct iovec rest = {reply + received, sizeof reply - received};
+        struct iovec rest;
+
+        if (received == sizeof reply)
+            received = 0; /* a long List; only its end is looked at */
+        rest = (struct iovec){reply + received, sizeof reply - received};
         struct msghdr message = {
             .msg_iov = &rest, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
         ssize_t size = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
@@ -90,16 +153,17 @@ static void receive(int connection, int descriptors)
                 close(numbers[index]);
             owned += count;
         }
-    } while (descriptors ? reply[received - 1] != 0 : received < sizeof pong);
-    if (owned != descriptors || (!descriptors && memcmp(reply, pong, sizeof pong)))
-        errx(1, "%d descriptors instead of %d: %.*s", owned, descriptors, (int)received, reply);
+    } while (what->answer == PONG ? received < sizeof pong : reply[received - 1] != 0);
+    if (owned != what->descriptors || (what->answer == PONG && memcmp(reply, pong, sizeof pong)) ||
+        (what->answer == MESSAGE && strstr(reply, "{\"error\"") == reply))
+        errx(1, "%d descriptors instead of %d: %.*s", owned, what->descriptors, (int)received, reply);
 }
 
 static void ask(int connection, const struct target *target)
 {
     if (send(connection, target->request, target->size, MSG_NOSIGNAL) != (ssize_t)target->size)
         err(1, "send");
-    receive(connection, target->descriptors);
+    receive(connection, target->what);
 }
 
 static void receive_all(int connection, void *data, size_t size)
@@ -198,14 +262,16 @@ static int by_value(const void *left, const void *right)
 }
 
 /* The median round trip of `count` requests. */
-static uint64_t measure(const struct target *target, uint64_t *times, int count)
+static uint64_t measure(struct target *target, uint64_t *times, int count)
 {
     const struct timespec rest = {0, REST_NS};
 
     for (int index = 0; index < count; index++) {
-        uint64_t began = now_ns();
+        uint64_t began;
 
-        if (target->fresh) {
+        compose(target);
+        began = now_ns();
+        if (target->what->fresh) {
             int connection = connect_to(target->socket);
 
             ask(connection, target);
@@ -213,7 +279,7 @@ static uint64_t measure(const struct target *target, uint64_t *times, int count)
             close(connection);
             nanosleep(&rest, NULL); /* the broker notices the end meanwhile, not during the next one */
         } else {
-            if (target->seat)
+            if (target->what->answer == SEAT)
                 seat_ask(target->connection);
             else
                 ask(target->connection, target);
@@ -224,40 +290,28 @@ static uint64_t measure(const struct target *target, uint64_t *times, int count)
     return times[count / 2];
 }
 
-static struct target parse(char *text)
+static void parse(struct target *target, char *text)
 {
-    struct target target = {.request = open_one, .size = sizeof open_one, .descriptors = 1, .connection = -1};
     char *at = strchr(text, '@');
+    size_t index = 0;
 
     if (!at)
         errx(64, "%s: not WHAT@SOCKET", text);
     *at = 0;
-    target.socket = at + 1;
-    if (!strcmp(text, "batch")) {
-        target.request = open_batch;
-        target.size = sizeof open_batch;
-        target.descriptors = BATCH;
-    } else if (!strcmp(text, "ping")) {
-        target.request = ping;
-        target.size = sizeof ping;
-        target.descriptors = 0;
-    } else if (!strcmp(text, "connect")) {
-        target.fresh = 1;
-    } else if (!strcmp(text, "seat")) {
-        target.seat = 1;
-    } else if (strcmp(text, "open")) {
-        errx(64, "%s: open, batch, ping, connect or seat", text);
-    }
-    if (!target.fresh)
-        target.connection = connect_to(target.socket);
-    if (target.seat)
-        seat_begin(target.connection);
-    return target;
+    while (index < sizeof whats / sizeof *whats && strcmp(text, whats[index].name))
+        index++;
+    if (index == sizeof whats / sizeof *whats)
+        errx(64, "%s: no such request", text);
+    *target = (struct target){.what = &whats[index], .socket = at + 1, .connection = -1};
+    if (!target->what->fresh)
+        target->connection = connect_to(target->socket);
+    if (target->what->answer == SEAT)
+        seat_begin(target->connection);
 }
 
 static int rounds(int cpu, int rounds, int count, int targets, char **names)
 {
-    struct target target[TARGETS];
+    static struct target target[TARGETS];
     uint64_t median[TARGETS], *times = calloc(count, sizeof *times);
     cpu_set_t one;
 
@@ -268,7 +322,7 @@ static int rounds(int cpu, int rounds, int count, int targets, char **names)
     if (sched_setaffinity(0, sizeof one, &one))
         err(1, "CPU %d", cpu);
     for (int index = 0; index < targets; index++)
-        target[index] = parse(names[index]);
+        parse(&target[index], names[index]);
     for (int round = -1; round < rounds; round++) { /* the first one warms up */
         for (int turn = 0; turn < targets; turn++) {
             int index = (turn + round + 1) % targets;
@@ -283,14 +337,16 @@ static int rounds(int cpu, int rounds, int count, int targets, char **names)
 
 static int hold(int count, const char *socket)
 {
-    const struct target last = {.request = ping, .size = sizeof ping};
+    static const struct what last = {.answer = PONG};
+    static struct target target = {.what = &last};
     int connection = -1;
     char end;
 
     for (int index = 0; index < count; index++)
         connection = connect_to(socket);
+    compose(&target);
     if (connection >= 0)
-        ask(connection, &last); /* connections are taken in order, so all are in */
+        ask(connection, &target); /* connections are taken in order, so all are in */
     puts("ready");
     fflush(stdout);
     while (read(0, &end, 1) > 0)

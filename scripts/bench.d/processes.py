@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-CLIENT_ID = 65533  # nobody's; 65534 stands for unmapped ids and no rule is for it
+# A uid that every user database has, daemon's or bin's: to tell whose a uid is that none has takes the service longer.
+CLIENT_ID = 1
 _START_S, _STOP_S = 20.0, 6.0
 _PING, _PONG = b"\0\0\0\4PING", b"\0\0\0\4PONG"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -104,8 +105,8 @@ def tail(log: Path) -> str:
     return log.read_text(errors="replace")[-2000:].strip() or "it said nothing"
 
 
-def _members(group: int) -> list[Path]:
-    """The folders in /proc of a process group, and of what these have started, in sessions of their own."""
+def members(group: int) -> list[Path]:
+    """The folders in /proc of a process group, and of what its members have started, in sessions of their own."""
     parents = {}
     members = set()
     for folder in Path("/proc").glob("[0-9]*"):
@@ -121,9 +122,9 @@ def _members(group: int) -> list[Path]:
 
 
 def memory_mb(group: int) -> dict[str, float]:
-    """Memory of `_members` in MiB, and of how many processes: what they share counts once in "pss"."""
+    """Memory of `members` in MiB, and of how many processes: what they share counts once in "pss"."""
     found = {"pss": 0.0, "rss": 0.0, "processes": 0.0}
-    for folder in _members(group):
+    for folder in members(group):
         try:
             fields = dict(line.split(":", 1) for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
         except OSError:  # it ended meanwhile
@@ -137,7 +138,7 @@ def memory_mb(group: int) -> dict[str, float]:
 def children_of(group: int) -> dict[str, int]:
     """The process ids of a broker's processes, by the module that each runs: `opener`, `inbox`."""
     found = {}
-    for folder in _members(group):
+    for folder in members(group):
         with contextlib.suppress(OSError):  # it ended meanwhile
             # as fdbroker/launcher/start.py starts them, and as staged.py does
             name = re.search(rb"\bfdbroker\.(\w+)(?:\.__main__ import|\0)", (folder / "cmdline").read_bytes())

@@ -6,7 +6,8 @@ from typing import Any
 
 import bars
 
-_FORM = "{:<42} {:>9} {:>9} {:>11} {:>11} {:>8}"
+_FORM = "{:<44} {:>9} {:>9} {:>9} {:>11} {:>11} {:>12} {:>8}"
+_HEADS = ("", "floor us", "chain us", "fdbr. us", "to the same", "to one open", "to the chain", "target")
 _ROW = "{:<10} {:<14} {:>9} {:>8}"
 
 
@@ -16,37 +17,73 @@ def table(result: dict[str, Any]) -> None:
     if "round_trips" in result:
         _round_trips(result)
         _rest(result)
+        _growth(result)
         _compared(result)
     for what, measured in result["stages"].items():
         _stages(what, measured)
 
 
 def _round_trips(result: dict[str, Any]) -> None:
-    print(_FORM.format("", "floor us", "fdbr. us", "to the same", "to one open", "target"))
+    print(_FORM.format(*_HEADS))
     for trip in result["round_trips"]:
-        times = [f"{trip[name]:.1f}" for name in ("floor_us", "fdbroker_us")]
-        ratios = [f"{trip[name]:.2f}" for name in ("to_the_same", "to_one_open")]
-        print(_FORM.format(trip["title"], *times, *ratios, _judged(trip["to_one_open"], trip["target"])))
+        times = [f"{trip[name]:.1f}" for name in ("floor_us", "chain_us", "fdbroker_us")]
+        ratios = [f"{trip[name]:.2f}" for name in ("to_the_same", "to_one_open", "to_the_chain")]
+        judged = _judged(trip["to_one_open"], trip["target"]) or _judged(trip["to_the_chain"], trip["chain_target"])
+        print(_FORM.format(trip["title"], *times, *ratios, judged))
+        if trip["first_us"] is not None:
+            first, us = trip["first_to_one_open"], f"{trip['first_us']:.1f}"
+            judged = _judged(first, trip["first_target"])
+            print(_FORM.format("  the first of its kind", "", "", us, "", f"{first:.2f}", "", judged))
+
+
+def _line(title: str, before: str, value: str, ratio: float | None = None, target: str = "") -> None:
+    print(_FORM.format(title, before, "", value, "" if ratio is None else f"{ratio:.2f}", "", "", target))
 
 
 def _rest(result: dict[str, Any]) -> None:
     idle, memory, start = (result[key] for key in ("idle_connections", "memory", "start"))
     new = result["namespaces"]
     times = [f"{new[name]:.1f}" for name in ("itself_us", "fdbroker_us")]
-    print(_FORM.format("net:new, to a program that makes it itself", *times, f"{new['ratio']:.2f}", "", ""))
+    title = "net:new, to a program that makes it itself"
+    _line(title, times[0], times[1], new["ratio"], _judged(new["ratio"], new["target"]))
     many = result["fan_out"]
-    print(f"{many['messages']} messages of 100 bytes to {many['subscribers']} subscribers, deliveries a second:")
+    print(
+        f"{many['messages']} messages of 100 bytes to {many['subscribers']} subscribers, deliveries a second, and to ours:"
+    )
     for kind, rate in many["per_second"].items():
-        print(_FORM.format(f"  {kind}", "", f"{rate:,.0f}", f"{rate / many['per_second']['fdbroker']:.2f}", "", ""))
+        target = _judged(many["to_ours"][kind], many["target"]) if kind == "redis" else ""
+        _line(f"  {kind}", "", f"{rate:,.0f}", many["to_ours"][kind], target)
     title = f"one open beside {idle['connections']} idle, to none"
     times = [f"{idle[name]:.1f}" for name in ("without_us", "with_us")]
-    print(_FORM.format(title, *times, f"{idle['ratio']:.2f}", "", _judged(idle["ratio"], idle["target"])))
-    print(f"  their memory: {idle['pss_growth_mb']:.1f} MiB; floor us is here the broker without them")
-    title = f"memory of {memory['processes']} processes, PSS, MiB"
-    print(_FORM.format(title, "", f"{memory['pss_mb']:.1f}", "", "", _judged(memory["pss_mb"], memory["target"])))
-    print(_FORM.format("  RSS, MiB", "", f"{memory['rss_mb']:.1f}", "", "", ""))
+    _line(title, times[0], times[1], idle["ratio"], _judged(idle["ratio"], idle["target"]))
+    print(f"  their memory: {idle['pss_growth_mb']:.1f} MB; floor us is here the broker without them")
+    title = f"memory of {memory['processes']} processes, PSS, MB"
+    _line(title, "", f"{memory['pss_mb']:.1f}", None, _judged(memory["pss_mb"], memory["target"]))
+    _line("  RSS, MB", "", f"{memory['rss_mb']:.1f}")
     title = f"start to first answer, s, median of {start['starts']}"
-    print(_FORM.format(title, "", f"{start['seconds']:.2f}", "", "", _judged(start["seconds"], start["target"])))
+    _line(title, "", f"{start['seconds']:.2f}", None, _judged(start["seconds"], start["target"]))
+
+
+def _growth(result: dict[str, Any]) -> None:
+    rows, targets = result["growth"]["rows"], result["growth"]["targets"]
+    print(f"with so many rules and as many deny rules; the ratio is to {rows[0]['rules']} rules:")
+    form = "  {:<24}" + " {:>12} {:>7}" * len(rows) + " {:>8}"
+    judged = rows[-1] if rows[-1]["rules"] == targets["rules"] else None
+
+    def line(title: str, first: str, second: str | None = None) -> None:
+        cells = [one for row in rows for one in (f"{row[first]:.4g}", "" if second is None else f"{row[second]:.2f}")]
+        name = (second or first).removesuffix("_ratio")
+        print(form.format(title, *cells, "" if judged is None else _judged(judged[second or first], targets.get(name))))
+
+    print(form.format("rules", *(one for row in rows for one in (row["rules"], "")), "target"))
+    line("one open, us", "open_us", "open_ratio")
+    line("  the first of its kind", "first_us", "first_ratio")
+    line("connect, open, us", "connect_us", "connect_ratio")
+    line("List of 16 nodes, us", "list_us", "list_ratio")
+    line("start, s", "start_s")
+    for row in result["listings"]:
+        each = f"{row['each_to_floor']:.3f} of the floor's one open for each offered"
+        print(f"List of {row['nodes']} nodes, {row['offers']} offered: {row['us']:.1f} us, {each}")
 
 
 def _compared(result: dict[str, Any]) -> None:
@@ -70,7 +107,9 @@ def _stages(what: str, measured: dict[str, Any]) -> None:
     print(f"switched away from, times each: {switched}")
 
 
-def _judged(value: float, target: float) -> str:
+def _judged(value: float, target: float | None) -> str:
+    if target is None:
+        return ""
     return f"{target:g}" if value <= target else f"{target:g} !"
 
 
@@ -97,9 +136,19 @@ def plot(result: dict[str, Any]) -> tuple[str, list[bars.Panel]]:
         )
         for (cpus, client), found in by_panel.items()
     ]
-    targets = {trip["title"]: trip["target"] for trip in result["round_trips"]}
-    reached = {trip["title"]: trip["to_one_open"] for trip in result["round_trips"]}
-    panels.append(bars.Panel("fdbroker; a line is a target", "floor's round trips of one open", reached, targets))
+    reached, targets = {}, {}
+    for trip in result["round_trips"]:
+        for title, value, target in (
+            (trip["title"], trip["to_one_open"], trip["target"]),
+            (f"{trip['title']}: first", trip["first_to_one_open"], trip["first_target"]),
+            (f"{trip['title']}: chain", trip["chain_to_one_open"], None),
+        ):
+            if value is not None:
+                reached[title] = value
+            if target is not None:
+                targets[title] = target
+    title = "fdbroker, and the same calls in C (chain); a line is a target"
+    panels.append(bars.Panel(title, "floor's round trips of one open", reached, targets))
     rows = result["stages"]["open"]["stages"]
     stages = {f"{row['process']}: {row['stage']}": row["share"] * 100 for row in rows if row["stage"] != "inexact"}
     panels.append(bars.Panel("one open, one CPU: by stage", "per cent of its CPU time", stages))

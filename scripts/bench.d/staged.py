@@ -1,7 +1,7 @@
-"""`fdbroker serve` as it is, but for two things: its opener and inbox are not confined, and their stages are timed.
+"""`fdbroker serve` as it is, but for two things: its children are not confined, and the stages of three are timed.
 
     python -I staged.py serve OPTIONS          unconfined, not timed
-    python -I staged.py FOLDER serve OPTIONS   timed: on SIGUSR1 FOLDER/opener.json and FOLDER/inbox.json are written
+    python -I staged.py FOLDER serve OPTIONS   timed: on SIGUSR1 FOLDER/opener.json, keeper.json and inbox.json are written
 
 The launcher is the real one; the children that it starts run this file, which runs their real `main`. A stage's time
 is the thread's CPU time in its functions without that in functions of other stages, less what the timing costs. What
@@ -42,11 +42,15 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "inbox.dispatch:dispatch_varlink",
             "inbox.dispatch:dispatch_frame",
         ),
-        "link": (*_LINK, "wire.codec:Table.encode", "wire.codec:Table.decode"),
+        "link": _LINK,
         "send": ("inbox.client:Client.send",),
     },
+    "keeper": {
+        "link": _LINK,
+        "entry": ("keeper.entry:Entry.knock", "keeper.entry:Entry.ended"),
+    },
     "opener": {
-        "link": (*_LINK, "wire.codec:Table.encode", "wire.codec:Table.decode"),
+        "link": _LINK,
         "accept": ("opener.accept:Acceptor.accept",),
         "identify": ("opener.identify:Identifier.identify", "opener.identify:Identifier.describe"),
         "authorize": (
@@ -56,7 +60,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "opener.authorize:authorize_resources",
             "policy.decide:view",
         ),
-        "open": ("opener.open:Nodes.judge_some", "opener.open:Nodes.open_all", "opener.request:Opening.close"),
+        "open": ("opener.open:Nodes.open_some", "opener.request:Opening.close"),
         "audit": ("opener.audit:Audit.grant",),
         "send": (
             "opener.send:compose",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from processes import Failed, children_of, cpu_ns, switches
 
-_PROCESSES = ("inbox", "opener")
+PROCESSES = ("inbox", "opener", "keeper")  # the keeper has a part in a connection, and none in an open
 _REPORT_S = 20.0
 _WARM = 200  # requests before it counts
 
@@ -40,7 +40,7 @@ def _reported(brokers: Brokers) -> dict[str, dict[str, float]]:
     """Microseconds by process and stage since the last report."""
     found = {}
     children = children_of(brokers.timed[1])
-    for name in _PROCESSES:
+    for name in PROCESSES:
         pid = children[name]
         path = brokers.reports / f"{name}.json"
         path.unlink(missing_ok=True)
@@ -80,14 +80,14 @@ def measure(ask: Ask, cpu: int, what: str, requests: int, count_rounds: int, bro
         return (after[kind][name][0] - before[kind][name][0]) / count / 1000
 
     rows = [{"process": "client", "stage": "ask, in C", "us": client_us}]
-    for name in _PROCESSES:
+    for name in PROCESSES:
         stages = {stage: us / count for stage, us in timed[name].items()}
         rows += [{"process": name, "stage": stage, "us": us} for stage, us in stages.items() if us >= 0.01]
         unconfined_us = spent_us("unconfined", name)
         rows.append({"process": name, "stage": "confinement", "us": spent_us("real", name) - unconfined_us})
         # what the timing does not tell: its own inexactness, for the same code runs in both
         rows.append({"process": name, "stage": "inexact", "us": unconfined_us - sum(stages.values())})
-    whole_us = client_us + sum(spent_us("real", name) for name in _PROCESSES)
+    whole_us = client_us + sum(spent_us("real", name) for name in PROCESSES)
     return {
         "requests": count,
         "whole_us": whole_us,
@@ -95,7 +95,7 @@ def measure(ask: Ask, cpu: int, what: str, requests: int, count_rounds: int, bro
         "floor_us": statistics.median(floor for floor, *_ in rounds) / 1000,
         "to_floor": statistics.median(real / floor for floor, real, *_ in rounds),
         "unconfined_to_floor": statistics.median(free / floor for floor, _, free, _ in rounds),
-        "switches": {name: (after["real"][name][1] - before["real"][name][1]) / count for name in _PROCESSES},
-        "processes": {"client": client_us} | {name: spent_us("real", name) for name in _PROCESSES},
+        "switches": {name: (after["real"][name][1] - before["real"][name][1]) / count for name in PROCESSES},
+        "processes": {"client": client_us} | {name: spent_us("real", name) for name in PROCESSES},
         "stages": [row | {"share": row["us"] / whole_us} for row in rows],
     }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fdbroker import limits
-from fdbroker.opener.audit import Record, fields
-from fdbroker.terms import Device, Subject
+from fdbroker.limits import every as limits
+from fdbroker.terms import Subject
+from fdbroker.wire.audit import Record, fields
 from fdbroker.wire.journal import encode_fields
 
 COUNT, LENGTHS = 30_000, (0, 1024, 32_768)
@@ -59,16 +60,35 @@ def further_grant(number: int) -> bytes:
     return grant(number % 1000, number)
 
 
-def grant(connection: int, number: int) -> bytes:
-    """A grant's record, of one of 64 nodes."""
+def _subject(connection: int) -> Subject:
     uid = 100_000 + connection % 65_536
     comm = f"{connection * 0x9E3779B97F4A7 % 2**52:014x}"
-    subject = Subject(uid, frozenset(), uid, connection, comm, "", foreign=False, owner=1000)
+    return Subject(uid, frozenset(), uid, connection, comm, "", foreign=False, owner=1000)
+
+
+def grant(connection: int, number: int) -> bytes:
+    """A grant's record, of one of 64 nodes."""
+    subject = _subject(connection)
     path = f"/dev/snd/pcmC{number % 64}D0p"
-    record = Record(
-        "granted", "send", connection, subject, Device(path, "rw"), "", "/etc/fdbroker/policy.yaml:10", "116:2"
-    )
-    return encode_fields(fields(record))
+    record = Record("granted", "send", connection, subject, "", "", RULE, path, "rw")
+    return encode_fields(fields(record, {"FDBROKER_RDEV": "116:2"}))
+
+
+def refusal(number: int) -> bytes:
+    """A refusal's record, for which the user varies all that it can, and makes it as long as it can."""
+    return encode_fields(fields(_refused(number)))
+
+
+def count(number: int) -> bytes:
+    """The record that it came again."""
+    return encode_fields(fields(_refused(number), {"FDBROKER_REPEATED": str(number)}, f" ({number} times more)"))
+
+
+def _refused(number: int) -> Record:
+    subject = _subject(number)
+    made = random.Random(number)
+    path = "/dev/" + "".join(map(chr, made.choices(range(0x20000, 0x2A000), k=limits.AUDIT_VALUE_CHARACTERS)))
+    return Record("refused", "authorize", number, subject, "a deny rule for everyone", "policy", RULE, path, "rw")
 
 
 def message(length: int, *, first: bool) -> Callable[[int], bytes]:
@@ -84,6 +104,17 @@ def message(length: int, *, first: bool) -> Callable[[int], bytes]:
         return encode_fields({**values, "FDBROKER_PAYLOAD": os.urandom(length // 2).hex()})
 
     return make
+
+
+def of_refusals(lines: list[str], sock: socket.socket) -> float:
+    """A day's: at once, and then one in some seconds, each with its count, and the count of all others."""
+    first, again = measured(sock, refusal, 2000), measured(sock, count, 2000)
+    most = limits.AUDIT_BURST + DAY_S / limits.AUDIT_SECONDS_PER_REFUSAL
+    windows = DAY_S / limits.AUDIT_REPEAT_SECONDS
+    day = most * (first + again) + windows * again
+    lines.append(f"its refusals: {most:,.0f}, the first {first:.0f} bytes, its count {again:.0f}")
+    lines.append(f"    a day: {day / GIB:.2f} GiB")
+    return day
 
 
 def main() -> int:
@@ -114,7 +145,8 @@ def main() -> int:
         cost = limits.RECORDS_PER_MESSAGE + length // limits.BYTES_PER_RECORD
         of_messages = max(of_messages, most(f"its messages of {length:,} bytes", first, further, cost, cost))
     sums += of_messages
-    lines.append(f"one owner's day, grants and refusals, and messages: {sums / GIB:.2f} GiB")
+    sums += of_refusals(lines, sock)
+    lines.append(f"one owner's day, grants, messages, and refusals: {sums / GIB:.2f} GiB")
     Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
     return 0 if sums < 4 * GIB else 1
 
