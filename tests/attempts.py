@@ -404,7 +404,7 @@ TABLE: dict[str, list[Attempt]] = {
         Attempt("change the processors of another", "sched_setaffinity", lambda w: any_of(w.others, lambda pid: sc("sched_setaffinity", pid, 128, b"\xff" * 128))),
         Attempt("change the disk priority of another", "ioprio_set", lambda w: any_of(w.others, lambda pid: sc("ioprio_set", 1, pid, 2 << 13 | 4))),
         Attempt("advise on another's memory", "process_madvise", lambda w: any_of(w.pidfds, lambda pidfd: sc("process_madvise", pidfd, struct.pack("QQ", 0, 0), 0, 20, 0))),
-        Attempt("compare what others have open", "kcmp", lambda w: any_of(w.others, lambda pid: sc("kcmp", w.same, pid, 2, 0, 0))),
+        Attempt("compare what others have open", "kcmp", lambda w: any_of(w.others, lambda pid: sc("kcmp", w.same, pid, 2, 0, 0)), {"namespaces": "which threads of a client have a table of descriptors of their own"}),
         Attempt("watch another by events", "perf_event_open", lambda w: any_of(w.others, lambda pid: os.close(sc("perf_event_open", struct.pack("IIQ112x", 1, 128, 0), pid, -1, -1, 0)))),
     ],
     "files": [

@@ -44,3 +44,12 @@ def dev(root: None) -> Iterator[Path]:
     """An own /dev."""
     with harness.private_dev() as path:
         yield path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stored_messages_of_the_machine():
+    """No test leaves any: machines of other tests stand on this one's folders, and theirs could not be opened."""
+    folder = "/var/lib/fdbroker"
+    there = os.path.lexists(folder)
+    yield
+    assert there or not os.path.lexists(folder), f"a test has made {folder}: it needs --state"

@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 
-from fdbroker import limits
+from fdbroker.kernel import namespaces
+from fdbroker.limits import every as limits
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS = 0x20000
@@ -178,6 +179,7 @@ class Broker:
                 cwd="/",
             )
         self.expected_code: int | None = 0
+        self.pids: dict[str, int] = {}
 
     def wait_ready(self) -> None:
         self._wait(lambda: "serving with" in self.text(), "it did not come up", PATIENCE_S)
@@ -205,9 +207,21 @@ class Broker:
         return self.log.read_text(errors="replace")
 
     def records(self, kind: str = "") -> list[dict[str, str]]:
-        """The audit records so far, of one kind or all; they are on standard error, for a test has no journal."""
+        """The audit records so far, of one kind or all; they are on standard error, for a test has no journal.
+
+        The keeper is told of a refusal before the client is, and may write the record after that: once it sleeps, it has.
+        """
+        end = time.monotonic() + PATIENCE_S
+        while self._keeper_runs() and time.monotonic() < end:
+            time.sleep(0.001)
         records = [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
         return [record for record in records if not kind or f" {kind} " in record["MESSAGE"].replace(":", " ")]
+
+    def _keeper_runs(self) -> bool:
+        try:
+            return "keeper" in self.pids and status_of(self.pids["keeper"])["State"].startswith("R")
+        except (FileNotFoundError, ProcessLookupError):
+            return False
 
     def wait_for(self, text: str, seconds: float = PATIENCE_S) -> None:
         """Until the log has that text; no longer than the broker runs."""
@@ -339,6 +353,7 @@ def as_user(uid: int, groups: list[int], action: Callable[..., Any], *arguments:
             primary = uid if gid is None else gid
             os.setresgid(primary, primary, primary)
             os.setresuid(uid, uid, uid)
+            LIBC.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, as a program is that was executed by that user
             with os.fdopen(writing, "w") as out:
                 json.dump(action(*arguments), out)
             code = 0
@@ -420,6 +435,16 @@ def become_root_of_user_namespace(uid: int | None = None) -> None:
     assert LIBC.unshare(CLONE_NEWUSER) == 0, os.strerror(ctypes.get_errno())
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
         Path(f"/proc/self/{name}").write_text(text)
+
+
+def need_count_of_mounts() -> None:
+    """This test needs a kernel that says how many mounts a mount namespace has."""
+    own = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    try:
+        if namespaces.mounts_in(own) is None:
+            cannot("Linux 6.12 is the first that counts mounts")
+    finally:
+        os.close(own)
 
 
 class Raw:

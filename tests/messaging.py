@@ -13,7 +13,7 @@ import threading
 from harness import Raw, outcome
 
 import fdbroker
-from fdbroker.kernel import memfd
+from fdbroker.kernel.sealed import sealed_memfd
 
 SUBSCRIBE = "io.fdbroker.Inbox.Subscribe"
 SEND = "io.fdbroker.Inbox.Send"
@@ -107,7 +107,7 @@ def half_sealed():
 
 
 def sealed(size=4):
-    return [memfd.sealed("x", b"x" * size)]
+    return [sealed_memfd("x", b"x" * size)]
 
 
 NOT_SEALED = {"reason": "the payload is no memfd that is sealed with SHRINK, GROW and WRITE"}

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 
 from harness import CLONE_NEWUSER, LIBC
 
@@ -36,9 +37,11 @@ class Many:
     def connect(self, uid):
         with being(uid):
             sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(10)
-            sock.connect(self.address)
             self.socks.append(sock)
+            # not settimeout: without a place in the backlog a connect that does not block says EAGAIN at once
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
+            sock.connect(self.address)
+            sock.settimeout(10)
             return sock
 
     def send(self, sock, uid, data, descriptors=()):

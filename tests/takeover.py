@@ -59,9 +59,9 @@ def code(folder: str, store: bool, limits: dict[str, int] | None = None) -> str:
 
 def launcher(folder: str, store: bool, others: dict[str, int] | None = None) -> NoReturn:
     """The real `fdbroker serve`, whose children are started by `child`; with other limits."""
-    from fdbroker import limits
     from fdbroker.cli import main
     from fdbroker.launcher import own, start
+    from fdbroker.limits import launcher as limits
 
     vars(limits).update(others or {})
     sys.path.remove(TESTS)  # what can be imported, the launcher's Landlock rules let it read
@@ -140,6 +140,7 @@ def _start_of(start: types.ModuleType, role: str) -> Callable[[str, Callable[[],
 def _be_worker(start: types.ModuleType, attack: Callable[[], NoReturn], *, forked: bool) -> None:
     """Attack from the worker that the holder forks, or from the process that this forks for a question."""
     from fdbroker.namespaces import service
+    from fdbroker.namespaces.queue import Request
     from fdbroker.terms import Namespace
     from fdbroker.wire import worker
 
@@ -149,7 +150,7 @@ def _be_worker(start: types.ModuleType, attack: Callable[[], NoReturn], *, forke
 
     def asked(self: service.Worker) -> NoReturn:
         self._poll = select.epoll()
-        self._start(worker.Ask(1, 1, Namespace("net", "x"), 1), None)
+        self._start(Request(worker.Ask(1, 1, 1, (worker.Wanted(Namespace("net", "x")),)), None, 0.0))
         end_as(next(iter(self._children.values())).process)
 
     start._wait = end_as  # type: ignore[attr-defined]
@@ -190,13 +191,27 @@ def _marked(code: bytes) -> bytes:
 # ---- forging
 
 
+def _let_in(forger: Any) -> bool:
+    """Take one message of the opener's; the keeper lets whoever knocks in, and returns whether it has."""
+    data, _ = forger._opener.receive_with_descriptors(3) or (b"", [])
+    if not data or type(forger).__name__ != "Keeper":
+        return False
+    from fdbroker.wire import keeper  # which it has loaded: it could not any more
+
+    said = keeper.OPENER_TO_KEEPER.decode(data)
+    if isinstance(said, keeper.Knock):
+        forger._opener.send(keeper.KEEPER_TO_OPENER.encode(keeper.LetIn(said.connection)))
+    return type(said).__name__ != "Came"
+
+
 def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
     """In the place of serving: wait for `after` messages, or for a client, then say `messages` to `to`.
 
-    The witness waits for messages of the launcher, all others for those of the opener.
+    The witness waits for messages of the launcher, the keeper for connections, all others for messages of the opener.
 
     Each is bytes as hexadecimal digits, and how many descriptors go with it. Then read no more, but live
-    until a link ends, or with `stay` for ever.
+    until a link ends, or with `stay` for ever; the keeper lets in whoever knocks before that, and while it stays,
+    unless it is `deaf`.
     """
     from fdbroker.kernel import sockets
     from fdbroker.wire import link
@@ -214,15 +229,19 @@ def _be_forger(start: types.ModuleType, told: dict[str, Any]) -> None:
         descriptors = json.loads(sys.argv[1])["descriptors"]
         poll = select.poll()
         poll.register(descriptors[waits_for], select.POLLIN)
-        for _ in range(told["after"]):
+        heard = 0
+        while heard < told["after"]:
             poll.poll()
-            if told["process"] != "opener":
-                self._opener.receive_with_descriptors(3)
+            heard += told["process"] == "opener" or not _let_in(self)
         with contextlib.suppress(BlockingIOError):  # the other one reads no more
             for data, count in told["messages"]:
                 sockets.send(to._sock, bytes.fromhex(data), [2] * count)
         while told["stay"]:
-            time.sleep(1)
+            if told["process"] == "keeper" and not told["deaf"]:
+                poll.poll()
+                _let_in(self)
+            else:
+                time.sleep(1)
         ends = select.poll()
         for one in filter(None, links.values()):
             ends.register(one.fileno(), 0)

@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 import pytest
 
-from fdbroker import limits
 from fdbroker.cli.commands import DEFAULT_STATE, app
 from fdbroker.inbox import topics
+from fdbroker.limits import every as limits
 from fdbroker.policy import names
 from fdbroker.policy.compile import failed_tests, load_policy
 from fdbroker.policy.schema import json_schema
@@ -26,7 +26,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # ](target) of a link or picture
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# a file of ours, perhaps with the name of a test in it
+# a file of ours, perhaps with the name of a test in it, of a function, a class or a constant
 PLACE = re.compile(r"\b((?:fdbroker|tests|units|policy|scripts|docs)/[\w./*-]*\w)(?:::(\w+))?")
 # what no reader of the documents has: places of a machine where they were written
 ELSEWHERE = re.compile(r"/work/|/tmp/|/home/|/root\b|\.library|\.mirror|/shared/")
@@ -97,7 +97,11 @@ def test_every_generated_part_stands_somewhere():
     text = "".join(path.read_text() for path in DOCUMENTS)
     script = (ROOT / "scripts" / "docs").read_text()
     made = set(re.findall(r'^    "([a-z-]+)": _\w+,$', script, re.MULTILINE))
+    speed = (ROOT / "scripts/bench.d/tables.py").read_text()
+    measured = {f"bench-{name}" for name in re.findall(r'^    "([a-z]+)": _\w+,$', speed, re.MULTILINE)}
     assert made
+    assert measured
+    made |= measured
     assert made == set(re.findall(r"<!-- generated: ([a-z-]+) -->", text))
 
 
@@ -116,7 +120,8 @@ def test_every_file_and_test_that_is_named_exists(path):
             found = list(ROOT.glob(name))
             assert found, name
             if test:
-                assert re.search(rf"^def {test}\(", found[0].read_text(), re.MULTILINE), f"{name} has no {test}"
+                made = rf"^ *(?:def|class) {test}\b|^{test}\b"
+                assert re.search(made, found[0].read_text(), re.MULTILINE), f"{name} has no {test}"
 
 
 def test_every_threat_has_its_row_and_every_attack_its_threat():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import resource
 import select
 import socket
+import sys
 import threading
 import time
 import types
@@ -19,7 +21,6 @@ import harness
 import pytest
 from fakes import came
 
-from fdbroker import limits
 from fdbroker.bucket import Bucket
 from fdbroker.errors import (
     Denied,
@@ -31,7 +32,7 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
-from fdbroker.inbox import client, deadlines, dispatch, service, topics
+from fdbroker.inbox import client, deadlines, dispatch, service, topics, turns
 from fdbroker.inbox import store as store_module
 from fdbroker.inbox.attached import Ledger, Unread
 from fdbroker.inbox.client import User
@@ -40,19 +41,23 @@ from fdbroker.inbox.reserve import Reserve
 from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.store import NotStored, Store, Stored
 from fdbroker.inbox.topics import Topics
-from fdbroker.keeper import connections, listing
+from fdbroker.keeper import listing
+from fdbroker.keeper.connections import Connection
+from fdbroker.keeper.entry import Entry
+from fdbroker.keeper.refusals import Refusals
 from fdbroker.kernel import memfd, orders
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded, Records
+from fdbroker.kernel.sealed import SEALS, sealed_memfd
 from fdbroker.launcher import needs, start
+from fdbroker.limits import every as limits
 from fdbroker.namespaces import answer
 from fdbroker.namespaces import service as namespaces
 from fdbroker.offers import Offer
 from fdbroker.opener import door as door_module
 from fdbroker.opener import send
-from fdbroker.opener.audit import Audit, Record, fields
-from fdbroker.opener.authorize import Account
+from fdbroker.opener.audit import Audit
 from fdbroker.opener.close import Closing
 from fdbroker.opener.door import Door
 from fdbroker.opener.views import views as views_of
@@ -61,10 +66,11 @@ from fdbroker.policy import files, load, paths, spelling
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.decide import View
-from fdbroker.policy.owners import Owners
-from fdbroker.terms import Device, DeviceRule, Grant, Namespace, SocketRule, Subject, Topic, TopicUse
+from fdbroker.terms import OTHERS, Device, DeviceRule, Grant, Namespace, SocketRule, Subject, Topic, TopicUse
 from fdbroker.terms import User as Known
-from fdbroker.wire import link, lists, resources, worker
+from fdbroker.wire import keeper, link, lists, resources, worker
+from fdbroker.wire.audit import Record, fields
+from fdbroker.wire.connections import Came
 
 MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
 UID = os.getuid()
@@ -75,7 +81,8 @@ MAY = Rights(TOPIC_NAMES, TOPIC_NAMES, 100_000, 100_000, 2, 10_000, 1 << 30, 100
 
 def at(monkeypatch, name, value):
     """A small one in the place of a maximum that is too large to reach."""
-    monkeypatch.setattr(limits, name, value)
+    for module in [one for path, one in sys.modules.items() if path.startswith("fdbroker.") and name in vars(one)]:
+        monkeypatch.setattr(module, name, value)
 
 
 class Clock:
@@ -166,11 +173,11 @@ def test_a_name():
     assert [paths.is_device_path(f"/dev/{name}") for name in names] == [True, False]
     assert [paths.is_namespace_name(name) for name in names] == [True, False]
     assert [spelling.name_glob_error(name) for name in names] == ["", f"a name is over {most} bytes"]
-    message = link.INBOX_TO_OPENER.encode(link.DeniedUse(1, TopicUse("send", names[1])))  # cut
-    assert link.INBOX_TO_OPENER.decode(message).use.topic == names[0]
+    message = lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(1, TopicUse("send", names[1])))  # cut
+    assert lists.INBOX_TO_KEEPER.decode(message).use.topic == names[0]
     longer = message[:10] + (most + 1).to_bytes(2, "big") + message[12:] + b"x"
     with pytest.raises(LinkViolation, match=f"a text of {most + 1} bytes"):
-        link.INBOX_TO_OPENER.decode(longer)
+        lists.INBOX_TO_KEEPER.decode(longer)
 
 
 def test_a_listing(monkeypatch, tmp_path):
@@ -184,7 +191,7 @@ def test_a_listing(monkeypatch, tmp_path):
         maxima = dict(MAXIMA)
         seen = View((), (rule,), (), (), maxima, administrator=False)
         subject = Subject(UID, frozenset(), UID, 1, "", "", foreign=True)
-        asked = connections.Connection(1, subject, seen, Bucket(maxima["burst"], 0.0))
+        asked = Connection(1, subject, seen, Bucket(maxima["burst"], 0.0))
         lister = listing.Lister(None, -1)
         lister.add(asked)
         while lister.busy:
@@ -217,6 +224,16 @@ def test_messages_that_wait_for_a_link(pair):
     assert ours.waiting == most
 
 
+def test_living_namespaces_of_a_policy(tmp_path):
+    """LIVING_NAMESPACES: more than that the worker could not be told of."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(f"version: 1\nlimits: {{namespaces: {limits.LIVING_NAMESPACES}}}\n")
+    assert load_policy(str(path), trusted=False).policy.limits["namespaces"] == limits.LIVING_NAMESPACES
+    path.write_text(f"version: 1\nlimits: {{namespaces: {limits.LIVING_NAMESPACES + 1}}}\n")
+    with pytest.raises(PolicyError, match=f"1 to {limits.LIVING_NAMESPACES}"):
+        load_policy(str(path), trusted=False)
+
+
 def test_a_compiled_policy(monkeypatch, tmp_path):
     """POLICY_LINK_BYTES: the launcher does not send more, the opener does not take more."""
     path = tmp_path / "policy.yaml"
@@ -228,7 +245,7 @@ def test_a_compiled_policy(monkeypatch, tmp_path):
     at(monkeypatch, "POLICY_LINK_BYTES", size - 1)
     with pytest.raises(PolicyError, match=f"at most {size - 1} bytes, found {size} bytes"):
         needs.checked_policy(str(path))
-    number = memfd.sealed("x", b"x" * size)
+    number = sealed_memfd("x", b"x" * size)
     assert len(memfd.read(number, size)) == size
     with pytest.raises(LinkViolation):
         memfd.read(number, size - 1)
@@ -260,7 +277,7 @@ def test_a_question_to_the_worker_has_its_time(monkeypatch, pair, stuck):
             os._exit(0)
     pair[0].close()
     pair[1].settimeout(60)
-    pair[1].send(worker.TO_WORKER.encode(worker.Ask(1, UID, Namespace("net", "a"), UID)))
+    pair[1].send(worker.TO_WORKER.encode(worker.Ask(1, UID, UID, (worker.Wanted(Namespace("net", "a")),))))
     refusal = worker.FROM_WORKER.decode(pair[1].recv(1000)).refusal
     pair[1].close()
     os.waitpid(process, 0)
@@ -273,8 +290,8 @@ def test_a_question_to_the_worker_has_its_time(monkeypatch, pair, stuck):
 
 @pytest.fixture
 def make_door(monkeypatch, pair):
-    """A door on a clock of the test's, which lets in whom it lets in by a list; and its address."""
-    clock, made = Clock(), []
+    """A door on a clock of the test's, its address, what it tells the keeper, and whom it has let in."""
+    clock, connections = Clock(), {}
     keepers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     monkeypatch.setattr(door_module, "time", clock)
 
@@ -288,20 +305,21 @@ def make_door(monkeypatch, pair):
             Link(pair[0]),
             Link(keepers[0]),
             views_of(POLICY),
-            Audit(None),
-            {},
+            Audit(None, Link(keepers[0])),
+            connections,
             Closing(),
         )
-        monkeypatch.setattr(door, "_welcome", lambda sock: made.append(sock) or sock.close())
-        door.let_in, door.clock, door.address = made, clock, listener.getsockname()
+        door.clock, door.address, door.keeper, door.connections = clock, listener.getsockname(), keepers[1], connections
         doors.append(door)
         return door
 
     doors = []
     yield make
     for door in doors:
-        door._acceptor.close()
+        door.close()
         door.identifier.close()
+    for connection in filter(None, connections.values()):
+        connection.sock.close()
     for end in keepers:
         end.close()
 
@@ -313,17 +331,15 @@ def test_descriptors_of_the_opener(monkeypatch, make_door):
         door_module, "resource", types.SimpleNamespace(getrlimit=lambda _: (most, most), RLIMIT_NOFILE=0)
     )
     door = make_door()
-    connections = most - limits.reserved(most)
-    door._connections.update(dict.fromkeys(range(connections - 1)))
+    door.connections.update(dict.fromkeys(range(most - limits.reserved(most) - 1)))
     with socket.socket(socket.AF_UNIX) as client, socket.socket(socket.AF_UNIX) as other:
         client.connect(door.address)
         door.accept()
-        assert (len(door.let_in), door.paused()) == (1, False)
-        door._connections[connections] = None
+        assert (door.last_number, door.paused) == (1, False)
         other.settimeout(10)
         other.connect(door.address)
         door.accept()
-        assert (len(door.let_in), door.paused()) == (1, True)
+        assert (door.last_number, door.paused) == (1, True)
         assert b"QuotaExceeded" in other.recv(1000)
 
 
@@ -351,53 +367,81 @@ def test_what_the_kernel_is_asked_for(monkeypatch, hard):
     assert (resource.RLIMIT_NOFILE, (most, most)) in said
 
 
-def test_the_last_connections_are_for_administrators(make_door):
-    """FOR_ADMINISTRATORS of them, whatever uid's; of the others a quarter for owners without any."""
-    door = make_door()
-    maxima = dict(MAXIMA)
-    seen = View((), (), (), (), maxima, administrator=False)
-    root, user = (Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=uid) for uid in (0, 50001))
-
-    def let_in(subject, left, account):
-        door._connections = range(door._connections_max - left)
-        try:
-            door._authorize(account, subject, seen)
-        except QuotaExceeded:
-            return False
-        return True
-
-    new, has_one = Account(maxima, 0.0), Account(maxima, 0.0)
-    has_one.connections.add(None)
-    last, quarter = limits.FOR_ADMINISTRATORS, door._connections_max - limits.shared(door._connections_max)
-    assert [let_in(user, left, new) for left in (last, last + 1)] == [False, True]
-    assert [let_in(root, left, new) for left in (1, last)] == [True, True]
-    assert [let_in(user, left, has_one) for left in (quarter, quarter + 1)] == [False, True]
-
-
 def test_accepting_goes_on_after_its_pause(make_door):
     door = make_door()
-    door._pause()
+    door._no_descriptors()
     door.clock.now_s += limits.ACCEPT_PAUSE_MS / 1000 - 0.001
-    assert door.paused()
+    door.sweep(door.clock.now_s)
+    assert door.paused
     door.clock.now_s += 0.002
-    assert not door.paused()
+    door.sweep(door.clock.now_s)
+    assert not door.paused
 
 
-def test_knocks_while_others_of_the_user_wait(make_door):
+def test_knocks_while_others_of_the_user_wait():
+    """KNOCKS_FREE in DEBT_SECONDS are no offence."""
+    nothing = lambda *_: None
+    one = Entry({"burst": 1, "connections": 1000, "requests_per_second": 1}, nothing)
+    owner = one.owner(UID, 0.0)
+    owner.spend(10_000, 0.0)
+    one.contested(0.0)
+    for number in range(limits.KNOCKS_FREE):
+        one.knock(number, UID, 0.0)
+    assert owner.pace._offences == 0
+    one.knock(99, UID, 0.0)
+    assert owner.pace._offences == 1
+
+
+def test_one_record_a_pause_says_that_too_many_wait_to_be_closed(make_door, monkeypatch):
+    """In each turn of the loop there was one, though nobody was turned away."""
     door = make_door()
-    maxima = {"burst": 1, "connections": 1000, "requests_per_second": 1, "record_burst": 1}
-    door.views = views_of(door.views.policy._replace(owners=Owners(frozenset([UID]))))
-    account = door._accounts.of(UID, maxima, door.clock.now_s)
-    account.pace.spend(10_000, 1, 1000, door.clock.now_s)
-    door._contested_s = door.clock.now_s
-    ends = socket.socketpair()
-    for _ in range(limits.KNOCKS_FREE):
-        assert door._must_wait(ends[0])
-    assert account.pace._offences == 0
-    assert door._must_wait(ends[0])
-    assert account.pace._offences == 1
-    for end in ends:
-        end.close()
+    monkeypatch.setattr(type(door._closing), "waiting", door._closing_max)
+    for _ in range(3):
+        door.sweep(door.clock.now_s)
+    assert keeper.OPENER_TO_KEEPER.decode(door.keeper.recv(1000)).kind == "turned-away"
+    with pytest.raises(BlockingIOError):
+        door.keeper.recv(1000, socket.MSG_DONTWAIT)
+    assert door.paused
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_groups_that_a_connection_may_have(make_door, monkeypatch, more):
+    """GROUPS_PER_CONNECT: a process in 65,536 groups kept the opener busy, as one in none."""
+    door = make_door()
+    gids = range(limits.GROUPS_PER_CONNECT - 1 + more)
+    monkeypatch.setattr(door.identifier, "identify", lambda sock, subject: subject._replace(gids=gids))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(door.address)
+        door.accept()
+        knock = keeper.OPENER_TO_KEEPER.decode(door.keeper.recv(1000))
+        door.answered(keeper.LetIn(knock.connection))
+        said = keeper.OPENER_TO_KEEPER.decode(door.keeper.recv(1000))
+        assert isinstance(said, keeper.Weighs if more else Came)
+        assert not more or said == keeper.Weighs(knock.connection, 1)
+
+
+@pytest.mark.parametrize("way", ["its connection ends", "it is refused"])
+@pytest.mark.parametrize("more", [0, 1])
+def test_how_long_it_may_take_to_hang_up(make_door, monkeypatch, way, more):
+    """STALL_UNITS: watches of a client's own sockets all wake when it is refused; the keeper hears whose they are."""
+    door = make_door()
+    took_us = limits.STALL_UNITS * limits.UNIT_US + more
+    clock = itertools.count(0.0, took_us / 1e6)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(door.address)
+        door.accept()
+        number = keeper.OPENER_TO_KEEPER.decode(door.keeper.recv(1000)).connection
+        door.clock.thread_time = lambda: next(clock)
+        if way == "it is refused":
+            door.answered(keeper.TurnAway(number, 1))
+            assert keeper.OPENER_TO_KEEPER.decode(door.keeper.recv(1000)).kind == "turned-away"
+        else:
+            door.answered(keeper.LetIn(number))
+            assert isinstance(keeper.OPENER_TO_KEEPER.decode(door.keeper.recv(1000)), Came)
+            door.end(door.connections[number], never_taken=False)
+        said = keeper.OPENER_TO_KEEPER.decode(door.keeper.recv(1000))
+        owner = door.views.policy.owners.of(os.getuid())
+        assert said == (keeper.Stalled(OTHERS if owner is None else owner, took_us) if more else keeper.Ended(number))
 
 
 # ---- the audit
@@ -414,19 +458,19 @@ class Written:
 
 
 def test_users_whose_refusals_are_counted():
-    audit = Audit(None)
-    audit._records = written = Written()
+    refusals = Refusals(None)
+    refusals._records = written = Written()
 
     def refuse(uid):
         subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=uid)
-        audit.refuse(Record("refused", "authorize", 1, subject, Device("/dev/a", "ro"), "why"), 100.0)
+        refusals.add(Record("refused", "authorize", 1, subject, "why"), 100.0)
 
     most = limits.AUDIT_USERS
     for uid in [*range(most), *range(most)]:
         refuse(uid)
-    assert len(written.records) == len(audit._windows) == most
+    assert len(written.records) == len(refusals._windows) == most
     refuse(most)
-    assert len(audit._windows) == 1
+    assert len(refusals._windows) == 1
     assert len(written.records) == most + most + 1
     assert {record["FDBROKER_UID"] for record in written.records[most:-1]} == set(map(str, range(most)))
 
@@ -434,7 +478,7 @@ def test_users_whose_refusals_are_counted():
 def test_a_value_of_a_record():
     most = limits.AUDIT_VALUE_CHARACTERS
     reasons = ["x" * most, "x" * (most + 1)]
-    found = [fields(Record("refused", "a", 1, None, None, reason))["FDBROKER_REASON"] for reason in reasons]
+    found = [fields(Record("refused", "a", 1, None, reason))["FDBROKER_REASON"] for reason in reasons]
     assert found == ["x" * most, "x" * (most - 1) + "…"]
 
 
@@ -512,7 +556,7 @@ def test_a_payload_in_a_memfd(tmp_path):
     def publish(size):
         number = os.memfd_create("x", os.MFD_ALLOW_SEALING)
         os.ftruncate(number, size)  # takes no memory
-        fcntl.fcntl(number, fcntl.F_ADD_SEALS, memfd.SEALS)
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, SEALS)
         made.publish(sender, dispatch.Publish("x", b"", "", "text", file=0), ledger.take(5, [number]))
 
     publish(limits.ATTACHED_BYTES)
@@ -583,7 +627,8 @@ def mail(made, sender):
 def test_rows_that_a_message_has_for_nothing(store):
     """ROWS_PER_MESSAGE of them; with one more it counts as two messages."""
     for count, passes in ((limits.ROWS_PER_MESSAGE, True), (limits.ROWS_PER_MESSAGE + 1, False)):
-        made, sender = queue(store, range(1000, 1000 + count), messages_per_second=1, burst=1)
+        made, sender = queue(store, range(1000, 1000 + count), messages_per_second=1, burst=2)
+        assert mail(made, sender)
         with contextlib.nullcontext() if passes else pytest.raises(RateLimited):
             assert mail(made, sender)
 
@@ -775,13 +820,19 @@ def test_answers_that_wait_for_who_does_not_read(desk):
 # ---- fairness
 
 
-def test_bytes_that_are_read_count(desk):
+@pytest.fixture
+def timeless(monkeypatch):
+    """No work takes long, so none counts by its time: a machine can be slow for once."""
+    monkeypatch.setattr(turns, "clock", lambda: 0.0)
+
+
+def test_bytes_that_are_read_count(desk, timeless):
     """Each BYTES_PER_UNIT of them is a unit beside that of the read."""
     assert desk.send(b"{" + b" " * (limits.BYTES_PER_UNIT - 2)) == 1
     assert desk.send(b" " * limits.BYTES_PER_UNIT) == 2
 
 
-def test_resources_that_are_asked_for_count(desk):
+def test_resources_that_are_asked_for_count(desk, timeless):
     """UNITS_PER_RESOURCE each, beside the read and the message."""
     resources = ",".join(['{"device":"/dev/x"}'] * 2)
     call = f'{{"method":"io.fdbroker.Broker.Open","parameters":{{"resources":[{resources}]}}}}\0'
@@ -818,7 +869,7 @@ def test_a_list_of_more_descriptors_than_a_message_may_have_is_not_looked_throug
     assert time.thread_time() - began_s < 0.02
 
 
-def test_what_others_change_costs_a_watching_client_nothing(desk):
+def test_what_others_change_costs_a_watching_client_nothing(desk, timeless):
     """Its listing comes again for each change; the first one was asked for."""
     offers = [Offer(Device(f"/dev/{number}", "ro"), "p:1") for number in range(500)]
     for state, wanted in (("listing", 500 * limits.UNITS_PER_RESOURCE), ("watching", 0)):
@@ -889,12 +940,13 @@ def test_bytes_of_a_policy_file(tmp_path):
 
 
 def test_bytes_of_all_files_of_a_policy(tmp_path):
-    """POLICY_BYTES: with 256 files of the longest, nobody heard from the launcher for minutes."""
+    """POLICY_BYTES: with 256 files of the longest, nobody heard from the launcher for minutes. Not characters."""
     count = limits.POLICY_BYTES // limits.POLICY_FILE_BYTES
     (tmp_path / "policy.d").mkdir()
     paths = [tmp_path / "policy.yaml", *(tmp_path / f"policy.d/{number}.yaml" for number in range(count))]
     for path in paths[:-1]:
-        path.write_text("version: 1\n".ljust(limits.POLICY_FILE_BYTES, "\n"))
+        path.write_text("version: 1\n#\u00e9\U0001f4bb".ljust(limits.POLICY_FILE_BYTES - 4, "\n"))
+        assert path.stat().st_size == limits.POLICY_FILE_BYTES
     for rest, wanted in (("", count + 1), ("\n", count)):
         paths[-1].write_text(rest)
         found: list[Finding] = []
@@ -1009,13 +1061,13 @@ def test_a_copy_of_so_many_mounts_and_not_of_one_more():
             return contextlib.nullcontext()
 
     def make(count):
-        process = mock.Mock(**{"namespace.side_effect": KeyError})
         with (
+            mock.patch.object(answer.namespaces, "setns", side_effect=KeyError),
             mock.patch.object(answer.os, "open", return_value=-1),
             mock.patch.object(answer.os, "stat"),
             mock.patch.object(answer, "count_mounts", return_value=count),
         ):
-            return Work().make_there("mnt", process, None, os.getpid())
+            return Work().make_there("mnt", mock.Mock(), None, os.getpid())
 
     with pytest.raises(KeyError):  # it goes on
         make(limits.MOUNTS)

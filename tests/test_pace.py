@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 from fdbroker.pace import Pace
 
 RATE, BURST = 100, 200

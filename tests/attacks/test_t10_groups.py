@@ -7,7 +7,7 @@ from pathlib import Path
 import floods
 from harness import ALICE, EVERYONE_NULL, GROUP, MEM, OTHER_GROUP, as_user, ask, node, resident_bytes, running
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 POLICY = f"version: 1\ngroups: {{{GROUP}: {{devices: [{{path: /dev/x}}]}}}}\n"
 CONNECTIONS = limits.USER_LIMITS["connections"].default

@@ -13,9 +13,9 @@ import time
 import pytest
 from harness import ALICE, BOB, CAROL, EVERYONE_NULL, Raw, as_user, ask, ip, outcome, own_network, private_dev, running
 
-from fdbroker import limits
 from fdbroker.kernel import sockets
 from fdbroker.kernel.received import receive_with_sender
+from fdbroker.limits import every as limits
 
 
 def test_none_is_ever_kept(dev):
@@ -60,7 +60,7 @@ def test_where_the_kernel_does_not_refuse_there_is_no_room_for_them():
 
 
 @pytest.mark.parametrize("call", ["info", "open", "list", "ping", "send", "wrong", "half"])
-def test_where_messages_may_have_some_none_stays_and_who_sends_too_many_is_disconnected(dev, call):
+def test_where_messages_may_have_some_none_stays_and_too_many_disconnect(dev, call):
     """As one who may send; whatever it sends them with, and in whatever order it goes away."""
     texts = {
         "info": b'{"method":"org.varlink.service.GetInfo"}\0',

@@ -9,7 +9,7 @@ import time
 
 from harness import ALICE, BOB, EVERYONE_NULL, NO_RATES, Raw, as_user, ask, outcome, running
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 UNREAD = limits.USER_LIMITS["unread_grants"].default
 CALL = b'{"method":"io.fdbroker.Broker.Open","parameters":{"resources":[{"device":"/dev/null"}]}}\0'

@@ -8,13 +8,14 @@ import os
 import resource
 import signal
 import socket
+import threading
 import time
 
 import harness
 import pytest
 from harness import EVERYONE_NULL, RATES, Raw, ask, outcome, running
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 from fdbroker.opener.accept import Acceptor, OutOfDescriptors
 from fdbroker.opener.close import Closing
 
@@ -161,12 +162,21 @@ def test_while_the_inbox_stands_still_clients_wait_and_are_served_afterwards(dev
         contextlib.ExitStack() as stack,
     ):
         os.kill(broker.pids["inbox"], signal.SIGSTOP)
-        clients = [stack.enter_context(Raw(broker.socket)) for _ in range(600)]
-        for client in clients:
-            client.send_call("io.fdbroker.Broker.Open", {"resources": [{"device": "/dev/null"}]})
+        clients = []
+
+        def connect():
+            for _ in range(600):
+                clients.append(stack.enter_context(Raw(broker.socket)))
+                clients[-1].send_call("io.fdbroker.Broker.Open", {"resources": [{"device": "/dev/null"}]})
+
+        connecting = threading.Thread(target=connect)  # waits when the link of the inbox and the backlog are full
+        connecting.start()
+        while len(clients) < 100:
+            time.sleep(0.01)
         before = _cpu_s(broker.pids["opener"])
         time.sleep(1)
         assert _cpu_s(broker.pids["opener"]) - before < 0.5
         os.kill(broker.pids["inbox"], signal.SIGCONT)
+        connecting.join()
         assert {outcome(client.reply()) for client in clients} <= {"granted", "QuotaExceeded"}
         assert outcome(clients[0].open("/dev/null")) == "granted"

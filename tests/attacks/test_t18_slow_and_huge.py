@@ -9,7 +9,7 @@ import time
 import pytest
 from harness import EVERYONE_NULL, Raw, ask, outcome, running
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 
 def test_unfinished_messages_are_ended_in_time_and_whole_ones_are_not(dev):

@@ -19,6 +19,14 @@ def test_connections(dev, maximum):
         assert outcomes == ["granted"] * maximum + ["QuotaExceeded"]
 
 
+def test_a_connection_that_was_closed_makes_room_at_once(dev):
+    """One of seven was refused: its end goes from the inbox to the opener, and on to the keeper."""
+    with running(EVERYONE_NULL + "limits: {connections: 1}\n") as broker:
+        for _ in range(100):
+            with Raw(broker.socket) as client:
+                assert outcome(client.open("/dev/null")) == "granted"
+
+
 @pytest.mark.parametrize("burst", [1, 5])
 def test_burst_and_rate(dev, burst):
     with (

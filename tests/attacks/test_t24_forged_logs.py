@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import floods
-import pytest
 from harness import ALICE, EVERYONE_NULL, Raw, as_user, ask, outcome, running
 
-from fdbroker import limits
-from fdbroker.opener.audit import FIELDS, Audit, NotRecorded, Record, fields
-from fdbroker.terms import Device, Grant, Subject
+from fdbroker.kernel.records import Records
+from fdbroker.limits import every as limits
+from fdbroker.terms import Subject
+from fdbroker.wire.audit import KINDS, Record, fields
 from fdbroker.wire.journal import escaped
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "operating.md"
+FIELDS = set(re.findall(r"^\| `([A-Z_]+)` \|", DOCS.read_text(), re.MULTILINE))
 
 NASTY = "/dev/x\nMESSAGE=root granted\nFDBROKER_UID=0\x1b[2J\u202e\\n\0\u2028"
 
@@ -38,10 +43,10 @@ def _parse(datagram):
 
 def test_a_path_is_one_escaped_value_and_never_a_field():
     subject = Subject(5, frozenset(), 5, 7, "co\nmm=x", "la\nbel=y", foreign=True)
-    record = Record("refused", "authorize", 1, subject, Device(NASTY, "ro"), f"because {NASTY}")
+    record = Record("refused", "authorize", 1, subject, f"because {NASTY}", "", "", NASTY, "ro")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs:
-        Audit(ours).write(record)
+        Records(ours).write(fields(record))
         found = _parse(theirs.recv(65536))
     names = [name for name, _ in found]
     assert len(names) == len(set(names))
@@ -59,9 +64,12 @@ def test_escaping_is_unambiguous():
 
 
 def test_the_fields_of_every_kind_are_the_documented_ones():
-    for kind in ("granted", "refused", "undone", "turned-away", "violation", "disconnected"):
-        record = Record(kind, "send", 1, None, None, "why")
-        assert set(fields(record, 3)) <= set(FIELDS)
+    """Those of grants and counts are added by opener and keeper: tests/opener/test_records.py, tests/keeper."""
+    added = {"FDBROKER_RDEV", "FDBROKER_NAMESPACE", "FDBROKER_COUNT", "FDBROKER_REPEATED"}
+    subject = Subject(5, frozenset(), 5, 7, "comm", "label", foreign=True)
+    for kind in KINDS:
+        record = Record(kind, "send", 1, subject, "why", "cause", "p.yaml:1", "/dev/a", "ro")
+        assert set(fields(record)) | added == FIELDS
 
 
 def test_the_service_and_the_command_line_print_nothing_raw(dev):
@@ -93,91 +101,12 @@ def test_whatever_a_client_varies_it_makes_so_many_records_and_no_more(dev):
             assert int(statm.read().split()[1]) * resource.getpagesize() < 60_000_000
 
 
-def test_the_counts_are_written_when_their_time_is_over():
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    theirs.setblocking(False)
-    with ours, theirs:
-        audit = Audit(ours)
-        subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
-        record = Record("refused", "authorize", 1, subject, Device("/dev/a", "ro"), "why")
-        for _ in range(4):
-            audit.refuse(record, 100.0)
-        for index in range(limits.AUDIT_REFUSALS + 4):
-            audit.refuse(record._replace(resource=Device(f"/dev/{index}", "ro")), 101.0)
-        for _ in range(limits.AUDIT_REFUSALS):
-            theirs.recv(65536)
-        audit.flush(105.0)
-        assert audit.counting
-        audit.flush(100.0 + limits.AUDIT_REPEAT_SECONDS)
-        assert not audit.counting
-        assert dict(_parse(theirs.recv(65536)))["FDBROKER_REPEATED"] == b"3"
-        others = dict(_parse(theirs.recv(65536)))
-        assert others["FDBROKER_REPEATED"] == b"5"
-        # nothing that is of one of them alone, for it would be said of all
-        assert others["FDBROKER_OWNER"] == b"others"
-        named = {
-            "FDBROKER_RESOURCE",
-            "FDBROKER_UID",
-            "FDBROKER_PID",
-            "FDBROKER_COMM",
-            "FDBROKER_STAGE",
-            "FDBROKER_RULE",
-        }
-        assert not named & others.keys()
-        assert others["FDBROKER_CAUSE"] == b"others"
-
-
-def test_what_was_recorded_and_did_not_happen_is_said_later_if_not_now():
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with ours, theirs:
-        audit = Audit(ours)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                ours.send(b"x", socket.MSG_DONTWAIT)
-        subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
-        audit.undo(Record("undone", "send", 1, subject, Device("/dev/a", "ro"), "why"))
-        assert audit.counting
-        while theirs.recv(10) and audit.counting:
-            audit.flush(0.0)
-        datagrams = []
-        theirs.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                datagrams.append(theirs.recv(65536))
-        assert dict(_parse(datagrams[-1]))["FDBROKER_RESOURCE"] == b"/dev/a"
-
-
-def test_counts_are_written_at_the_end_and_when_the_log_can_be_written_again(dev):
+def test_counts_are_written_at_the_end(dev):
     with running(EVERYONE_NULL) as broker:
         for _ in range(20):
             ask(broker.socket, "/dev/zero")
         broker.stop()
         assert [record.get("FDBROKER_REPEATED") for record in broker.records("refused")] == [None, "19"]
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with ours, theirs:
-        audit = Audit(ours)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                ours.send(b"x", socket.MSG_DONTWAIT)
-        subject = Subject(5, frozenset(), 5, 7, "", "", foreign=True)
-        for _ in range(4):
-            audit.refuse(Record("refused", "authorize", 1, subject, Device("/dev/a", "ro"), "why"), 100.0)
-        audit.flush(200.0)
-        assert audit.counting
-        theirs.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                theirs.recv(10)
-        audit.flush(200.0)
-        assert dict(_parse(theirs.recv(65536)))["FDBROKER_REPEATED"] == b"4"
-        assert not audit.counting
-
-
-def test_nothing_is_granted_while_an_undoing_is_owed():
-    audit = Audit(None)
-    audit._owed.append(Record("undone", "send", 1, None, None, "why"))
-    with pytest.raises(NotRecorded):
-        audit.grant(1, None, Grant(Device("/dev/a", "ro"), None), 1)
 
 
 def test_identical_refusals_are_counted_and_grants_never(dev):

@@ -154,7 +154,7 @@ def test_whatever_breaks_its_rules_with_the_keeper_ends_the_service_too(taken, s
     assert console.say("1") is None  # and it does not live on
 
 
-@pytest.mark.parametrize("word", ["link.STOP_ASKED", "link.WORKER_STUCK"])
+@pytest.mark.parametrize("word", ["link.OPENER_TO_LAUNCHER.encode(link.StopAsked())", "link.WORKER_STUCK"])
 def test_it_cannot_speak_to_the_launcher_for_the_opener(taken, word):
     broker, console = taken
     console.say(f"self.launcher.send({word})")

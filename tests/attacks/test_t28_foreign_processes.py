@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 
 import pytest
-from harness import ALICE, GROUP, NO_RATES, Raw, as_user, outcome, own_network, running
+from harness import (
+    ALICE,
+    CLONE_NEWNET,
+    CLONE_NEWUSER,
+    GROUP,
+    LIBC,
+    NO_RATES,
+    Raw,
+    as_user,
+    outcome,
+    own_network,
+    running,
+)
 
-from fdbroker import limits
 from fdbroker.errors import Denied
 from fdbroker.kernel.capabilities import Bracket
+from fdbroker.limits import every as limits
 from fdbroker.namespaces.answer import _Work
 from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.close import Closing
@@ -20,8 +34,9 @@ from fdbroker.opener.open import Nodes
 from fdbroker.opener.request import WORKER, Opening, answer
 from fdbroker.policy.decide import View
 from fdbroker.terms import Grant, Namespace, NamespaceRule, Subject
-from fdbroker.wire.worker import Ask
+from fdbroker.wire.worker import Ask, Wanted
 
+_PR_SET_DUMPABLE = 4  # linux/prctl.h
 POLICY = f"version: 1\ngroups: {{{GROUP}: {{namespaces: [{{type: net, of: caller}}]}}}}\n"
 
 
@@ -57,6 +72,70 @@ def test_a_process_that_becomes_a_setuid_program_is_never_followed_there(root):
         assert counts["Denied"] > 0
 
 
+def _open(address, pid):
+    with Raw(address) as client:
+        return outcome(client.ask({"namespace": {"type": "net", "pid": pid}}))
+
+
+@contextlib.contextmanager
+def _dropped(*, own, again):
+    """A process with a network namespace of root's that has become ALICE's by setresuid(2), as a setuid program does.
+
+    `own`: in a user namespace that it made then; `again`: it has made itself dumpable.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            assert LIBC.unshare(CLONE_NEWNET) == 0
+            os.setgroups([])
+            os.setresgid(ALICE, ALICE, ALICE)
+            os.setresuid(ALICE, ALICE, ALICE)
+            assert not own or LIBC.unshare(CLONE_NEWUSER) == 0
+            if again:
+                LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+            os.write(writing, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        assert os.read(reading, 1)
+        if own:
+            for name in ("uid_map", "gid_map"):
+                with open(f"/proc/{child}/{name}", "w") as file:
+                    file.write(f"0 {ALICE} 1\n")
+        yield child
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_setuid_program_that_has_dropped_its_rights_is_not_the_callers(root, own):
+    """All its ids are the caller's, it has no capability, and the caller itself may not look into it."""
+    with own_network(), running(POLICY + NO_RATES) as broker:
+        with _dropped(own=own, again=False) as pid:
+            assert as_user(ALICE, [GROUP], _open, broker.socket, pid) == "Denied"
+        with _dropped(own=own, again=True) as pid:
+            assert as_user(ALICE, [GROUP], _open, broker.socket, pid) == "granted"
+
+
+def test_a_process_of_a_container_is_the_callers_dumpable_or_not(root):
+    """Its program was started in the caller's user namespace, whose root the caller is."""
+    script = f"import ctypes, time; ctypes.CDLL(None).prctl({_PR_SET_DUMPABLE}, 0, 0, 0, 0); print(flush=True); time.sleep(60)"
+    command = ["unshare", "-Urn", "/usr/bin/python3", "-c", script]
+    with own_network(), running(POLICY + NO_RATES) as broker:
+        process = subprocess.Popen(command, user=ALICE, group=ALICE, extra_groups=[], stdout=subprocess.PIPE)
+        with process:
+            try:
+                assert process.stdout.readline()
+                assert as_user(ALICE, [GROUP], _open, broker.socket, process.pid) == "granted"
+            finally:
+                process.kill()
+
+
 MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
 
 
@@ -83,6 +162,7 @@ def test_a_process_that_ended_meanwhile_is_no_reason_for_a_grant(alive):
         refusal = end.value.value
         assert (type(refusal) if refusal else None) == (None if alive else Denied)
         assert sent == ([1] if alive else [])
+        opening.close()
         end_s = time.monotonic() + 30
         for descriptor in (pidfd, namespace):
             while os.path.exists(f"/proc/self/fd/{descriptor}"):  # a thread may close it
@@ -94,7 +174,7 @@ def test_a_process_that_ended_meanwhile_is_no_reason_for_a_grant(alive):
 
 
 def test_process_1_is_nobodys_to_ask_for_whatever_the_kernel_would_show_of_it():
-    work = _Work(Ask(1, 0, Namespace("net", pid=1), 0), None, frozenset(), 0.0)
+    work = _Work(Ask(1, 0, 0, (Wanted(Namespace("net", pid=1)),)), None, frozenset(), 0.0, frozenset())
     with pytest.raises(Denied, match="process 1"):
         work.pid_here(1, None)
     assert work.pid_here(2, None) == 2

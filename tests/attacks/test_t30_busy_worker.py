@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import threading
@@ -24,11 +25,12 @@ from harness import (
 )
 from subordinate import crowd
 
-from fdbroker import limits
 from fdbroker.errors import OpenFailed
 from fdbroker.kernel import namespaces
+from fdbroker.limits import every as limits
 from fdbroker.namespaces import answer
 
+_PR_SET_DUMPABLE = 4  # linux/prctl.h
 POLICY = f"""
 version: 1
 limits: {{{RATES}, unread_grants: 1024}}
@@ -115,14 +117,19 @@ def test_what_requests_hold_that_wait_for_more_is_bounded_and_others_are_served(
     """Two descriptors for each namespace of a process, and sixty-four of them in a request."""
 
     def asks(address):
+        LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
         with Raw(address) as client:
             return outcome(client.ask({"namespace": {"type": "net", "pid": os.getpid()}}))
+
+    def sleeps():
+        LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+        signal.pause()
 
     with running(POLICY) as broker:
         sleeper = os.fork()
         if sleeper == 0:
             with contextlib.suppress(BaseException):
-                as_user(ALICE, [], signal.pause)
+                as_user(ALICE, [], sleeps)
             os._exit(0)
         end = time.monotonic() + 60
         while not (pid := _child_of(sleeper)):
@@ -188,6 +195,22 @@ def test_a_user_has_so_many_living_namespaces_and_not_one_more(dev):
         assert as_user(BOB, [], _ask_all, broker.socket)[1] == "granted"
 
 
+def _at_once(address, counts):
+    become_root_of_user_namespace()
+    results = []
+    for count in counts:
+        with Raw(address) as client:
+            results.append(outcome(client.ask(*[NEW] * count)))
+    return results
+
+
+def test_one_request_makes_no_more_than_may_live(dev):
+    """Until it is answered the worker alone holds what it has made: looking at its user's processes finds none of it."""
+    with running(POLICY.replace("limits: {", "limits: {namespaces: 3, ")) as broker:
+        granted = ["granted", "QuotaExceeded", "QuotaExceeded", "granted"]
+        assert as_user(ALICE, [], _at_once, broker.socket, [3, 4, 64, 3]) == granted
+
+
 def _one_after_the_other(address, count):
     """One lives at any time, but for the last one."""
     results = []
@@ -205,6 +228,54 @@ def test_idle_processes_of_one_user_do_not_make_anothers_namespaces_live(dev):
     policy = POLICY.replace("limits: {", "limits: {namespaces: 1, ")
     with running(policy) as broker, crowd(ALICE, 400):
         assert as_user(BOB, [], _one_after_the_other, broker.socket, 3) == ["granted"] * 4 + ["QuotaExceeded"]
+
+
+def _hide_among_many(address, seconds, keep):
+    """Ask all the time, with a limit of two, while processes have so much open that looking at it takes long.
+
+    One of `keep` living ones is looked for; beside it each that is made is closed.
+    """
+    resource.setrlimit(resource.RLIMIT_NOFILE, (5000, 5000))
+    become_root_of_user_namespace()
+    with Raw(address) as client:
+        results = [outcome(client.ask(NEW)) for _ in range(2)]
+        for _ in range(2 - keep):
+            os.close(client.descriptors.pop())
+        for _ in range(4500):
+            os.dup(0)
+        children = []
+        for _ in range(4):
+            children.append(os.fork())
+            if children[-1] == 0:
+                LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+                signal.pause()
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            results.append(outcome(client.ask(NEW)))
+            while len(client.descriptors) > keep:
+                os.close(client.descriptors.pop())
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    return results
+
+
+def _cpu_s(pid):
+    """Of a process and its children that have ended."""
+    with open(f"/proc/{pid}/stat") as file:
+        return sum(map(int, file.read().rpartition(")")[2].split()[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(("keep", "last"), [(2, "QuotaExceeded"), (1, "granted")])
+def test_looking_at_what_an_owner_holds_takes_a_fifth_of_a_cpu(dev, keep, last):
+    """LIVING_RESTS: it was two thirds of a CPU, and nobody was charged for it. Others do not wait for that."""
+    with running(POLICY.replace("limits: {", "limits: {namespaces: 2, ")) as broker:
+        began_s, before_s = time.monotonic(), _cpu_s(broker.pids["worker"])
+        found = as_user(ALICE, [], _hide_among_many, broker.socket, 6, keep)
+        used = (_cpu_s(broker.pids["worker"]) - before_s) / (time.monotonic() - began_s)
+        assert (set(found[:2]), set(found[2:])) == ({"granted"}, {last})
+        assert used < 0.35
+        assert as_user(BOB, [], _ask_all, broker.socket) == ["granted", "granted"]
 
 
 class _StoppedThere(answer._Work):

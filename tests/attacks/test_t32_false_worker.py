@@ -33,10 +33,11 @@ class Worker:
 
     def answer(self, ask):
         null = os.open("/dev/null", os.O_RDONLY)
-        how = getattr(ask.resource, "name", "") or str(ask.resource.pid)
+        resource = ask.wanted[0].resource
+        how = getattr(resource, "name", "") or str(resource.pid)
         send = self.opener.send_with_descriptors
-        made = worker.FROM_WORKER.encode(worker.Made(ask.request, 7, 0, (True,) * len(ask.known)))
-        other = worker.FROM_WORKER.encode(worker.Made(ask.request + 1000, 7, 0, ()))
+        made = worker.FROM_WORKER.encode(worker.Made(ask.request, (worker.Opened(7, 0),), ask.known))
+        other = worker.FROM_WORKER.encode(worker.Made(ask.request + 1000, (worker.Opened(7, 0),)))
         granted = link.OPENER_TO_INBOX.encode(link.Outcome(ask.request, None))
         match how:
             case "nothing":
@@ -44,7 +45,7 @@ class Worker:
             case "two":
                 send(made, [null, null])
             case "many":
-                send(made, [null] * 100)
+                send(made, [null] * 129)
             case "one" | "1":
                 send(made, [null])
             case "short":
@@ -54,7 +55,9 @@ class Worker:
             case "huge":
                 self.opener.send(b"x" * 140000)
             case "living":
-                send(made[:14] + bytes([200]) + made[15:], [null])
+                send(made[:-2] + bytes([0, 200]), [null])
+            case "reason":
+                send(made[:15] + bytes([200]) + made[16:], [null])
             case "granted":
                 self.opener.send(granted)
             case "others":
@@ -87,6 +90,7 @@ def named(name):
         ("type", "unknown message type"),
         ("huge", "cut"),
         ("living", "values, at least 0, at most"),
+        ("reason", "a number of value 200, at most 5"),
         ("granted", "unknown message type 3"),
     ],
 )

@@ -11,7 +11,7 @@ import time
 from harness import ALICE, BOB, NO_RATES, Raw, as_user, outcome, resident_bytes, running
 from messaging import SEND, SUBSCRIBE, Subscriber
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 POLICY = """
 version: 1

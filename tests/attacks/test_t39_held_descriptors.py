@@ -19,8 +19,8 @@ from messaging import raw_send, sealed, send_frame, subscribed
 
 import fdbroker
 import fdbroker.aio
-from fdbroker import limits
 from fdbroker.cli import commands
+from fdbroker.limits import every as limits
 
 POLICY = f"""
 version: 1

@@ -11,7 +11,7 @@ import pytest
 from harness import ALICE, as_user, folder, running
 from messaging import NOT_SEALED, half_sealed, raw_send, sealed, subscribed, unsealed
 
-from fdbroker.kernel import memfd
+from fdbroker.kernel.sealed import sealed_memfd
 
 POLICY = """
 version: 1
@@ -94,7 +94,7 @@ def _change(number):
 
 def test_what_passed_is_the_same_for_every_reader_whatever_its_sender_does(broker):
     def send_and_change(address):
-        number = memfd.sealed("x", b"the text")
+        number = sealed_memfd("x", b"the text")
         assert raw_send(address, LARGE, lambda: [os.dup(number)]) == ["granted", {}]
         worked = _change(number)
         os.close(number)

@@ -9,7 +9,7 @@ import pytest
 from buses import POLICY, bob_session, open_folder, send
 from harness import ALICE, as_user, need_root, private_dev, running
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 OTHERS = range(50011, 50015)  # each may send so many at once, and no more
 MORE_USERS = "".join(f"  {uid}: {{send: [notifications]}}\n" for uid in OTHERS)

@@ -6,7 +6,7 @@ import pytest
 from buses import POLICY, RULE, SYSTEM, Listener, Program, bus, carols_bridge, emit, last_member, open_folder
 from harness import ALICE, CAROL, as_user, resident_bytes, running
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 
 @pytest.fixture

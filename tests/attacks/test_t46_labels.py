@@ -12,9 +12,9 @@ import socket
 import pytest
 from harness import ALICE, MEM, Raw, as_user, ask, node, running
 
-from fdbroker import limits
 from fdbroker.cli.here import own_label
 from fdbroker.kernel import sockets
+from fdbroker.limits import every as limits
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.decide import decide, view
 from fdbroker.terms import Device, Subject
@@ -94,6 +94,8 @@ def test_a_label_is_kept_up_to_its_limit():
     most = limits.LABEL_BYTES
     assert labelled(b"a" * most).label == "a" * most
     assert labelled(b"a" * (most + 1)).label == ""
+    assert labelled(b"\xff" * (most // 4)).label == "\\xff" * (most // 4)
+    assert labelled(b"\xff" * (most // 4 + 1)).label == ""  # as it travels; it ended the service
 
 
 def test_no_client_gets_in_by_what_it_says_itself(dev):

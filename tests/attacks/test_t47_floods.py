@@ -64,6 +64,7 @@ def test_after_floods_nothing_of_them_is_left_in_the_broker(broker):
 @pytest.mark.parametrize(
     "names", [("Open",), ("Open of 64",), ("connects",), TOGETHER, ("Open, as 700 uids",)], ids=", ".join
 )
+@pytest.mark.timing
 def test_the_broker_does_little_for_a_flood_while_another_waits(broker, names):
     """Judged by the time from request to answer, or by what its processes worked meanwhile, whichever is less.
 

@@ -19,7 +19,7 @@ users: {{{ALICE}: {{devices: [{{path: /dev/snd/pcm, access: rw}}], sockets: [{{n
 
 
 @pytest.mark.parametrize("how", ["told to stop", "killed"])
-def test_the_launchers_end_takes_all_with_it_although_they_do_nothing_by_themselves_any_more(dev, how):
+def test_the_launchers_end_takes_all_with_it_although_they_do_nothing_any_more(dev, how):
     """What was taken over does not care that its links are closed either. Told to stop, it waits STOP_SECONDS for them."""
     node("/dev/snd/pcm", MEM["zero"])
     with running(POLICY) as broker:

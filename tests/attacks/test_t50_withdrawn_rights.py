@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
-from harness import ALICE, BOB, MEM, Raw, as_user, ip, node, outcome, own_network, private_dev, running
+from harness import (
+    ALICE,
+    BOB,
+    MEM,
+    PATIENCE_S,
+    Raw,
+    as_user,
+    ask,
+    ip,
+    node,
+    outcome,
+    own_network,
+    private_dev,
+    replaced_file,
+    running,
+)
 
 NET = {"namespace": {"type": "net", "name": "vpn"}}
 GIVEN = "{devices: [{path: /dev/x}], namespaces: [{type: net, name: vpn}]}"
@@ -54,3 +71,33 @@ def test_what_is_asked_before_and_answered_after_the_reload_is_denied(root, afte
                 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
                 for number in (*ready, *go):
                     os.close(number)
+
+
+def test_the_number_of_a_removed_user_has_nothing_of_what_the_user_had(dev):
+    """Another account may get it; and a deny rule still follows the members of its group."""
+    node("/dev/x", MEM["zero"])
+    node("/dev/y", MEM["zero"])
+    policy = "version: 1\nusers: {alba: {devices: [{path: /dev/x}]}}\neveryone: {devices: [{path: /dev/y}]}\n"
+    policy += "deny: [{groups: [guests], devices: [/dev/y]}]\n"
+    users, groups = Path("/etc/passwd").read_text(), Path("/etc/group").read_text()
+    line = f"{{}}:x:{ALICE}:{ALICE}::/nonexistent:/bin/sh\n"
+
+    def until(path, expected):
+        end = time.monotonic() + PATIENCE_S
+        while as_user(ALICE, [], ask, broker.socket, path) != expected:
+            assert time.monotonic() < end, broker.text()
+            time.sleep(0.1)
+
+    with (
+        replaced_file("/etc/passwd", users + line.format("alba")),
+        replaced_file("/etc/group", groups + "guests:x:60009:\n"),
+    ):
+        with running(policy) as broker:
+            until("/dev/x", "granted")
+            with replaced_file("/etc/passwd", users + line.format("cleo")):
+                until("/dev/x", "Denied")
+                until("/dev/y", "granted")
+                with replaced_file("/etc/group", groups + "guests:x:60009:cleo\n"):
+                    until("/dev/y", "Denied")
+            until("/dev/x", "granted")
+            assert broker.text().count("unknown user 'alba'") == 1

@@ -15,7 +15,7 @@ import floods
 import pytest
 from harness import ALICE, BOB, CAROL, EVERYONE_NULL, MEM, NO_RATES, RATES, Raw, as_user, ask, node, outcome, running
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 NODES = 300
 LISTED = """\
@@ -51,6 +51,7 @@ def _median_s(address, count=150):
     return statistics.median(times)
 
 
+@pytest.mark.timing
 def test_lists_of_nodes_that_do_not_fit_slow_nobody_else(many):
     """300 nodes, 20 connections: another user's median open was 2,650 times as long. Best of three."""
     with running(LISTED + NO_RATES) as broker:
@@ -100,6 +101,39 @@ def test_a_request_costs_its_resources(dev):
         assert as_user(ALICE, [], opens) == ["granted", "RateLimited", "granted"]
 
 
+def test_what_costs_more_than_the_burst_is_owed_and_whoever_waits_as_long_as_told_gets_it(dev):
+    """It cost the burst and no more: 384 descriptors in six seconds, where the policy says one a second."""
+    with running(EVERYONE_NULL + "limits: {requests_per_second: 64, burst: 1}\n") as broker:
+
+        def opens():
+            began_s = time.monotonic()
+            with Raw(broker.socket) as client:
+                assert outcome(client.open(*["/dev/null"] * 64)) == "granted"
+                reply = client.open(*["/dev/null"] * 64)
+                assert outcome(reply) == "RateLimited"
+                time.sleep(reply["parameters"]["retryAfterMilliseconds"] / 1000 + 0.05)
+                return outcome(client.open(*["/dev/null"] * 64)), time.monotonic() - began_s
+
+        said, took_s = as_user(ALICE, [], opens)
+        assert said == "granted"
+        assert took_s >= 1
+
+
+def test_records_beyond_their_burst_are_owed(dev):
+    """The first costs RECORDS_PER_CONNECTION more, and the next one has to wait for that as well."""
+    with running(EVERYONE_NULL + "limits: {records_per_second: 1, record_burst: 1}\n") as broker:
+
+        def opens():
+            began_s = time.monotonic()
+            with Raw(broker.socket) as client:
+                assert outcome(client.open("/dev/null")) == "granted"
+                while outcome(client.open("/dev/null")) != "granted":
+                    time.sleep(0.05)
+            return time.monotonic() - began_s
+
+        assert as_user(ALICE, [], opens) >= 1 + limits.RECORDS_PER_CONNECTION
+
+
 def test_equal_grants_of_one_request_are_one_record(dev):
     with running(EVERYONE_NULL) as broker:
         with Raw(broker.socket) as client:
@@ -114,13 +148,15 @@ def test_records_have_a_rate(dev):
     """records_per_second and record_burst: above it a request is refused, and the record says why."""
     policy = EVERYONE_NULL.replace("]}", ", {path: /dev/zero, class: mem}, {path: /dev/full, class: mem}]}")
     with running(
-        policy + f"limits: {{records_per_second: 1, record_burst: {4 + limits.RECORDS_PER_CONNECTION}}}\n"
+        policy + f"limits: {{records_per_second: 1, record_burst: {3 + limits.RECORDS_PER_CONNECTION}}}\n"
     ) as broker:
 
         def opens():
             with Raw(broker.socket) as client:
                 said = [outcome(client.open("/dev/null", "/dev/null", "/dev/zero"))]
-                said += [outcome(client.open("/dev/null", "/dev/zero", "/dev/full"))]  # a record of the refusal
+                said += [
+                    outcome(client.open("/dev/null", "/dev/zero", "/dev/full"))
+                ]  # its record is the keeper's, which counts nowhere
                 said += [outcome(client.open("/dev/null")), outcome(client.open("/dev/null"))]
                 return said
 
@@ -196,6 +232,7 @@ def _open_s(address):
     return sorted(times)[len(times) * 9 // 10]
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(("message", "asked"), [(floods.PING, _ping_s), (floods.OPEN, _open_s)], ids=["PING", "Open"])
 def test_watches_of_ones_own_socket_cost_others_nothing(dev, monkeypatch, message, asked):
     """Ten thousand made each answer of ours take 5 to 10 ms, and one such user made others wait as long each time."""
@@ -259,6 +296,7 @@ def _worked_s(pid):
     return time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3)
 
 
+@pytest.mark.timing
 def test_watches_that_grants_alone_wake_take_little_of_the_opener(dev, monkeypatch):
     """A third of a second of each second was theirs at 38,000, and whoever else asked had to wait that often."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -11,8 +11,8 @@ from floods import frame
 from harness import ALICE, BOB, Raw, as_user, folder, running
 from messaging import SEND
 
-from fdbroker import limits
-from fdbroker.kernel import memfd
+from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.limits import every as limits
 
 ENDS = 20  # so often, and systemd starts the service no more
 SIZE = 65_000
@@ -34,7 +34,7 @@ def _by_frame(address):
 
 def _by_memfd(address):
     """The way of the payloads that one call has no room for: the inbox reads it with pread64."""
-    number = memfd.sealed("payload", b"x" * SIZE)
+    number = sealed_memfd("payload", b"x" * SIZE)
     call = b'{"method":"%s","parameters":{"topic":"inbox","fileDescriptor":0}}\0' % SEND.encode()
     try:
         with Raw(address) as client:

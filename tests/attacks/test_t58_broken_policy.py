@@ -12,11 +12,13 @@ import time
 from unittest import mock
 
 import pytest
-from harness import ALICE, EVERYONE_NULL, PATIENCE_S, as_user, ask, folder
+from floods import FIRST
+from harness import ALICE, BOB, EVERYONE_NULL, PATIENCE_S, as_user, ask, folder
 from lingering import Lingering
+from subordinate import being
 
-from fdbroker import limits
 from fdbroker.kernel.jobs import Jobs
+from fdbroker.limits import every as limits
 from fdbroker.refuser.__main__ import refuse_all
 from fdbroker.wire import frame
 
@@ -212,6 +214,27 @@ def test_many_are_refused_and_some_at_a_time():
             refuse_all(listener, closing)
             assert [_heard(sock) for sock in clients[-5:]] == [True] * 5
         assert put.call_args_list == []
+
+
+def test_all_subordinate_uids_are_one_owner_of_what_is_slow_to_close():
+    """Nobody knows whose they are without a policy: one user's had, each of them, a quarter of the stuck threads."""
+    closing, uids = Jobs(1), [FIRST + number for number in range(8)]
+    with folder() as where, socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(f"{where}/socket")
+        os.chmod(f"{where}/socket", 0o666)
+        listener.listen(20)
+        listener.setblocking(False)
+        for uid in (ALICE, *uids, ALICE, BOB):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            with being(uid):
+                sock.connect(f"{where}/socket")
+            sock.sendall(b"x")
+        with mock.patch.object(closing, "put", side_effect=lambda _, close: close()) as put:
+            refuse_all(listener, closing)
+        first, *others, last, another = [called.args[0] for called in put.call_args_list]
+        assert (first, last, another, len(others)) == (ALICE, ALICE, BOB, len(uids))
+        assert len({*others}) == 1
+        assert not {*others} & {ALICE, BOB}
 
 
 def _heard(sock):

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdbroker import limits
 from fdbroker.bridges.notifications import _EXPIRE_MS, Flood, _Asked, name_of, notification
+from fdbroker.limits import every as limits
 
 ENTITY = re.compile("&(amp|lt|gt);")
 

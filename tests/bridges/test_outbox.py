@@ -6,11 +6,12 @@ import asyncio
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.bridges import outbox as module
 from fdbroker.bridges.outbox import Losses, Outbox, until_one_ends
 from fdbroker.client import calls
 from fdbroker.errors import BrokerUnavailable, MessageTooLong, RateLimited, TopicDenied
+from fdbroker.limits import bridges as limits
+from fdbroker.limits.inbox import MESSAGE_BYTES
 
 
 class Broker:
@@ -87,7 +88,7 @@ def test_one_that_is_refused_is_dropped_and_the_next_one_is_sent(monkeypatch, re
     assert [payload for _, payload in broker.sent] == ["2", "the last"]
 
 
-@pytest.mark.parametrize("payload", ["x" * (limits.MESSAGE_BYTES + 1), "é" * 33000])
+@pytest.mark.parametrize("payload", ["x" * (MESSAGE_BYTES + 1), "é" * 33000])
 def test_one_that_is_too_long_is_dropped(monkeypatch, payload):
     broker = Broker()
     assert ran(monkeypatch, broker, payload) == ["1 message was dropped: longer than 65536 bytes"]

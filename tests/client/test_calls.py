@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.client import calls
 from fdbroker.client.replies import Replies
 from fdbroker.client.sync import outgoing
@@ -20,6 +19,7 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
+from fdbroker.limits import every as limits
 from fdbroker.wire import varlink
 
 

@@ -16,10 +16,10 @@ import time
 import pytest
 
 import fdbroker.aio
-from fdbroker import limits
 from fdbroker.client import aio, calls, closing, sync
 from fdbroker.client.replies import Replies
 from fdbroker.kernel import sockets
+from fdbroker.limits import every as limits
 from fdbroker.wire import varlink
 
 SAID = {"number": 1, "topic": "t", "uid": 7, "gid": 7, "pid": 1, "time": 1, "encoding": "text", "payload": ""}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import pkgutil
 import subprocess
@@ -13,6 +14,7 @@ from harness import command
 
 import fdbroker
 from fdbroker import errors
+from fdbroker.refusals import OpenFailed
 from fdbroker.wire import varlink
 
 # sysexits.h, by what a script does next
@@ -98,6 +100,11 @@ REFUSALS = {
 
 def test_every_refusal_of_open_is_here():
     assert set(REFUSALS) == set(errors.REFUSALS)
+
+
+def test_where_a_driver_may_yet_come_one_is_to_try_again():
+    codes = {OpenFailed(number).exit_code for number in (errno.ENODEV, errno.ENXIO)}
+    assert (codes, OpenFailed(errno.EBUSY).exit_code) == ({75}, 74)
 
 
 @pytest.mark.parametrize("name", REFUSALS)

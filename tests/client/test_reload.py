@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import threading
+import time
 
 import pytest
-from harness import ALICE, BOB, EVERYONE_NULL, as_user, command, running
+from harness import ALICE, BOB, EVERYONE_NULL, Raw, as_user, command, running
 
 import fdbroker.aio
 from fdbroker.errors import PolicyError
+from fdbroker.limits.opener import POLICY_FINDINGS
 
 BROKEN = "version: 1\nevrybody: {}\n"
 # net:new needs the namespaces worker, which this broker did not start
@@ -83,6 +87,44 @@ def test_a_client_may_reload_again_and_again(dev, client):
         for number in (2, 3):
             assert client(broker.socket) == []
             assert generation(broker.socket) == number
+
+
+def _reload_at_once(address, count):
+    """How so many reloads of one administrator end: how many findings each has."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Raw(address)) for _ in range(count)]
+        for client in clients:
+            client.send_call("io.fdbroker.Admin.Reload")
+        return [len(client.reply()["parameters"]["findings"]) for client in clients]
+
+
+def test_all_who_reload_a_broken_policy_at_once_are_told_and_the_service_hears_everybody_afterwards(dev):
+    """Each answer is as long as the launcher's link takes at a time: what found no room there waited for good."""
+    with running(EVERYONE_NULL + ADMINISTRATOR) as broker:
+        broker.policy.write_text(EVERYONE_NULL + "".join(f"wrong_{'x' * 200}_{number}: 1\n" for number in range(250)))
+        assert as_user(BOB, [], _reload_at_once, broker.socket, 60) == [POLICY_FINDINGS] * 60
+        broker.reload(EVERYONE_NULL)
+        assert "is reloaded" in broker.text().splitlines()[-1]
+        assert command(broker.socket, "reload")[0] == 0
+
+
+def _reload_until_the_end(address):
+    with contextlib.suppress(OSError), Raw(address) as client:
+        while client.call("io.fdbroker.Admin.Reload"):
+            pass
+
+
+@pytest.mark.parametrize("_", range(4))
+def test_a_stop_beside_reloads_ends_in_order(dev, _):
+    """With 0: the service manager would start a service again that failed."""
+    with running(EVERYONE_NULL) as broker:
+        thread = threading.Thread(target=as_user, args=(0, [], _reload_until_the_end, broker.socket))
+        thread.start()
+        broker.wait_for("is reloaded")
+        while broker.text().count("reloading") <= broker.text().count("is reloaded"):
+            time.sleep(0.001)
+        assert broker.stop() == 0, broker.text()
+        thread.join()
 
 
 def test_explain_says_when_the_broker_uses_another_policy(dev):

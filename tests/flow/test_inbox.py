@@ -25,15 +25,16 @@ from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.service import Inbox
 from fdbroker.inbox.store import Store
 from fdbroker.inbox.topics import Topics
-from fdbroker.kernel import memfd, sockets
+from fdbroker.kernel import sockets
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
+from fdbroker.kernel.sealed import sealed_memfd
 from fdbroker.offers import Offer
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.terms import Device, Topic, User
-from fdbroker.wire import admin, link, lists, varlink
+from fdbroker.wire import admin, findings, link, lists, varlink
 from fdbroker.wire.connections import Use
-from fdbroker.wire.keeper import ListRefused
+from fdbroker.wire.launcher import INBOX_TO_LAUNCHER, LAUNCHER_TO_INBOX
 
 NOTHING = Rights()
 POLICY = Policy(frozenset(), frozenset(), {}, {}, {}, (), (), {}, {}, {})
@@ -92,8 +93,8 @@ class Opener:
 
     def use(self, number, policy, allowed):
         """Another policy, and what each connection may do by it: the messages, of which the launcher's is sent."""
-        descriptor = memfd.sealed("policy", to_bytes(policy))
-        socket.send_fds(self.launcher, [link.LAUNCHER_TO_INBOX.encode(link.Policy(number))], [descriptor])
+        descriptor = sealed_memfd("policy", to_bytes(policy))
+        socket.send_fds(self.launcher, [LAUNCHER_TO_INBOX.encode(link.Policy(number))], [descriptor])
         os.close(descriptor)
         again = [came(one, os.getuid(), pid=one) for one in allowed]
         return list(map(link.OPENER_TO_INBOX.encode, (Use(number, len(allowed)), *again)))
@@ -183,9 +184,9 @@ def test_an_outcome_for_a_client_that_is_gone_is_dropped():
     [
         lists.Offered(1, False, [Offer(Device("/dev/x", "ro"), "policy.yaml:1")]),
         lists.Offered(1, True, []),
-        ListRefused(1, 1000),
+        lists.ListRefused(1, 1000),
         link.OPENER_TO_INBOX.encode(came(1, os.getuid())),
-        link.LAUNCHER_TO_OPENER.encode(admin.Reloaded(1, ())),
+        link.LAUNCHER_TO_OPENER.encode(admin.Reloaded(1, findings.to_bytes(()))),
     ],
     ids=["some of a list", "the end of a list", "a list that is refused", "it came again", "a reload"],
 )
@@ -247,7 +248,7 @@ def test_a_list_that_is_refused_is_answered_and_its_user_slowed():
         assert opener.asked() == lists.List(1, False)
         (one,) = opener.inbox._by_number.values()
         with mock.patch.object(opener.inbox.turns, "offend") as offend:
-            opener.keeper.send(lists.KEEPER_TO_INBOX.encode(ListRefused(1, 1500)))
+            opener.keeper.send(lists.KEEPER_TO_INBOX.encode(lists.ListRefused(1, 1500)))
             refused, info = replies(client, 2)
         assert refused["error"] == "io.fdbroker.Broker.RateLimited"
         assert refused["parameters"] == {"retryAfterMilliseconds": 1500}
@@ -259,7 +260,7 @@ def test_a_list_that_is_refused_is_answered_and_its_user_slowed():
     ("said", "why"),
     [
         (lists.KEEPER_TO_INBOX.encode(lists.Offered(1, True, [])), "which is idle"),
-        (lists.KEEPER_TO_INBOX.encode(ListRefused(1, 1)), "which is idle"),
+        (lists.KEEPER_TO_INBOX.encode(lists.ListRefused(1, 1)), "which is idle"),
         (lists.INBOX_TO_KEEPER.encode(lists.List(1, True)), "Offered: cut at"),
         (b"\xff", "unknown message type"),
     ],
@@ -436,6 +437,52 @@ def test_a_message_that_waits_for_us_to_read_it_has_its_time_anew(monkeypatch):
         assert opener.next() == link.Closed(1, 3)
 
 
+def _rest(opener, seconds):
+    """Its user must rest for so long."""
+    (user,) = opener.inbox.turns._by_owner.values()
+    user.rests_until_s = time.monotonic() + seconds
+    opener.inbox.turns.resting[user] = None
+
+
+def _send_own_end(opener, client):
+    """Behind a question that the opener has yet to answer: two messages, the second with the connection's own end."""
+    socket.send_fds(client, [OPEN + OPEN + call("Send", topic="plain", payload="x")], [client.fileno()])
+    assert isinstance(opener.next(), link.Open)
+
+
+@pytest.mark.parametrize("waits", ["for the opener", "for its own rest", "for another message"])
+def test_descriptors_have_their_time_whatever_their_message_waits_for(monkeypatch, waits):
+    """Connections that had been sent through themselves stayed for minutes: no time began while anything was asked."""
+    monkeypatch.setattr(deadlines, "_ATTACHED_S", 1.0)
+    with inbox(policy=POLICY._replace(topics=(PLAIN,))) as opener, opener.client(MAY) as client:
+        opener.sock.settimeout(5)
+        _send_own_end(opener, client)
+        client.close()
+        if waits != "for the opener":
+            time.sleep(0.5)
+            if waits == "for its own rest":
+                _rest(opener, 30)
+            opener.send(link.OPENER_TO_INBOX.encode(link.Outcome(1, Denied("x", index=0))))
+        if waits == "for another message":
+            assert isinstance(opener.next(), link.Open)
+        began_s = time.monotonic()
+        assert opener.next() == link.Closed(1, 3)
+        assert (time.monotonic() - began_s < 0.8) == (waits != "for the opener"), "its time began anew"
+
+
+def test_who_rests_for_less_than_that_is_served_and_each_such_message_has_a_time_of_its_own(monkeypatch):
+    monkeypatch.setattr(deadlines, "_ATTACHED_S", 1.0)
+    denied = link.OPENER_TO_INBOX.encode(link.Outcome(1, Denied("x", index=0)))
+    with inbox(policy=POLICY._replace(topics=(PLAIN,))) as opener, opener.client(MAY) as client:
+        for _ in range(4):
+            _send_own_end(opener, client)
+            _rest(opener, 0.4)
+            opener.send(denied)
+            assert isinstance(opener.next(), link.Open)  # after the rest
+            opener.send(denied)
+            assert len(replies(client, 3)) == 3
+
+
 # ---- stored messages
 
 STORED = Topic("inbox", ("subscribers", "queue"), 65536, 60)
@@ -489,7 +536,7 @@ def test_answers_wait_for_the_commit_and_keep_their_order(stored_inbox):
         got = replies(client, 5)
         assert [reply.get("error", "").rpartition(".")[2] for reply in got] == ["", "", "Denied", "", ""]
         assert "vendor" in got[-1]["parameters"]
-        assert [type(opener.next()).__name__ for _ in range(2)] == ["DeniedUse", "Open"]  # only now
+        assert [type(said()).__name__ for said in (opener.asked, opener.next)] == ["DeniedUse", "Open"]  # only now
 
 
 def test_one_commit_for_all_that_came_meanwhile(stored_inbox):
@@ -637,7 +684,7 @@ def test_half_of_a_new_policy_is_not_in_force(stored_inbox):
                     one.recv(1)
                 one.settimeout(30)
             opener.send(part)
-        assert link.INBOX_TO_LAUNCHER.decode(opener.launcher.recv(10)) == link.Applied(1)
+        assert INBOX_TO_LAUNCHER.decode(opener.launcher.recv(10)) == link.Applied(1)
         store.go.release()
         assert [reply.get("error") for reply in replies(client, 2)] == [None, None]
         assert "vendor" in replies(other, 1)[0]["parameters"]
@@ -650,7 +697,7 @@ def test_a_policy_that_did_not_come_is_a_violation(number):
         for message in opener.use(number, POLICY, ()) if number == 2 else ():
             opener.send(message)  # that one did
         if number == 2:
-            assert link.INBOX_TO_LAUNCHER.decode(opener.launcher.recv(10)) == link.Applied(2)
+            assert INBOX_TO_LAUNCHER.decode(opener.launcher.recv(10)) == link.Applied(2)
         opener.send(link.OPENER_TO_INBOX.encode(Use(1, 0)))
         opener.thread.join(30)
         assert "policy 1 is to be used, which did not come" in str(opener.error)
@@ -742,6 +789,29 @@ def test_who_acknowledges_nothing_is_served_while_nothing_can_be_stored(stored_i
         assert [reply.get("error") for reply in replies(sender, 2)] == ["io.fdbroker.Inbox.QuotaExceeded"] * 2
 
 
+def test_what_comes_while_the_opener_is_asked_wakes_nobody_and_is_read_with_the_outcome():
+    with inbox() as opener, opener.client() as client:
+        events, taken = [], opener.inbox._client_event
+        opener.inbox._client_event = lambda *event: (events.append(event), taken(*event))
+        client.sendall(OPEN)
+        for _ in range(5):
+            assert isinstance(opener.next(), link.Open)
+            client.sendall(OPEN)
+            time.sleep(0.05)
+            assert len(events) <= 1
+            opener.send(link.OPENER_TO_INBOX.encode(link.Outcome(1, None)))
+
+
+def test_what_came_while_the_opener_was_asked_is_not_answered_once_it_stops():
+    with inbox() as opener, opener.client() as client:
+        client.sendall(OPEN)
+        assert isinstance(opener.next(), link.Open)
+        client.sendall(OPEN)
+        opener.send(link.DRAIN)
+        opener.send(link.OPENER_TO_INBOX.encode(link.Outcome(1, None)))
+        assert opener.next() == link.Closed(1, 0)
+
+
 @pytest.mark.parametrize("how", ["goes on", "hangs up"])
 def test_whoever_is_not_read_for_a_while_keeps_nobody_awake(how):
     with inbox() as opener, opener.client() as client:
@@ -764,25 +834,22 @@ def test_whoever_is_not_read_for_a_while_keeps_nobody_awake(how):
             assert len(replies(client, 1)) == 1
 
 
-def test_no_denial_is_lost_while_the_opener_reads_nothing():
+def test_no_denial_is_lost_while_the_keeper_reads_nothing():
     """Each was only said when there was room, and nobody learned of the others."""
     denied = b'{"method":"io.fdbroker.Inbox.Send","parameters":{"topic":"t%d","payload":"x"}}\0'
     often = Rights(messages_per_second=100_000, burst=100_000)
     with inbox() as opener, opener.client(often) as client, opener.client(often) as other:
-        opener.ends[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)  # room for some messages
+        opener.ends[2].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)  # room for some messages
         count = 300
         client.sendall(b"".join(denied % number for number in range(count)))
         time.sleep(0.3)  # the link is full by now
         other.sendall(denied % count + b'{"method":"io.fdbroker.Broker.About"}\0')
         for end in (client, other):
             end.shutdown(socket.SHUT_WR)
-        said = []
-        while len(said) < count + 3:
-            said.append(opener.next())
-        assert [
-            one.use.topic for one in said if getattr(one, "connection", 0) == 1 and isinstance(one, link.DeniedUse)
-        ] == [f"t{number}" for number in range(count)]
-        assert [type(one).__name__ for one in said if one.connection == 2] == ["DeniedUse", "Closed"]
+        said = [opener.asked() for _ in range(count + 1)]
+        assert [one.use.topic for one in said if one.connection == 1] == [f"t{number}" for number in range(count)]
+        assert [one.use.topic for one in said if one.connection == 2] == [f"t{count}"]
+        assert [type(opener.next()) for _ in range(2)] == [link.Closed] * 2
         assert len(replies(client, count + 1)) == count
         assert len(replies(other, 3)) == 2
 
@@ -830,3 +897,26 @@ def test_an_opener_that_ends_while_we_drain_is_no_fault():
         ended.append(opener.error)
     assert isinstance(ended[0], ConnectionError)
     assert opener.inbox.draining
+
+
+def test_connections_may_come_in_another_order_than_they_were_accepted():
+    """Whoever had to wait comes later, with a lower number: it was not served, and nobody noticed its end."""
+    with inbox() as opener:
+        late, early = opener.came(), opener.came()
+        ends = []
+        for message in (early, late):
+            ours, theirs = socket.socketpair()
+            sockets.ask_credentials(theirs)
+            socket.send_fds(opener.sock, [message], [theirs.fileno()])
+            theirs.close()
+            ours.settimeout(30)
+            ours.sendall(b"\0\0\0\4PING")
+            assert ours.recv(8, socket.MSG_WAITALL) == b"\0\0\0\4PONG"
+            ends.append(ours)
+        for number, ours in zip((2, 1), ends, strict=True):
+            ours.close()
+            assert opener.next() == link.Closed(number, 0)
+            opener.send(late if number == 1 else early)  # again, before the opener has heard of its end
+        opener.send(link.PING)
+        assert opener.next() == link.Pong()
+        assert not opener.inbox._by_number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -12,22 +13,31 @@ from pathlib import Path
 import pytest
 from fakes import came
 
-from fdbroker import limits
-from fdbroker.keeper import changes
+from fdbroker.keeper import changes, service
+from fdbroker.keeper import refusals as refusals_module
+from fdbroker.keeper.refusals import Refusals
 from fdbroker.keeper.service import Keeper
-from fdbroker.kernel import memfd
 from fdbroker.kernel.link import Link
+from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.limits import every as limits
 from fdbroker.nodes.find import Finder
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
 from fdbroker.refusals import LinkViolation
-from fdbroker.terms import Device
+from fdbroker.terms import Device, Subject, TopicUse
 from fdbroker.wire import keeper, link, lists
+from fdbroker.wire.audit import Record, fields
 from fdbroker.wire.connections import Use
-from fdbroker.wire.keeper import Ended, ListRefused
+from fdbroker.wire.keeper import Ended
+from fdbroker.wire.launcher import KEEPER_TO_LAUNCHER, LAUNCHER_TO_KEEPER, STOP, Given
+from fdbroker.wire.lists import ListRefused
 
 POLICY = 'version: 1\neveryone: {devices: [{path: "/dev/known*", access: rw}]}\nlimits: {burst: 60, requests_per_second: 1}\n'
 OTHER = 'version: 1\neveryone: {devices: [{path: "/dev/other*", access: rw}]}\n'
+ALICE = Subject(1000, frozenset(), 1000, 7, "program", "label", foreign=True, owner=1000)
+REFUSED = Record("refused", "open", 1, ALICE, "why", "cause", "p.yaml:7", "/dev/x", "rw")
+USE = TopicUse("send", "topic")
+DENIED = lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(1, USE))
 LIST, WATCH = (lists.INBOX_TO_KEEPER.encode(lists.List(1, watch)) for watch in (False, True))
 
 
@@ -44,7 +54,9 @@ class World:
         self.links = [Link(end) for end in self.ends]
         self.file = folder / "policy.yaml"
         self.finder = Finder()
-        self.keeper = Keeper(*self.links, self.policy(POLICY), self.finder)
+        self.journal, self.journal_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.refusals = Refusals(self.journal_end)
+        self.keeper = Keeper(*self.links, self.policy(POLICY), self.finder, self.refusals)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
 
@@ -67,8 +79,8 @@ class World:
 
     def hand_on(self, number, text):
         """The launcher's policy of that number."""
-        descriptor = memfd.sealed("policy", to_bytes(self.policy(text)))
-        socket.send_fds(self.launcher, [keeper.LAUNCHER_TO_KEEPER.encode(link.Policy(number))], [descriptor])
+        descriptor = sealed_memfd("policy", to_bytes(self.policy(text)))
+        socket.send_fds(self.launcher, [LAUNCHER_TO_KEEPER.encode(link.Policy(number))], [descriptor])
         os.close(descriptor)
 
     def ask(self, number, *, watch=False):
@@ -86,9 +98,21 @@ class World:
             if said.last:
                 return said.connection, paths
 
+    def records(self, count=0):
+        """What has been written of refusals since the last time, once there are so many records."""
+        found = []
+        self.journal.settimeout(30)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                if len(found) == count:
+                    self.journal.setblocking(False)
+                lines = self.journal.recv(65536).decode().splitlines()
+                found.append(dict(line.split("=", 1) for line in lines))
+        return found
+
     def launchers(self):
         """What the launcher hears next."""
-        return keeper.KEEPER_TO_LAUNCHER.decode(self.launcher.recv(100))
+        return KEEPER_TO_LAUNCHER.decode(self.launcher.recv(100))
 
     def pinged(self):
         """Whether it serves; what it has said to the launcher before is heard by then."""
@@ -121,7 +145,7 @@ def world(tmp_path):
     for name in ("known", "other"):
         os.mknod(f"/dev/{name}", 0o20600, os.makedev(1, 3))
     one = World(tmp_path)
-    one.launcher.send(keeper.LAUNCHER_TO_KEEPER.encode(keeper.Given(True, True, ())))
+    one.launcher.send(LAUNCHER_TO_KEEPER.encode(Given(True, True, ())))
     one.thread.start()
     assert one.launchers() == link.Ready()
     try:
@@ -130,7 +154,7 @@ def world(tmp_path):
         one.launcher.close()
         one.thread.join(30)
         assert not one.thread.is_alive()
-        for sock in (one.opener, one.inbox, *one.ends):
+        for sock in (one.opener, one.inbox, one.journal, one.journal_end, *one.ends):
             sock.close()
         one.keeper._epoll.close()
         os.close(one.keeper._changes.descriptor)
@@ -185,7 +209,7 @@ def test_what_the_opener_has_said_is_heard_before_what_the_inbox_says_after_it(d
 # ---- whose end is whose
 
 
-def test_without_an_inbox_it_goes_on_until_it_is_told_to_stop(dev, tmp_path):
+def test_without_an_inbox_it_goes_on_until_the_opener_has_ended(dev, tmp_path):
     """The opener may have things to say until it has ended, too."""
     with world(tmp_path) as one:
         one.came(1)
@@ -199,7 +223,7 @@ def test_without_an_inbox_it_goes_on_until_it_is_told_to_stop(dev, tmp_path):
         one.say(Use(1, 1))
         one.came(2)
         assert one.launchers() == link.Applied(1)
-        one.launcher.send(link.STOP)
+        one.opener.close()
         assert one.ended()
         assert one.error is None
 
@@ -210,7 +234,7 @@ def test_an_inbox_that_ends_with_answers_unread_ends_nothing(dev, tmp_path):
         one.inbox.close()
         assert one.pinged() == link.Pong()
         assert one.pinged() == link.Pong()
-        one.launcher.send(link.STOP)
+        one.opener.close()
         assert one.ended()
         assert one.error is None
 
@@ -226,16 +250,6 @@ def test_without_opener_or_launcher_it_ends(dev, tmp_path, who):
         assert one.error is None
 
 
-def test_it_stops_when_the_launcher_says_so_whoever_is_there(dev, tmp_path):
-    with world(tmp_path) as one:
-        one.came(1)
-        one.ask(1, watch=True)
-        assert one.hear() == (1, ["/dev/known"])
-        one.launcher.send(link.STOP)
-        assert one.ended()
-        assert one.error is None
-
-
 # ---- what ends the service
 
 
@@ -244,6 +258,7 @@ def test_it_stops_when_the_launcher_says_so_whoever_is_there(dev, tmp_path):
     [
         ([b"\xff"], "unknown message type"),
         ([keeper.OPENER_TO_KEEPER.encode(Ended(1))], "unknown message type"),
+        ([keeper.OPENER_TO_KEEPER.encode(REFUSED)], "unknown message type 4"),
         ([lists.INBOX_TO_KEEPER.encode(lists.List(3, watch=False))], "connection 3, which does not exist"),
         ([lists.INBOX_TO_KEEPER.encode(lists.List(2**64 - 1, watch=True))], "does not exist"),
         ([LIST, LIST], "which is listing"),
@@ -253,8 +268,14 @@ def test_it_stops_when_the_launcher_says_so_whoever_is_there(dev, tmp_path):
         ([LIST[:-1]], "cut at"),
         ([LIST + b"x"], "1 bytes too many"),
         ([b"x" * 140_000], "at most 131072"),
+        ([DENIED[:-1]], "cut at"),
+        ([lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(3, USE))], "connection 3, which does not exist"),
+        ([lists.INBOX_TO_KEEPER.encode(lists.Slowed(3))], "connection 3, which does not exist"),
+        ([LIST, DENIED], "which is listing"),
+        ([WATCH, DENIED], "which is watching"),
+        ([b"\4" + DENIED[1:]], "unknown message type 4"),
     ],
-    ids=range(11),
+    ids=range(18),
 )
 def test_an_inbox_that_breaks_its_rules_ends_the_service(dev, tmp_path, messages, why):
     with world(tmp_path) as one:
@@ -282,7 +303,7 @@ def test_a_policy_that_did_not_come_cannot_be_used(dev, tmp_path, number):
         assert f"policy {number} is to be used, which did not come" in one.violated()
 
 
-@pytest.mark.parametrize("data", [b"\xff", keeper.KEEPER_TO_OPENER.encode(ListRefused(1, 1)), b"\2\0\0\0\1"])
+@pytest.mark.parametrize("data", [b"\xff", b"\4\4", b"\2\0\0\0\1", DENIED])
 def test_what_the_opener_may_not_say_is_a_violation(dev, tmp_path, data):
     with world(tmp_path) as one:
         one.opener.send(data)
@@ -408,7 +429,7 @@ def test_policies_that_the_opener_never_used_are_forgotten(dev, tmp_path):
 # ---- rates
 
 
-def test_who_asks_too_often_is_refused_and_the_opener_hears_of_it_to_record_it(dev, tmp_path):
+def test_who_asks_too_often_is_refused_and_that_is_recorded(dev, tmp_path):
     with world(tmp_path) as one:
         one.came(1)
         one.came(2, owner=2000)
@@ -418,10 +439,11 @@ def test_who_asks_too_often_is_refused_and_the_opener_hears_of_it_to_record_it(d
             one.ask(1)
             answers.append(one.hear())
         assert len(answers) == 60 // 3 + 1  # the List, the folder and the node
-        said = keeper.KEEPER_TO_OPENER.decode(one.opener.recv(100))
-        assert said == answers[-1]
-        assert said.connection == 1
-        assert 0 < said.wait_ms <= limits.WAIT_LIMIT_MS
+        wait_ms = answers[-1].wait_ms
+        assert 0 < wait_ms <= limits.WAIT_LIMIT_MS
+        (record,) = one.records(1)
+        why = f"too many requests, try again in {wait_ms} ms"
+        assert record == fields(Record("refused", "authorize", 1, came(1, 1000).subject, why, "rate"))
         one.ask(2)
         assert one.hear() == (2, ["/dev/known"])
 
@@ -452,6 +474,102 @@ def test_a_number_that_another_client_gets_is_that_ones_owners(dev, tmp_path):
         assert one.hear() == (2, ["/dev/known"])
 
 
+# ---- what was refused
+
+
+def test_what_the_opener_refuses_is_recorded_as_it_says(dev, tmp_path):
+    with world(tmp_path) as one:
+        for record in (REFUSED, Record("turned-away", "identify", 0, None, "why", "limit connections")):
+            one.say(record)
+            assert one.records(1) == [fields(record)]
+
+
+def test_what_the_inbox_refuses_is_recorded_of_whom_the_opener_names(dev, tmp_path):
+    with world(tmp_path) as one:
+        who = came(1, 1000, 1001, 7, True, "label", ())._replace(comm="program")
+        one.say(who)
+        one.inbox.send(DENIED)
+        one.inbox.send(lists.INBOX_TO_KEEPER.encode(lists.Slowed(1)))
+        denied, slowed = one.records(2)
+        why = "no rule allows it"
+        assert denied == fields(Record("refused", "authorize", 1, who.subject, why, "policy", "", "send:topic", "wo"))
+        assert (denied["FDBROKER_COMM"], denied["FDBROKER_LABEL"]) == ("program", "label")
+        why = "it is read more slowly than it sends"
+        assert slowed == fields(Record("slowed", "decode", 1, who.subject, why))
+
+
+def test_what_the_inbox_said_before_a_connection_ended_is_recorded_though_it_is_read_afterwards(dev, tmp_path):
+    """The end comes by another link. Whoever ended long ago is forgotten, and no fault."""
+    with world(tmp_path) as one:
+        for number in range(1, service._ENDED_KEPT + 3):
+            one.came(number)
+            one.say(Ended(number))
+            if number % 50 == 0:
+                assert one.pinged() == link.Pong()
+        for number in (1, 2, 3, 4):
+            one.inbox.send(lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(number, TopicUse("send", f"t{number}"))))
+        assert [record["FDBROKER_CONNECTION"] for record in one.records(2)] == ["3", "4"]
+        assert len(one.keeper._ended) == service._ENDED_KEPT
+        one.inbox.send(lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(5000, USE)))
+        assert "connection 5000, which does not exist" in one.violated()
+
+
+def test_a_count_is_written_when_its_time_is_over_though_nothing_comes(dev, tmp_path, monkeypatch):
+    monkeypatch.setattr(refusals_module, "_REPEAT_S", 0.3)
+    with world(tmp_path) as one:
+        for _ in range(3):
+            one.say(REFUSED)
+        end_s = time.monotonic() + 5
+        found = []
+        while len(found) < 2:
+            assert time.monotonic() < end_s
+            found += one.records()
+            time.sleep(0.02)
+        assert [record.get("FDBROKER_REPEATED") for record in found] == [None, "2"]
+
+
+@pytest.mark.parametrize("why", ["stop", "opener ends", "launcher ends", "inbox breaks a rule"])
+def test_all_counts_are_written_at_the_end_with_what_was_said_up_to_then(dev, tmp_path, why):
+    """Told to stop, it goes on, but the counts are written: for whoever does not end in time has all killed."""
+    with world(tmp_path) as one:
+        one.came(1)
+        for _ in range(3):
+            one.say(REFUSED)
+            one.inbox.send(DENIED)
+        if why == "stop":
+            one.launcher.send(STOP)
+            assert sorted(record.get("FDBROKER_REPEATED", "") for record in one.records(4)) == ["", "", "2", "2"]
+            for _ in range(2):
+                one.say(REFUSED)
+                one.inbox.send(DENIED)
+            one.opener.close()
+        elif why == "opener ends":
+            one.opener.close()
+        elif why == "launcher ends":
+            one.launcher.close()
+        else:
+            one.inbox.send(b"\xff")
+        assert one.ended()
+        counts = sorted(record.get("FDBROKER_REPEATED", "") for record in one.records())
+        assert counts == (["", "", "1", "1"] if why == "stop" else ["", "", "2", "2"])
+        assert isinstance(one.error, LinkViolation if why == "inbox breaks a rule" else type(None))
+
+
+def test_with_a_full_journal_lists_are_made_and_it_ends_as_ever(dev, tmp_path):
+    with world(tmp_path) as one:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                one.journal_end.send(b"MESSAGE=x", socket.MSG_DONTWAIT)
+        one.came(1)
+        for number in range(100):
+            one.say(REFUSED._replace(resource=f"/dev/{number}"))
+        one.ask(1)
+        assert one.hear() == (1, ["/dev/known"])
+        one.opener.close()
+        assert one.ended()
+        assert one.error is None
+
+
 # ---- who does not read
 
 
@@ -480,27 +598,6 @@ def test_while_its_answers_are_not_taken_an_inboxs_next_questions_wait(dev, tmp_
         assert one.thread.is_alive()
         number, paths = one.hear()
         assert (number, len(paths)) == (1, 301)
-        assert "does not exist" in one.violated()
-
-
-def test_while_the_opener_does_not_take_refusals_the_inboxs_next_questions_wait(dev, tmp_path):
-    with world(tmp_path) as one:
-        one.ends[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
-        one.came(1)
-        end_s = time.monotonic() + 30
-        while not one.links[1].waiting:
-            assert time.monotonic() < end_s
-            one.ask(1)
-            one.hear()
-            assert one.pinged() == link.Pong()  # its turn is over
-        one.ask(99)
-        assert one.pinged() == link.Pong()
-        time.sleep(0.2)
-        assert one.thread.is_alive()
-        one.opener.settimeout(0.1)
-        with pytest.raises(TimeoutError):
-            while True:
-                one.opener.recv(100)
         assert "does not exist" in one.violated()
 
 
@@ -541,8 +638,24 @@ def test_a_watch_that_has_ended_is_told_nothing(dev, tmp_path, monkeypatch):
 def test_what_the_opener_can_open_is_the_launchers_word(dev, tmp_path):
     with world(tmp_path) as one:
         one.came(1)
-        for given, paths in ((keeper.Given(False, False, ()), []), (keeper.Given(True, True, ()), ["/dev/known"])):
-            one.launcher.send(keeper.LAUNCHER_TO_KEEPER.encode(given))
+        for given, paths in ((Given(False, False, ()), []), (Given(True, True, ()), ["/dev/known"])):
+            one.launcher.send(LAUNCHER_TO_KEEPER.encode(given))
             assert one.pinged() == link.Pong()
             one.ask(1)
             assert one.hear() == (1, paths)
+
+
+def test_who_knocks_is_let_in_and_who_is_in_debt_when_its_time_has_come(tmp_path, dev):
+    """By the clock, without any message more."""
+    with world(tmp_path) as one:
+        heard = lambda: keeper.KEEPER_TO_OPENER.decode(one.opener.recv(1000))
+        for number in range(1, 66):
+            one.say(keeper.Knock(number, 1000, 1000, 1, 5))
+            assert heard() == keeper.LetIn(number)
+            one.say(keeper.Ended(number) if number > 1 else keeper.Lingers(number))
+        one.say(keeper.Contested())
+        one.say(keeper.Knock(66, 1000, 1000, 1, 5))
+        one.say(keeper.Knock(67, 1002, 1000, 1, 7))
+        assert heard() == keeper.Waits(66)
+        assert heard() == keeper.LetIn(67)
+        assert heard() == keeper.LetIn(66)

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from fuzz.fuzzing import cuts
 
-from fdbroker import limits
 from fdbroker.inbox import dispatch
-from fdbroker.terms import FRAMED_TOPIC
+from fdbroker.limits import every as limits
 from fdbroker.wire import frame
 
 WORDS = (b"PING", b"\0\0\0\4PING", b"\0\0\0\0", b"\0\1\0\0", b"\0\1\0\1", b"\xff\xff\xff\xff")
@@ -64,7 +63,7 @@ def target(data: bytes) -> None:
             case dispatch.AskShutdown():
                 assert payload == b""
             case dispatch.Publish(topic, said, text, encoding):
-                assert (topic, said) == (FRAMED_TOPIC, payload)
+                assert (topic, said) == (dispatch.FRAMED_TOPIC, payload)
                 assert (base64.b64decode(text) if encoding == "base64" else text.encode()) == payload
                 assert action == dispatch.Publish(topic, said, text, encoding)  # and nothing else was asked for
             case other:

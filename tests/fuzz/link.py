@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fdbroker import limits
 from fdbroker.errors import (
     ClientNotReading,
     Denied,
@@ -19,28 +18,43 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
+from fdbroker.limits import every as limits
 from fdbroker.offers import Offer
 from fdbroker.terms import Device, Namespace, Socket, TopicUse, Uplink
 from fdbroker.wire import admin, keeper, link, lists, worker
+from fdbroker.wire.audit import Record, fields
 from fdbroker.wire.connections import Came, Use
+from fdbroker.wire.launcher import (
+    DRAINED,
+    INBOX_TO_LAUNCHER,
+    KEEPER_TO_LAUNCHER,
+    LAUNCHER_TO_INBOX,
+    LAUNCHER_TO_KEEPER,
+    LAUNCHER_TO_WORKER,
+    RESTART,
+    STOP,
+    STOP_ASKED,
+    WORKER_TO_LAUNCHER,
+    Given,
+)
 
 TABLES = (
     link.INBOX_TO_OPENER,
     link.OPENER_TO_INBOX,
     link.LAUNCHER_TO_OPENER,
     link.OPENER_TO_LAUNCHER,
-    link.LAUNCHER_TO_WORKER,
-    link.INBOX_TO_LAUNCHER,
-    link.WORKER_TO_LAUNCHER,
+    LAUNCHER_TO_WORKER,
+    INBOX_TO_LAUNCHER,
+    WORKER_TO_LAUNCHER,
     worker.TO_WORKER,
     worker.FROM_WORKER,
     lists.INBOX_TO_KEEPER,
     lists.KEEPER_TO_INBOX,
     keeper.OPENER_TO_KEEPER,
     keeper.KEEPER_TO_OPENER,
-    keeper.LAUNCHER_TO_KEEPER,
-    keeper.KEEPER_TO_LAUNCHER,
-    link.LAUNCHER_TO_INBOX,
+    LAUNCHER_TO_KEEPER,
+    KEEPER_TO_LAUNCHER,
+    LAUNCHER_TO_INBOX,
 )
 CAME = Came(1, 100_000, 100, 7, 1000, True, "a//b (enforce)", "c1", (29, 44))
 ASK, ANSWER = TABLES.index(worker.TO_WORKER), TABLES.index(worker.FROM_WORKER)
@@ -52,11 +66,10 @@ def seeds() -> Iterator[bytes]:
     asked = [Device("/dev/snd/ä", "rw"), Namespace("net", "vpn"), Namespace("mnt", pid=7), Namespace("uts")]
     asked += [Socket("vpn", "inet6", "dgram", 443)]
     yield b"\0" + link.INBOX_TO_OPENER.encode(link.Open(2**64 - 1, tuple(asked)))
-    yield b"\0" + link.INBOX_TO_OPENER.encode(link.DeniedUse(1, TopicUse("subscribe", "nö")))
     for one in (
         link.INBOX_TO_OPENER.encode(link.Closed(1, 4)),
         link.INBOX_TO_OPENER.encode(link.Shutdown(1)),
-        link.DRAINED,
+        DRAINED,
     ):
         yield b"\0" + one
     for refusal in (
@@ -64,36 +77,42 @@ def seeds() -> Iterator[bytes]:
         *(OpenFailed(16), QuotaExceeded("burst", 9), RateLimited(10), ClientNotReading()),
     ):
         yield b"\1" + link.OPENER_TO_INBOX.encode(link.Outcome(9, refusal))
-    yield from (b"\2" + one for one in (link.LAUNCHER_TO_OPENER.encode(link.Policy(3)), link.STOP, link.PING))
-    yield from (
-        b"\3" + one for one in (link.OPENER_TO_LAUNCHER.encode(link.Applied(3)), link.STOP_ASKED, link.WORKER_STUCK)
-    )
-    yield from (b"\4" + link.RESTART, b"\5" + link.READY, b"\6" + link.READY)
+    yield from (b"\2" + one for one in (link.LAUNCHER_TO_OPENER.encode(link.Policy(3)), STOP, link.PING))
+    yield from (b"\3" + one for one in (link.OPENER_TO_LAUNCHER.encode(link.Applied(3)), STOP_ASKED, link.WORKER_STUCK))
+    yield from (b"\4" + RESTART, b"\5" + link.READY, b"\6" + link.READY)
     uplink = Uplink("br0", "10.0.0.0/24", isolated=True)
     yield bytes([ASK]) + worker.TO_WORKER.encode(
-        worker.Ask(1, 1000, Namespace("net"), 7, (4, 5), 16, uplink, ((7, 7), (9, 1000)))
+        worker.Ask(1, 1000, 7, (worker.Wanted(Namespace("net"), uplink),), (4, 5), 16, ((7, 7), (9, 1000)))
     )
-    yield from (bytes([ASK]) + worker.TO_WORKER.encode(worker.Ask(1, 1000, one, 1000)) for one in asked[1:])
-    yield bytes([ANSWER]) + worker.FROM_WORKER.encode(worker.Made(1, 4026531840, 2, (True, False)))
+    wanted = tuple(worker.Wanted(one) for one in asked[1:])
+    yield bytes([ASK]) + worker.TO_WORKER.encode(worker.Ask(1, 1000, 1000, wanted))
+    opened = (worker.Opened(4026531840, 2), worker.Opened(0, worker.UNKNOWN))
+    yield bytes([ANSWER]) + worker.FROM_WORKER.encode(worker.Made(1, opened, (4026531840,)))
     yield bytes([ANSWER]) + worker.FROM_WORKER.encode(worker.Failed(1, OpenFailed(110)))
     yield bytes([ANSWER]) + worker.LOST
     for table, *messages in (
-        (lists.INBOX_TO_KEEPER, lists.List(1, watch=True)),
+        (
+            lists.INBOX_TO_KEEPER,
+            *(lists.List(1, watch=True), lists.DeniedUse(1, TopicUse("subscribe", "nö")), lists.Slowed(2)),
+        ),
         (
             lists.KEEPER_TO_INBOX,
             lists.Offered(1, True, [Offer(one, "/etc/p.yaml:7") for one in asked]),
-            keeper.ListRefused(1, 10),
+            lists.ListRefused(1, 10),
         ),
         (
             keeper.OPENER_TO_KEEPER,
-            *(CAME, Use(2, 1), keeper.Ended(1)),
+            *(CAME, Use(2, 1), keeper.Ended(1), keeper.Knock(1, 2, 3, 4, 5), keeper.Lingers(1), keeper.Weighs(1, 64)),
+            *(keeper.Stalled(5, 9), keeper.Broke(1), keeper.Contested()),
+            Record("disconnected", "decode", 1, None, "why", "policy", "p.yaml:7", "/dev/ä", "rw"),
+            Record("turned-away", "accept", 0, CAME.subject._replace(gids=frozenset()), "why"),
         ),
         (link.OPENER_TO_INBOX, CAME, Use(2, 1)),
-        (link.LAUNCHER_TO_INBOX, link.Policy(2)),
-        (link.INBOX_TO_LAUNCHER, link.Applied(2)),
-        (keeper.KEEPER_TO_OPENER, keeper.ListRefused(1, 10)),
-        (keeper.LAUNCHER_TO_KEEPER, link.Policy(2), link.Stop(), link.Ping(), keeper.Given(True, False, (29,))),
-        (keeper.KEEPER_TO_LAUNCHER, link.Applied(2), link.Ready(), link.Pong()),
+        (LAUNCHER_TO_INBOX, link.Policy(2)),
+        (INBOX_TO_LAUNCHER, link.Applied(2)),
+        (keeper.KEEPER_TO_OPENER, keeper.LetIn(1), keeper.TurnAway(1, 64), keeper.Waits(1)),
+        (LAUNCHER_TO_KEEPER, link.Policy(2), link.Stop(), link.Ping(), Given(True, False, (29,))),
+        (KEEPER_TO_LAUNCHER, link.Applied(2), link.Ready(), link.Pong()),
     ):
         yield from (bytes([TABLES.index(table)]) + table.encode(message) for message in messages)
 
@@ -115,7 +134,7 @@ def target(data: bytes) -> None:
         return
     again = TABLES[direction].encode(message)
     assert len(again) <= limits.LINK_BYTES
-    may_be_cut = link.DeniedUse | Came | link.Outcome | worker.Failed | admin.Reloaded
+    may_be_cut = lists.DeniedUse | Record | Came | link.Outcome | worker.Failed | admin.Reloaded
     cut_text = isinstance(message, may_be_cut) and "\N{REPLACEMENT CHARACTER}" in str(message)
     if not cut_text:  # which could not be read anyway
         assert plain(TABLES[direction].decode(again)) == plain(message)
@@ -130,18 +149,24 @@ def judge(message: Any) -> None:
             assert 1 <= len(asked) <= limits.RESOURCES_PER_OPEN
         case link.Closed(_, reason):
             assert 0 <= reason < len(link.CLOSED_REASONS)
-        case link.DeniedUse(_, use):
+        case lists.DeniedUse(_, use):
             assert len(use.topic) <= limits.NAME_BYTES
         case Came(session=session, gids=gids):
             assert len(session) <= 32
             assert len(gids) <= limits.POLICY_GROUPS
-        case keeper.Given(gids=gids):
+        case Record(kind=kind, resource=asked):
+            assert kind in keeper.REFUSALS
+            assert len(asked) <= 4 * (limits.AUDIT_VALUE_CHARACTERS + 1)
+            assert fields(message)
+        case Given(gids=gids):
             assert len(gids) <= limits.POLICY_GROUPS
         case lists.Offered(_, _, offers):
             assert len(lists.split_offers(1, offers)) == 1
         case worker.Ask():
             assert len(message.known) <= worker.KNOWN
             assert message.maximum <= worker.KNOWN
+            assert 1 <= len(message.wanted) <= limits.RESOURCES_PER_OPEN
         case worker.Made():
-            assert len(message.living) <= worker.KNOWN
-            assert message.unusable == worker.UNKNOWN or worker.UNUSABLE[message.unusable] is not None
+            assert len(message.known) <= worker.KNOWN
+            for one in message.opened:
+                assert one.unusable == worker.UNKNOWN or worker.UNUSABLE[one.unusable] is not None

@@ -6,8 +6,8 @@ import html
 import re
 from collections.abc import Iterator
 
-from fdbroker import limits
 from fdbroker.bridges.notifications import notification
+from fdbroker.limits import every as limits
 
 SENDER = "alice"
 WORDS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 from fdbroker.policy import fit, globs, paths, spelling
 from fdbroker.policy.literals import is_literal
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fdbroker import limits
 from fdbroker.errors import Finding
+from fdbroker.limits import every as limits
 from fdbroker.policy import compile as compiler
 from fdbroker.policy import names, schema
 from fdbroker.policy.compiled import from_bytes, to_bytes

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 
-from fdbroker import limits
 from fdbroker.errors import QueueFull
 from fdbroker.inbox.store import NotStored, Store, Stored, opened
+from fdbroker.limits import every as limits
 
 WORDS = (
     b"CREATE TABLE",

@@ -9,9 +9,9 @@ from typing import Any
 
 from fuzz.fuzzing import cuts
 
-from fdbroker import limits
 from fdbroker.errors import ProtocolViolation
 from fdbroker.inbox import dispatch
+from fdbroker.limits import every as limits
 from fdbroker.terms import Device, Namespace, Socket
 from fdbroker.wire import link, resources, varlink
 from fdbroker.wire.asked import from_json

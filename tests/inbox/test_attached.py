@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import os
@@ -11,18 +12,21 @@ import socket
 import struct
 import threading
 import time
+from unittest import mock
 
 import pytest
 from harness import ALICE, as_user
 
-from fdbroker import limits
 from fdbroker.errors import ProtocolViolation, QuotaExceeded
 from fdbroker.inbox.attached import Ledger, Unread
 from fdbroker.inbox.client import Client, User
 from fdbroker.inbox.decode import Decoder
 from fdbroker.inbox.rights import Rights, Sender
-from fdbroker.kernel import memfd, sockets
+from fdbroker.kernel import sockets
 from fdbroker.kernel.jobs import Jobs
+from fdbroker.kernel.received import SO_PASSRIGHTS
+from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.limits import every as limits
 
 INFO = b'{"method":"org.varlink.service.GetInfo"}\0'
 
@@ -64,6 +68,22 @@ def test_they_are_closed_with_the_last_that_refers_to_them(ledger):
     wait_closed(numbers)
 
 
+def test_those_of_one_message_are_handed_over_together(ledger, monkeypatch):
+    """Each by itself woke the closing thread anew, for which whoever is served meanwhile waited."""
+    put, handed_over = ledger._jobs.put, []
+
+    def counted(owner, *jobs):
+        handed_over.append((owner, len(jobs)))
+        put(owner, *jobs)
+
+    monkeypatch.setattr(ledger._jobs, "put", counted)
+    numbers = null(limits.DESCRIPTORS_PER_MESSAGE)
+    attached = ledger.take(5, numbers)
+    del attached
+    wait_closed(numbers)
+    assert handed_over == [(5, len(numbers))]
+
+
 def test_a_user_has_room_for_one_message_more_or_for_none(ledger):
     most, each = limits.HELD_DESCRIPTORS, limits.DESCRIPTORS_PER_MESSAGE
     ledger._most = most * 5
@@ -88,7 +108,7 @@ def test_all_users_together_leave_enough_for_connections(ledger):
 
 
 def test_only_a_memfd_that_cannot_change_is_a_payload(ledger, tmp_path):
-    sealed = memfd.sealed("x", b"abc")
+    sealed = sealed_memfd("x", b"abc")
     unsealed = os.memfd_create("x", os.MFD_ALLOW_SEALING)
     os.write(unsealed, b"abc")
     half = os.memfd_create("x", os.MFD_ALLOW_SEALING)
@@ -102,12 +122,12 @@ def test_only_a_memfd_that_cannot_change_is_a_payload(ledger, tmp_path):
 
 def test_the_bytes_of_memfds_count_while_they_are_held(ledger, monkeypatch):
     monkeypatch.setattr("fdbroker.inbox.attached._HELD_BYTES", 10)
-    first = ledger.take(5, [memfd.sealed("x", b"x" * 6)])
-    second = ledger.take(5, [memfd.sealed("x", b"x" * 5)])
+    first = ledger.take(5, [sealed_memfd("x", b"x" * 6)])
+    second = ledger.take(5, [sealed_memfd("x", b"x" * 5)])
     assert first.size(0) == 6
     with pytest.raises(QuotaExceeded, match="held_bytes"):
         second.size(0)
-    assert ledger.take(6, [memfd.sealed("x", b"x" * 10)]).size(0) == 10
+    assert ledger.take(6, [sealed_memfd("x", b"x" * 10)]).size(0) == 10
     numbers = first.numbers
     del first
     wait_closed(numbers)
@@ -272,6 +292,42 @@ def test_a_message_is_lost_when_the_kernel_sends_no_descriptors_and_its_subscrib
     assert as_user(ALICE, [], _send_when_the_kernel_takes_none, None) == ["before\0behind\0", 1, 0]
 
 
+def _refusing(client, error):
+    """The client's socket, but the kernel refuses whatever has descriptors with it."""
+    refusing = mock.Mock(wraps=client.sock)
+    refusing.sendmsg.side_effect = OSError(error, "")
+    return refusing
+
+
+@pytest.mark.parametrize("by", ["the kernel", "hand"])
+def test_a_subscriber_that_takes_no_descriptors_loses_the_messages_that_have_some_and_stays(pair, ledger, by):
+    """SO_PASSRIGHTS=0 of its own: the kernel says EPERM, which ended the subscription."""
+    client, theirs = pair
+    try:
+        theirs.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, by == "hand")
+    except OSError:  # before Linux 6.16
+        by = "hand"
+    if by == "hand":
+        client.sock = _refusing(client, errno.EPERM)
+    client.push(b"before\0", None)
+    client.push(b"with one\0", ledger.take(5, null(1)))
+    client.push(b"behind\0", None)
+    client.send(Unread(Jobs(1)))
+    assert received(theirs) == (b"before\0behind\0", 0)
+    assert (client.member.lost, len(client.attached)) == (1, 0)
+
+
+def test_a_refusal_of_bytes_alone_is_no_lost_message(pair):
+    """Else it would be tried for ever: there is nothing to leave out."""
+    client, _ = pair
+    client.sock = mock.Mock()
+    client.sock.send.side_effect = PermissionError
+    client.push(b"before\0", None)
+    client.push(b"with one\0", mock.Mock(numbers=(0,)))
+    with pytest.raises(PermissionError):
+        client.send(Unread(Jobs(1)))
+
+
 def test_unread_ones_are_counted_of_each_connection_and_each_user():
     unread = Unread(Jobs(1))
     most, of_user = limits.UNREAD_DESCRIPTORS, limits.UNREAD_OF_USER
@@ -344,4 +400,62 @@ def test_who_ends_many_connections_with_something_unread_is_sent_nothing_more_an
     pairs[3][0].close()
     unread.sweep()
     assert not unread.waiting
-    assert unread._sent == {}
+    assert unread.waiting == {}
+
+
+@pytest.mark.parametrize("with_descriptors", [False, True])
+def test_the_ended_connections_of_one_owner_do_not_keep_descriptors_from_all_others(with_descriptors):
+    """With a small RLIMIT_NOFILE, one owner's of which something waits to be closed were all that there may be."""
+    jobs = mock.Mock()  # which have no end
+    unread = Unread(jobs)
+    unread._ended_max = 8
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(12)]
+    (ours, theirs), (second, _) = pairs[:2]
+    for one, other in pairs[2:]:
+        if with_descriptors:
+            numbers = null(1)
+            sockets.send(one, b"x", numbers)
+            os.close(numbers[0])
+            unread.add(5, one, 1)
+        else:
+            other.send(b"x")
+        unread.end(5, one)
+    assert len(unread._ended) == 10
+    assert unread.may_send(6, ours, 1)
+    assert unread.may_send(5, second, 1) != with_descriptors
+    for one in (ours, theirs, second, *(other for _, other in pairs[1:])):
+        one.close()
+    unread._draining.clear()
+    unread.sweep()
+    assert (unread._ended, unread._ended_of, unread._ended_count) == ({}, {}, 0)
+
+
+def test_a_quarter_of_the_ended_connections_is_kept_for_owners_with_none():
+    unread = Unread(mock.Mock())
+    unread._ended_max = 8
+    unread._ended_of.update({5: 2, 6: 2, 7: 1})
+    unread._ended_count = 5
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        assert [unread.may_send(owner, ours, 1) for owner in (5, 7, 8)] == [False, True, True]
+        unread._ended_count = 6
+        assert [unread.may_send(owner, ours, 1) for owner in (5, 7, 8)] == [False, False, True]
+        unread._ended_count = 8
+        assert [unread.may_send(owner, ours, 1) for owner in (5, 7, 8)] == [False, False, False]
+
+
+def test_where_no_descriptor_is_left_the_kernel_collects_another_time(monkeypatch):
+    """EMFILE of socketpair(2) was raised in a job, and that ends the process."""
+    jobs, ended = [], mock.Mock(side_effect=OSError(errno.EMFILE, ""))
+    monkeypatch.setattr("fdbroker.inbox.attached.collect", ended)
+    unread = Unread(mock.Mock(put=lambda _, job: jobs.append(job)))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        ours.send(b"x")
+        unread.add(5, ours, 1)
+        for count in (1, 2):
+            unread._looked_s = 0.0
+            unread.sweep_at_times()
+            assert len(jobs) == count
+            jobs[-1]()
+            assert ended.call_count == count

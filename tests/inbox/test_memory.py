@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fdbroker import limits
 from fdbroker.inbox.memory import Memory
+from fdbroker.limits import every as limits
 
 
 def test_above_the_sum_who_has_more_than_a_share_loses():

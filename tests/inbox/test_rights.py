@@ -7,8 +7,8 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdbroker import limits
 from fdbroker.inbox.rights import message_rights
+from fdbroker.limits import every as limits
 from fdbroker.policy.decide import View, decide
 from fdbroker.terms import Topic, TopicRule, TopicUse
 

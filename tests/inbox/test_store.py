@@ -8,10 +8,10 @@ import time
 import pytest
 from harness import MS_BIND, mount, need_root, unmount
 
-from fdbroker import limits
 from fdbroker.errors import QueueFull
 from fdbroker.inbox import store as module
 from fdbroker.inbox.store import NotStored, Stored, opened
+from fdbroker.limits import every as limits
 
 MS_RDONLY, MS_REMOUNT = 1, 32  # sys/mount.h
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.errors import MessageTooLong, NoSuchRecipient, QueueFull, QuotaExceeded, RateLimited, TopicDenied
 from fdbroker.inbox import topics as module
 from fdbroker.inbox.dispatch import Publish
@@ -15,6 +14,7 @@ from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.store import Store, Stored
 from fdbroker.inbox.topics import Topics
 from fdbroker.kernel.records import NotRecorded
+from fdbroker.limits import every as limits
 from fdbroker.terms import Topic, User
 
 TOPICS = (Topic("inbox", ("journal", "subscribers"), 100), Topic("news", ("subscribers",), 65536))
@@ -395,12 +395,29 @@ def test_a_message_to_very_many_counts_like_several(stored, monkeypatch):
     )
     post(stored, sender)  # one and five
     post(stored, sender, "7")
-    with pytest.raises(RateLimited):
+    with pytest.raises(RateLimited) as caught:
         post(stored, sender)
-    now[0] += 4.1
-    post(stored, sender)
+    assert caught.value.retry_after_ms == 3000
+    now[0] += 3
+    post(stored, sender)  # what was taken before it was refused was given back
     stored.commit()
     assert received(stored, member(stored, 1000 + 5 * per - 1, QUEUE)) == ["hello", "hello"]
+
+
+def test_a_message_to_more_than_the_burst_allows_is_sent_and_owed(stored, monkeypatch):
+    """It was refused for ever: it took one token, and then wanted all that the bucket can hold."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    many = range(1000, 1000 + 5 * limits.ROWS_PER_MESSAGE)
+    stored.use(STORED, [User(uid, f"u{uid}", frozenset({0})) for uid in many])
+    rights = QUEUE._replace(subscribe=frozenset(), messages_per_second=1, burst=1, stored_messages=9)
+    sender = member(stored, 5, rights)
+    for _ in range(2):
+        post(stored, sender)
+        with pytest.raises(RateLimited) as caught:
+            post(stored, sender)
+        assert caught.value.retry_after_ms == 6000
+        now[0] += 6
 
 
 def test_messages_of_one_turn_keep_their_order_stored_or_not(journal):

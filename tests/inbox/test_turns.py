@@ -6,11 +6,11 @@ import socket
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.inbox import turns as module
 from fdbroker.inbox.client import Client
 from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.turns import Turns
+from fdbroker.limits import every as limits
 
 ALLOWED = Rights(messages_per_second=10, burst=20)
 SIZE = ALLOWED.burst * limits.UNITS_PER_REQUEST

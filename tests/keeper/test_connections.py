@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.bucket import Bucket
-from fdbroker.keeper import connections
-from fdbroker.keeper.connections import Connection, Owners
+from fdbroker.keeper.connections import Connection
+from fdbroker.limits import every as limits
 from fdbroker.policy.decide import View
 from fdbroker.refusals import LinkViolation
 from fdbroker.terms import Subject
@@ -56,23 +55,3 @@ def test_each_list_costs_one_and_each_node_one_more():
     owed = one.work.tokens
     assert owed == -2 * limits.DEBT_SECONDS  # what comes in so many seconds, and no more
     assert one.take(1.0) == min(limits.WAIT_LIMIT_MS, (1 - owed) * 500)
-
-
-def test_all_connections_of_an_owner_pay_from_one_bucket_and_new_ones_too():
-    owners = Owners()
-    first, other = owners.of(5, 6, 0.0), owners.of(6, 6, 0.0)
-    assert first is not other
-    connection(1, first).charge(0.0, 6)
-    assert connection(2, owners.of(5, 6, 0.0)).take(0.0) > 0
-    assert connection(3, owners.of(6, 6, 0.0)).take(0.0) == 0
-
-
-def test_so_many_owners_are_kept_and_then_those_without_debt_go(monkeypatch):
-    monkeypatch.setattr(connections, "_OWNERS_KEPT", 3)
-    owners = Owners()
-    kept = [owners.of(owner, 6, 0.0) for owner in range(3)]
-    kept[1].take(2, 6, 100.0)
-    owners.of(3, 6, 100.0)
-    assert owners.of(1, 6, 100.0) is kept[1]
-    assert owners.of(0, 6, 100.0) is not kept[0]
-    assert owners.of(2, 6, 100.0) is not kept[2]

@@ -6,16 +6,16 @@ import os
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.bucket import Bucket
 from fdbroker.keeper import listing
 from fdbroker.keeper.connections import Connection
 from fdbroker.keeper.listing import Lister
+from fdbroker.limits import every as limits
 from fdbroker.nodes.find import Finder
 from fdbroker.policy.decide import View
 from fdbroker.terms import DeviceRule, NamespaceRule, Subject
 from fdbroker.wire import lists
-from fdbroker.wire.keeper import Given
+from fdbroker.wire.launcher import Given
 
 MAXIMA = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
 FITS = DeviceRule("/dev/many/*", "rw", "mem", "1:3", False, "everyone", "f:1")
@@ -168,6 +168,39 @@ def test_connections_of_an_owner_for_which_the_policy_says_the_same_share_a_list
     assert tokens - asking.work.tokens == COUNT  # and the folder: once
 
 
+def test_a_listing_is_handed_on_to_one_connection_at_a_time_and_other_owners_are_served_between(world):
+    """All at once they were more messages than a link may hold, which ended the service; and nobody else was let in."""
+    mine = [world.connect(5, state="watching") for _ in range(9)]
+    for one in mine:
+        one.view = mine[0].view
+        world.lister.add(one)
+    other = world.connect(6)
+    world.lister.add(other)
+    turns = []
+    while world.lister.busy:
+        turns.append([connection for connection, _ in world.lister.step(0.0)])
+    assert max(map(len, turns)) == 1
+    assert [one for turn in turns for one in turn].index(other) < 3
+    assert sum(map(len, turns)) == len(mine) + 1
+
+
+def test_what_waits_to_be_handed_on_is_dropped_with_its_connection_and_made_again_by_another_policy(world):
+    one, two, three = mine = [world.connect(5) for _ in range(3)]
+    for each in mine:
+        each.view = one.view
+        world.lister.add(each)
+    told = []
+    while not told:
+        told += [connection for connection, _ in world.lister.step(0.0)]
+    world.lister.drop(two)
+    looked = world.nodes.looked
+    three.view = three.view._replace()
+    while world.lister.busy:
+        told += [connection for connection, _ in world.lister.step(0.0)]
+    assert told == [one, three]
+    assert world.nodes.looked == 2 * looked
+
+
 def test_whoever_comes_while_a_listing_is_made_gets_one_of_its_own(world):
     """What has been looked at already may have changed before that connection asked."""
     one, late = world.connect(5), world.connect(5)
@@ -210,6 +243,27 @@ def test_a_change_while_a_listing_is_made_begins_it_anew(world):
     while world.lister.busy:
         told += [len(offers(parts)) for _, parts in world.lister.step(0.0)]
     assert told == [COUNT - 2]
+
+
+def test_a_change_and_then_a_policy_before_a_listing_is_handed_on_leave_nothing_of_who_goes(world):
+    """The watch waited twice, left once, and was then listed and watched for ever."""
+    one, other = (world.connect(5, state="watching") for _ in range(2))
+    other.view = one.view
+    for each in (one, other):
+        world.lister.add(each)
+    while world.lister.busy:
+        list(world.lister.step(0.0))
+    os.unlink("/dev/many/0")
+    world.lister.list_again()
+    while [connection for connection, _ in world.lister.step(0.0)] != [one]:
+        pass
+    world.lister.list_again()  # as with a policy, for which each comes again
+    one.view = other.view = one.view._replace()
+    assert list(world.lister.step(0.0)) == []  # of the other, by the policy that is no more
+    for each in (other, one):
+        world.lister.drop(each)
+    assert not world.lister.busy
+    assert not world.lister.watched
 
 
 def test_who_goes_is_not_listed(world):

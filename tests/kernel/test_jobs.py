@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.kernel.jobs import Jobs
+from fdbroker.limits import every as limits
 
 
 def wait_for(condition):

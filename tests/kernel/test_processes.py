@@ -13,7 +13,8 @@ import time
 import pytest
 from harness import ALICE, BOB, CAROL, LIBC
 
-from fdbroker.kernel.processes import Process, comm, fields, uids_of
+from fdbroker.kernel.namespaces import uids_of
+from fdbroker.kernel.processes import Process, comm, fields
 from fdbroker.launcher.ends import main_thread_ended
 
 CODE = """

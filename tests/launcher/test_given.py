@@ -6,7 +6,7 @@ import pytest
 
 from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
 from fdbroker.launcher.needs import Needs
-from fdbroker.wire.keeper import Given
+from fdbroker.wire.launcher import Given
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.launcher.journal import Journal
+from fdbroker.limits import launcher as limits
 
 
 class Place:

@@ -41,7 +41,7 @@ def test_what_a_child_has_started_ends_with_it(monkeypatch, end):
         os._exit(0)
     theirs.close()
     opener = Link(ours)
-    opener.send(worker.TO_WORKER.encode(worker.Ask(1, 5, Namespace("net"), 5)))
+    opener.send(worker.TO_WORKER.encode(worker.Ask(1, 5, 5, (worker.Wanted(Namespace("net")),))))
     child, grandchild = map(int, os.read(reading, 100).split())
     os.kill(grandchild, signal.SIGSTOP)
     pidfd = os.pidfd_open(grandchild)

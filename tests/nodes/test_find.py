@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from harness import MEM, descriptors_of, mount, node, unmount
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 from fdbroker.nodes.find import Finder
-from fdbroker.policy.decide import View
 
-SEEN = View((), (), (), (), {}, administrator=False)
 NUMBER = os.makedev(240, 7)  # of the range for experiments
 
 
@@ -39,12 +37,11 @@ def _remove(number, name):
 
 
 def _found(finder, path, **keep):
-    found = finder.look(path, SEEN)
-    try:
-        facts = finder.facts(path, found.status, **keep) if keep else found.facts
-        return facts.kernel_class, facts.kernel_name
-    finally:
-        os.close(found.descriptor)
+    found = finder.look(path, {})
+    os.close(found.descriptor)
+    number, *said = finder.device(found.facts.kind, found.status.st_rdev, **keep) if keep else found.facts[2:]
+    assert number == found.facts.number
+    return tuple(said)
 
 
 def _kept():

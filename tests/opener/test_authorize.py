@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
 import socket
-import time
-from unittest import mock
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.errors import ClientNotReading, QuotaExceeded, RateLimited
+from fdbroker.inbox.attached import drain
 from fdbroker.kernel import sockets
-from fdbroker.opener.authorize import Account, Connection, Flight, authorize_grants
-from fdbroker.opener.close import Closing
-from fdbroker.opener.door import Door
-from fdbroker.opener.service import Opener
+from fdbroker.limits import every as limits
+from fdbroker.opener.authorize import Account, Connection, Flight, authorize_connection, authorize_grants
 from fdbroker.policy.decide import View
 from fdbroker.terms import Subject
 
@@ -121,9 +117,11 @@ def test_a_connection_that_ends_with_something_unread_still_counts(world):
     one, client = world.connect(5)
     send(one, 7)
     one.close()
-    assert (world.flight.count, one.account.count_connections()) == (7, 1)
+    assert one.lingers()
+    assert (world.flight.count, len(one.account.connections)) == (7, 1)
     client.close()
-    assert one.account.count_connections() == 0
+    assert not one.lingers()
+    assert not one.account.connections
     assert (world.flight.count, world.flight.unread) == (0, set())
 
 
@@ -134,57 +132,79 @@ def test_what_a_client_has_sent_counts_until_it_is_read_if_it_may_be_slow_to_clo
     sockets.ask_credentials(one.sock)
     socket.send_fds(client, [b"x" * 1000], [0] * descriptors)
     one.close()
-    assert one.account.count_connections() == descriptors
+    assert (one.lingers(), len(one.account.connections)) == (bool(descriptors), descriptors)
     if descriptors:
-        sockets.drain(one.sock)
-        assert one.account.count_connections() == 0
-    assert one.sock.fileno() == -1
+        drain(one.sock)
+        assert not one.lingers()
+    assert (len(one.account.connections), one.sock.fileno()) == (0, -1)
 
 
 def test_an_account_with_something_in_use_is_not_forgotten():
-    for name in ("opening", "closing"):
+    for name in ("opening", "closing", "connections"):
         account = Account(MAXIMA, 0.0)
         assert account.is_idle(1e6)
         setattr(account, name, 1)
         assert not account.is_idle(1e6)
 
 
-@pytest.mark.parametrize(("groups", "cost"), [(0, 1), (limits.GROUPS_PER_CONNECT, 2), (65_536, 65)])
-def test_a_connection_costs_what_its_groups_cost(groups, cost):
-    """GROUPS_PER_CONNECT: a process in 65,536 groups kept the opener busy, as one in none."""
-    maxima = {"connections": 5, "burst": 5, "requests_per_second": 100, "record_burst": 5}
-    account = Account(maxima, 0.0)
-    for _ in range(5):
-        account.note_connect(0.0, 0)
-    assert account.wait_s(0.0) == 0
-    account.note_connect(0.0, groups)
-    assert account.wait_s(0.0) == cost / maxima["requests_per_second"]
+@pytest.mark.parametrize(
+    ("connections", "left", "administrator", "limit"),
+    [
+        (10, 100, False, ""),
+        (11, 100, True, "connections"),
+        (2, 26, False, ""),  # of the last quarter none is for who has another
+        (2, 25, False, "descriptors"),
+        (1, 25, False, ""),
+        (1, limits.FOR_ADMINISTRATORS + 1, False, ""),
+        (1, limits.FOR_ADMINISTRATORS, False, "descriptors"),
+        (10, 1, True, ""),
+    ],
+)
+def test_the_last_places_are_for_new_owners_and_the_very_last_for_administrators(
+    world, connections, left, administrator, limit
+):
+    seen = View((), (), (), (), MAXIMA | {"connections": 10}, administrator=administrator)
+    for _ in range(connections - 1):
+        world.connect(5)
+    account = world.accounts.get(5) or Account(MAXIMA, 0.0)
+    expected = pytest.raises(QuotaExceeded, match=f"limit {limit}") if limit else contextlib.nullcontext()
+    with expected:
+        authorize_connection(seen, account, left, 100)
 
 
-def test_what_a_client_makes_long_costs_its_owner_connections():
-    """Watches of its own sockets, which all wake when it is refused: as if it took a hundred times as long."""
-    account = Account(MAXIMA, 0.0)
-    for _ in range(100):
-        account.note_stall(0.0, limits.STALL_UNITS * limits.UNIT_US / 1e6)
-    assert account.wait_s(0.0) == 0
-    for _ in range(3):
-        account.note_stall(0.0, 0.02)
-    assert account.wait_s(0.0) == limits.DEBT_SECONDS
+def test_what_its_clients_have_closed_does_not_count(world):
+    """At the maximum, whoever closes a connection and makes another is not refused because the inbox is busy.
+
+    LEAVING_LOOKED of them are looked at; what has ended and is unread does count.
+    """
+    made = [world.connect(5) for _ in range(3)]
+    account = made[0][0].account
+    assert account.leaving() == 0
+    made[0][1].close()
+    assert account.leaving() == 1
+    made[1][1].close()
+    made[1][0].state = "gone"
+    assert account.leaving() == 1
+    for _ in range(limits.LEAVING_LOOKED):
+        world.connect(5)[1].close()
+    assert account.leaving() in (limits.LEAVING_LOOKED - 1, limits.LEAVING_LOOKED)
 
 
-@pytest.mark.parametrize("way", ["its connection ends", "it is refused"])
-def test_how_long_it_takes_to_hang_up_is_counted(world, monkeypatch, way):
+def test_what_requests_hold_that_wait_leaves_what_the_process_needs(world):
+    """A node and an open descriptor for each resource, and what threads close; else threads could use up all.
+
+    A quarter is for owners who hold nothing.
+    """
     one, _ = world.connect(5)
-    clock = itertools.count(0.0, 0.5)
-    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
-    noted = []
-    monkeypatch.setattr(Account, "note_stall", lambda account, _now_s, took_s: noted.append((account, took_s)))
-    closing = Closing()
-    if way == "it is refused":
-        door = mock.Mock(_accounts=mock.Mock(known={5: one.account}.get), _closing=closing)
-        Door._let_go(door, one.sock, QuotaExceeded("connections", 1), 5)
-    else:
-        opener = mock.Mock(_connections={one.number: one})
-        opener._door.note_ended = lambda account, took_s: Account.note_stall(account, 0.0, took_s)
-        Opener._close(opener, one, 0)
-    assert noted == [(one.account, 0.5)]
+    other, _ = world.connect(6)
+    room = limits.DESCRIPTORS_RESERVED - limits.OWN_DESCRIPTORS
+    world.flight.held_most = room
+    assert refused(one, room // 2) == ""
+    assert refused(one, room // 2 + 1) == "busy"
+    one.account.opening = 10
+    world.flight.held = 2 * one.account.opening
+    world.flight.closing = limits.shared(room) - world.flight.held - 2
+    assert (refused(one, 1), refused(one, 2)) == ("", "busy")
+    assert (refused(other, 2), refused(other, room // 2)) == ("", "busy")
+    world.flight.closed = world.flight.closing
+    assert refused(one, 2) == ""

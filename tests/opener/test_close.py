@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.kernel import sockets
+from fdbroker.limits import every as limits
 from fdbroker.opener import close as close_module
 from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.close import Closing
@@ -58,24 +58,24 @@ def timed(action):
 def test_what_sleeps_is_closed_by_a_thread_and_counts_until_then(connection):
     slow, other = lingering()
     quick = os.open("/dev/null", os.O_RDONLY)
-    closing, account = Closing(), connection.account
+    closing, account, descriptors = Closing(), connection.account, {0: quick, 1: slow}
     with other:
-        assert timed(lambda: closing.close(connection, {0: slow, 1: quick})) < LINGER_S / 4
-        with pytest.raises(OSError, match="Bad file"):
-            os.fstat(quick)
-        assert account.closing - account.closed == 1
+        assert timed(partial(closing.close, connection, descriptors)) < LINGER_S / 4
+        assert not descriptors
+        assert account.closing == 2
         end = time.monotonic() + LINGER_S * 5
         while account.closing != account.closed:
             assert time.monotonic() < end
             time.sleep(0.01)
-    with pytest.raises(OSError, match="Bad file"):
-        os.fstat(slow)
+    for number in (quick, slow):
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(number)
 
 
 def test_an_error_of_a_close_is_nobodys_end(monkeypatch):
     """A driver may report then what it could not write, EIO; the descriptor is closed. It ended the service."""
     closing, connection = Closing(), mock.Mock()
-    connection.subject.owner, connection.account = 5, Account(MAXIMA, 0.0)
+    connection.subject.owner, connection.account, connection.flight = 5, Account(MAXIMA, 0.0), Flight(100)
     before, close = set(os.listdir("/proc/self/fd")), os.close
 
     def reports(number):
@@ -148,3 +148,33 @@ def test_a_client_that_left_its_refusal_unread_needs_no_thread(waiting):
     theirs.close()
     closing.hang_up(ours, 5)
     assert (ours.fileno(), closing.waiting) == (-1, 0)
+
+
+class Counting(socket.socket):
+    """Counts what is read of it."""
+
+    reads = 0
+
+    def recv(self, *what):
+        """See socket.socket."""
+        self.reads += 1
+        return super().recv(*what)
+
+
+def test_messages_of_many_senders_are_read_away_together(root):
+    """Each byte of another sender was a read of its own, in the loop: a connection that was turned away took 39 ms."""
+    closing = Closing()
+    ours, theirs = socket.socketpair()
+    ours = Counting(fileno=ours.detach())
+    sockets.ask_credentials(ours)
+    theirs.setblocking(False)
+    count = 0
+    with theirs, contextlib.suppress(BlockingIOError):
+        while True:
+            said = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack("iII", os.getpid(), 0, count % 2))]
+            theirs.sendmsg([b"x"], said)
+            count += 1
+    assert count > 100
+    closing.hang_up(ours, 5)
+    assert (ours.fileno(), closing.waiting) == (-1, 0)
+    assert ours.reads < 6

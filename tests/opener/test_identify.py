@@ -58,21 +58,19 @@ def accepted():
 def test_a_container_of_roots_session_is_not_root(accepted, monkeypatch):
     """It could use up root's account, so that nobody could administer."""
     identifier = Identifier()
-    credentials = sockets.peer_credentials(accepted)
     for uid, owner in ((0, OTHERS), (-1, OTHERS), (1000, 1000)):
         monkeypatch.setattr(processes, "place", lambda *_, uid=uid: processes.Place(uid, ""))
-        assert identifier.owner(accepted, credentials, Owners()) == owner
+        assert identifier.arrived(accepted, Owners()).owner == owner
     identifier.close()
 
 
 def test_the_slice_of_a_process_that_has_the_pid_by_now_is_nobodys(accepted, monkeypatch):
     """The one that connected has ended meanwhile: what was read in /proc may be another process's."""
     identifier = Identifier()
-    credentials = sockets.peer_credentials(accepted)
     monkeypatch.setattr(processes, "place", lambda *_: processes.Place(1000, ""))
     monkeypatch.setattr(processes, "is_alive", lambda _: False)
     with pytest.raises(WhoseUnknown):
-        identifier.owner(accepted, credentials, Owners())
+        identifier.arrived(accepted, Owners())
     identifier.close()
 
 
@@ -91,7 +89,7 @@ def identifier():
 
 @pytest.fixture
 def subject(identifier, accepted):
-    return identifier.identify(accepted, Owners())
+    return identifier.identify(accepted, identifier.arrived(accepted, Owners()))
 
 
 def test_it_is_who_has_its_number_and_uid_and_ran_before_it_was_let_in(older, accepted, identifier, subject):

@@ -33,8 +33,8 @@ OURS = {
             "terms",
             "refusals",
             "limits",
+            "limits.opener",
             "bucket",
-            "pace",
             "wire",
             "policy",
             "kernel",
@@ -45,7 +45,7 @@ OURS = {
     ),
     *(
         f"fdbroker.wire.{name}"
-        for name in ("admin", "codec", "journal", "keeper", "link", "resources", "connections", "worker")
+        for name in ("admin", "audit", "codec", "journal", "keeper", "link", "resources", "connections", "worker")
     ),
     *(f"fdbroker.policy.{name}" for name in ("compiled", "decide", "fit", "labels", "owners", "paths", "views")),
     *(
@@ -78,7 +78,7 @@ OURS = {
 
 # Lines of our code in the opener, without blanks, comments and docstrings. The design asks for 1,500, which takes a keeper
 # for what is no part of a request; what is added before that takes something else out.
-LINES = 4_280
+LINES = 3_802
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

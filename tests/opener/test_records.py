@@ -1,18 +1,27 @@
-"""Refusals: whose each record is; and standard error in the journal's place."""
+"""What the opener writes itself and what it has the keeper write; and standard error in the journal's place."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
+import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from fdbroker import limits
-from fdbroker.opener.audit import Audit, Record
-from fdbroker.terms import Device, Namespace, Socket, Subject, TopicUse
+from fdbroker.kernel.link import Link
+from fdbroker.kernel.records import NotRecorded
+from fdbroker.opener.audit import Audit
+from fdbroker.terms import Device, DeviceRule, Grant, Namespace, Socket, Subject, TopicUse
+from fdbroker.wire import keeper
+from fdbroker.wire.audit import Record, fields
+
+ALICE = Subject(5, frozenset(), 5, 7, "program", "label", foreign=True, owner=5)
+RULE = DeviceRule("/dev/a", "ro", "", "", False, "everyone", "p.yaml:1")
 
 PROGRAM = """
 from fdbroker.kernel.records import Records
@@ -26,17 +35,42 @@ for _ in range(40):
 """
 
 
-def test_refusals_of_other_uids_of_an_owner_and_of_other_access_are_records_of_their_own():
-    audit, written = Audit(None), []
-    audit.write = written.append
-    for uid, access in ((100_001, "ro"), (100_002, "ro"), (100_002, "rw"), (100_002, "rw")):
-        subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=1000)
-        audit.refuse(Record("refused", "authorize", 1, subject, Device("/dev/x", access), "no", cause="policy"), 0.0)
-    assert [(one.subject.uid, one.resource.access) for one in written] == [
-        (100_001, "ro"),
-        (100_002, "ro"),
-        (100_002, "rw"),
-    ]
+@pytest.fixture
+def audit():
+    """One that writes to a socket of which the other end is `theirs`, and its end of the keeper's link."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    to_keeper, keepers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, to_keeper, keepers:
+        theirs.setblocking(False)
+        keepers.setblocking(False)
+        yield SimpleNamespace(audit=Audit(ours, Link(to_keeper)), ours=ours, theirs=theirs, keepers=keepers)
+
+
+def fill(sock):
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(b"x", socket.MSG_DONTWAIT)
+
+
+def emptied(sock):
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.recv(10)
+
+
+def written(sock):
+    return dict(line.split("=", 1) for line in sock.recv(65536).decode().splitlines())
+
+
+def test_a_refusal_is_said_to_the_keeper_and_not_written(audit):
+    refused = Record("refused", "open", 3, ALICE, "why", "policy", "p.yaml:7", "/dev/a", "rw")
+    audit.audit.refuse(refused)
+    said = keeper.OPENER_TO_KEEPER.decode(audit.keepers.recv(65536))
+    assert said == refused
+    assert fields(said) == fields(refused)
+    with pytest.raises(BlockingIOError):
+        audit.theirs.recv(100)
+    assert not audit.audit.owes
 
 
 @pytest.mark.parametrize(
@@ -48,22 +82,42 @@ def test_refusals_of_other_uids_of_an_owner_and_of_other_access_are_records_of_t
         lambda text: Device(text, "ro"),
     ],
 )
-def test_of_a_long_name_no_more_is_kept_or_escaped_than_a_record_has(make):
+def test_a_refusal_takes_the_opener_no_longer_and_the_link_no_more_room_for_a_long_name(audit, make):
     """65,000 characters that cannot be printed took 22 ms to escape, for each of 32 records in ten seconds."""
-    audit, written = Audit(None), []
-    audit._records.put = written.append
-    subject = Subject(5, frozenset(), 5, 1, "", "", foreign=True, owner=5)
+    resource = make("\x7f" * 65_000)
+    refused = Record("refused", "authorize", 1, ALICE, "no", "policy", "", resource.text, resource.access)
     began_s = time.thread_time()
-    for number in range(30):
-        record = Record("refused", "authorize", 1, subject, make(f"{number}" + "\x7f" * 65_000), "no", cause="policy")
-        audit.refuse(record, 0.0)
-        audit.refuse(record, 0.0)
+    for _ in range(30):
+        audit.audit.refuse(refused)
     assert time.thread_time() - began_s < 0.1
-    assert len(written) == 30
-    assert {len(json.loads(line)["FDBROKER_RESOURCE"]) for line in written} == {limits.AUDIT_VALUE_CHARACTERS}
-    kept = [record for record, _ in audit._windows[5].first.values()]
-    assert max(len(record.resource.text) for record in kept) <= limits.AUDIT_VALUE_CHARACTERS
-    assert {record.resource.access for record in kept} == {make("x").access}
+    assert len(audit.keepers.recv(200_000)) < 3000
+
+
+def test_what_was_recorded_and_did_not_happen_is_said_later_if_not_now(audit):
+    fill(audit.ours)
+    undone = Record("undone", "send", 1, ALICE, "why", "", "", "/dev/a", "ro")
+    for number, count in ((1, 1), (2, 3)):
+        audit.audit.undo(undone._replace(connection=number), count)
+    assert audit.audit.owes
+    with pytest.raises(NotRecorded):  # nothing is granted meanwhile
+        audit.audit.grant(1, ALICE, Grant(Device("/dev/a", "ro"), RULE), 1)
+    audit.audit.flush()
+    assert audit.audit.owes
+    emptied(audit.theirs)
+    audit.audit.flush()
+    assert not audit.audit.owes
+    found = [written(audit.theirs) for _ in range(2)]
+    assert [(one["FDBROKER_CONNECTION"], one.get("FDBROKER_COUNT")) for one in found] == [("1", None), ("2", "3")]
+    assert found[1]["MESSAGE"].endswith("undone ro /dev/a: why (3 of them)")
+
+
+def test_equal_grants_are_one_record_with_their_count(audit):
+    for count in (1, 2):
+        audit.audit.grant(7, ALICE, Grant(Device("/dev/a", "ro"), RULE, "1:3"), count)
+    found = [written(audit.theirs) for _ in range(2)]
+    assert [one.get("FDBROKER_COUNT") for one in found] == [None, "2"]
+    assert found[1]["FDBROKER_RDEV"] == "1:3"
+    assert found[1]["MESSAGE"] == "uid 5 pid 7 granted ro /dev/a by p.yaml:1 (2 of them)"
 
 
 def test_a_pipe_in_the_journals_place_is_never_waited_for_and_a_long_record_is_cut():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -95,6 +96,23 @@ def test_a_policy_d_that_is_no_folder_is_an_error(tmp_path, kind):
     (said,) = found(tmp_path)
     assert said.startswith("W/policy.d: cannot be read: ")
     assert said.endswith("expected a folder; make it one, or remove it")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_policy_d_that_root_may_not_list_is_denied_by_landlock(place, monkeypatch, trusted):
+    """It has become a symlink to another folder while the service ran."""
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(files.os, "listdir", denied)
+    (said,) = found(place, trusted=trusted)
+    if trusted:
+        assert said.startswith(
+            "W/policy.d: cannot be read: Permission denied; Landlock denies root this until fdbroker is"
+        )
+    else:
+        assert said.endswith(": cannot be read: Permission denied, expected a folder; make it one, or remove it")
 
 
 def test_without_policy_d_there_is_one_file(tmp_path):

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import grp
+import pwd
+from collections import Counter
+
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from yaml.reader import Reader
 
 from fdbroker.errors import PolicyError
+from fdbroker.limits.opener import POLICY_FINDINGS
+from fdbroker.policy import load
 from fdbroker.policy.compile import failed_tests, load_policy
 
 
@@ -162,3 +174,86 @@ def test_administrators_and_limits_of_several_sources(tmp_path):
     ]
     assert not seen(7, foreign=True).administrator
     assert not seen(65534, 8).administrator
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    """To tell a text's words takes most of the time that a policy of 1,000 rules needs until the service answers."""
+    texts, read = [], Reader.__init__
+    monkeypatch.setattr(Reader, "__init__", lambda reader, text: texts.append(text) or read(reader, text))
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\neveryone: {devices: [{path: /dev/null}]}\n")
+    (rule,) = load_policy(str(path), trusted=False).policy.everyone
+    assert rule.pattern == "/dev/null"
+    assert texts == [path.read_text()]
+
+
+NESTED = st.recursive(
+    st.text(st.sampled_from("ab1: -\n'\"#"), max_size=6) | st.sampled_from(["null", "yes", "1", "~", "!", "<<"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(NESTED, st.booleans(), st.booleans())
+def test_the_tree_of_a_text_is_that_which_yaml_makes(value, flow, canonical):
+    """Kinds, values, tags, styles and places, as from a text that is read a second time."""
+    text = yaml.safe_dump(value, default_flow_style=flow, canonical=canonical)
+    ours = load._Composer(yaml.parse(text, Loader=yaml.SafeLoader)).get_single_node()
+    assert yaml.serialize(ours) == yaml.serialize(yaml.compose(text, Loader=yaml.SafeLoader))
+    pairs = [(ours, yaml.compose(text, Loader=yaml.SafeLoader))]
+    while pairs:
+        one, other = pairs.pop()
+        if isinstance(one, tuple):
+            pairs += zip(one, other, strict=True)
+            continue
+        assert (type(one), one.tag) == (type(other), other.tag)
+        assert (one.start_mark.index, one.end_mark.index) == (other.start_mark.index, other.end_mark.index)
+        if isinstance(one, yaml.ScalarNode):
+            assert (one.value, one.style) == (other.value, other.style)
+        else:
+            pairs += zip(one.value, other.value, strict=True)
+
+
+def _unknown(kind, count):
+    unknown = "".join(f"  zzz-nobody-{number}: {{}}\n" for number in range(count))
+    denied = "".join(f"- {{groups: [{60000 + number}], devices: [/dev/null]}}\n" for number in range(count))
+    return {
+        "users": f"users:\n{unknown}",
+        "groups": f"groups:\n{unknown}",
+        "keys": unknown.replace("  ", ""),
+        "topics": f"everyone:\n  send: [{', '.join(f'none{number}' for number in range(count))}]\ntopics: {{one: {{}}}}\n",
+        "words": "everyone:\n  devices:\n" + "  - {path: /dev/null, access: wr}\n" * count,
+        "members": f"deny:\n{denied}",
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["users", "groups", "keys", "topics", "words", "members"])
+def test_what_is_looked_up_for_a_policy_is_listed_once_and_only_the_first_errors_have_a_hint(
+    tmp_path, monkeypatch, kind
+):
+    """All names were listed and compared for each error: the launcher was silent for minutes, and the watchdog ended it."""
+    calls: Counter[str] = Counter()
+
+    def counted(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: calls.update([name]) or real(*given))
+
+    for module, name in ((pwd, "getpwall"), (grp, "getgrall"), (difflib, "get_close_matches")):
+        counted(module, name)
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\n" + _unknown(kind, 300))
+    with contextlib.suppress(PolicyError):
+        load_policy(str(path), trusted=False)
+    assert calls["getpwall"] == 1
+    assert calls["getgrall"] <= 1
+    assert calls["get_close_matches"] == (0 if kind == "members" else load._HINTED)
+
+
+def test_names_are_looked_up_until_there_are_more_errors_than_anybody_reads(tmp_path, monkeypatch):
+    """Each that nobody has takes a look at all accounts."""
+    asked = []
+    real = pwd.getpwnam
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: asked.append(name) or real(name))
+    found = errors(tmp_path, "version: 1\n" + _unknown("users", 1200))
+    assert len(found) == POLICY_FINDINGS + 1
+    assert len([name for name in asked if name.startswith("zzz")]) == 1000

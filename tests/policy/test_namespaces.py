@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from harness import replaced_file
 
 from fdbroker.errors import PolicyError
+from fdbroker.kernel.landlock import READ_DIR, READ_FILE
 from fdbroker.launcher.needs import check_reload, needs
 from fdbroker.policy.compile import failed_tests, load_policy
 from fdbroker.policy.compiled import from_bytes, to_bytes
@@ -211,3 +215,18 @@ def test_the_worker_gets_what_the_rules_need_and_the_opener_nothing_more(tmp_pat
     assert needed.worker == (None if capabilities is None else frozenset(capabilities))
     assert not needed.capabilities
     check_reload(needed, needed)
+
+
+def test_a_rule_by_the_group_database_that_nobody_has_yet_needs_what_its_first_member_will(root, tmp_path):
+    """The group gets one while the service runs, which then can be given nothing any more."""
+    text = "groups: {fdbroker-test-group: {%s: [{%s, membership: nss}]}}\n"
+    group = Path("/etc/group").read_text() + "fdbroker-test-group:x:60003:\n"
+    with replaced_file("/etc/group", group):
+        namespaces = loaded(tmp_path, text % ("namespaces", "type: uts, create: true"))
+        devices = loaded(tmp_path, text % ("devices", "path: /dev/fdbroker-none, access: ro"))
+    for one in (namespaces, devices):
+        assert (one.policy.by_uid, one.policy.by_gid[60003]) == ({}, ())
+    needed = needs(namespaces.policy, namespaces.idle)
+    assert needed.worker == {"CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN"}
+    needed = needs(devices.policy, devices.idle)
+    assert (needed.capabilities, needed.files["/dev"]) == ({"CAP_DAC_READ_SEARCH"}, READ_DIR | READ_FILE)

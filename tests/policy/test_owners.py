@@ -86,18 +86,18 @@ def test_subuid_is_read_as_newuidmap_reads_it(root):
     lines = ["fdbroker-test-50001:100000:65536", "50002:200000:10", "nobody-knows-me:300000:5", "# comment", "x:1", ""]
     lines += ["a:b:c", "fdbroker-test-50003:400000:0", f"50003:{INVALID_ID - 2}:99", "50003:4294967295:1", "a\r:5:5"]
     with replaced_file("/etc/subuid", "\n".join(lines)):
-        assert names.subordinate_uids() == [
+        assert names.Listed().subordinate_uids() == [
             (50001, 100000, 165535),
             (50002, 200000, 200009),
             (None, 300000, 300004),
             (50003, INVALID_ID - 2, INVALID_ID - 1),
             (None, 5, 9),
         ]
-        table = names.owners()
+        table = names.Listed().owners()
         assert [table.of(uid) for uid in (50001, 100000, 200009, 300004, 0, os.getuid())] == [
             *(50001, 50001, 50002, 300000, 0, os.getuid())
         ]
-    assert table != names.owners() or not Path("/etc/subuid").exists()
+    assert table != names.Listed().owners() or not Path("/etc/subuid").exists()
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/etc/group", "/etc/subuid"])

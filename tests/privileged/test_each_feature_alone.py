@@ -33,8 +33,8 @@ from harness import (
 )
 from messaging import SEND, SUBSCRIBE, temporary
 
-from fdbroker import limits
-from fdbroker.kernel import memfd
+from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.limits import every as limits
 from fdbroker.wire import varlink
 
 SIZES = (0, 1, 49_000, 65_000, 65_536, 1 << 20)
@@ -335,7 +335,7 @@ def _send(address, feature, payload, kind, count, *, in_file):
     call, others = _call(payload, kind, count, in_file=in_file)
 
     def once():
-        numbers = [*([memfd.sealed("x", payload)] if in_file else ()), *(temporary(b"x") for _ in range(others))]
+        numbers = [*([sealed_memfd("x", payload)] if in_file else ()), *(temporary(b"x") for _ in range(others))]
         try:
             with Raw(address) as client:
                 _send_all(client.sock, call, numbers, may_send=bool(feature.deliver))

@@ -21,16 +21,29 @@ from fakes import came
 from harness import BOB, Broker, Raw, as_user, descriptors_of, outcome, running, status_of
 
 from fdbroker.errors import LinkViolation, OpenFailed
+from fdbroker.keeper.refusals import Refusals
 from fdbroker.keeper.service import Keeper
-from fdbroker.kernel import inotify, memfd
+from fdbroker.kernel import inotify
 from fdbroker.kernel.link import Link
+from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.limits.keeper import AUDIT_REFUSALS
 from fdbroker.nodes.find import Finder
 from fdbroker.offers import Offer
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
-from fdbroker.terms import Device, Namespace
+from fdbroker.terms import Device, Namespace, TopicUse
 from fdbroker.wire import admin, keeper, link, lists, worker
+from fdbroker.wire.audit import Record
 from fdbroker.wire.connections import Use
+from fdbroker.wire.launcher import (
+    DRAINED,
+    KEEPER_TO_LAUNCHER,
+    LAUNCHER_TO_KEEPER,
+    RESTART,
+    STOP,
+    STOP_ASKED,
+    WITNESS_TO_LAUNCHER,
+)
 
 POLICY = """
 version: 1
@@ -49,6 +62,7 @@ def forging(
     after: int = 0,
     *,
     stay: bool = False,
+    deaf: bool = False,
     limits: dict[str, int] | None = None,
 ) -> Iterator[Broker]:
     """A broker in which that process says these, with so many descriptors each, once it has heard `after` messages.
@@ -57,7 +71,7 @@ def forging(
     """
     with harness.folder() as place:
         said = [(data.hex(), descriptors) for data, descriptors in messages]
-        told = {"process": process, "to": to, "messages": said, "after": after, "stay": stay}
+        told = {"process": process, "to": to, "messages": said, "after": after, "stay": stay, "deaf": deaf}
         (place / "forge").write_text(json.dumps(told))
         with running(POLICY, program=takeover.program(str(place), store=False, limits=limits)) as broker:
             broker.expected_code = None
@@ -101,7 +115,7 @@ TO_OPENER = {
         "reloading",
     ),
     "a question for the keeper": ([(lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=False)), 0)], "cut at"),
-    "drained without being told": ([(link.DRAINED, 0)], "without being told"),
+    "drained without being told": ([(DRAINED, 0)], "without being told"),
     "an answer to no question": ([(link.PONG, 0)], "without a Ping"),
 }
 
@@ -116,7 +130,7 @@ def test_an_inbox_that_breaks_its_rules_ends_the_service_and_that_is_recorded(de
         assert not broker.records("granted")
 
 
-@pytest.mark.parametrize("message", [link.PONG, link.STOP_ASKED, b"\xff"], ids=["pong", "stop", "unknown"])
+@pytest.mark.parametrize("message", [link.PONG, STOP_ASKED, b"\xff"], ids=["pong", "stop", "unknown"])
 def test_an_inbox_cannot_speak_to_the_launcher_for_the_opener(dev, message):
     with forging("inbox", "launcher", [(message, 0)], after=FIRST_CLIENT) as broker, Raw(broker.socket):
         assert f"unknown message type {message[0]}" in _ended(broker)
@@ -200,7 +214,7 @@ def test_an_opener_that_breaks_the_links_rules_ends_the_service(dev, case):
 
 @pytest.mark.parametrize(
     ("message", "why"),
-    [(b"\xff", "unknown message type"), (b"\x04", "Applied: cut at 1 bytes"), (link.RESTART, "unknown message type")],
+    [(b"\xff", "unknown message type"), (b"\x04", "Applied: cut at 1 bytes"), (RESTART, "unknown message type")],
     ids=["unknown", "cut", "of the launcher"],
 )
 def test_an_opener_can_tell_the_launcher_a_few_words_only(dev, message, why):
@@ -212,8 +226,8 @@ def test_an_opener_can_tell_the_launcher_a_few_words_only(dev, message, why):
     ("message", "descriptors"),
     [
         (b"\xff", 0),
-        (worker.TO_WORKER.encode(worker.Ask(1, 1, Namespace("net", "x"), 1))[:-1], 0),
-        (link.STOP, 0),
+        (worker.TO_WORKER.encode(worker.Ask(1, 1, 1, (worker.Wanted(Namespace("net", "x")),)))[:-1], 0),
+        (STOP, 0),
     ],
     ids=["unknown", "cut", "of the launcher"],
 )
@@ -226,12 +240,16 @@ def test_a_worker_that_is_told_nonsense_ends_and_is_started_again(dev, message, 
 # ---- a taken-over worker, which was asked one question
 
 ASKED = {"namespace": {"type": "uts", "pid": None}}
-MADE = worker.FROM_WORKER.encode(worker.Made(1, 5, 0, ()))
+OPENED = worker.Opened(5, 0)
+MADE = worker.FROM_WORKER.encode(worker.Made(1, (OPENED,)))
 TO_OPENER_BY_WORKER = {
     "unknown": (b"\xff", 0),
     "no descriptor": (MADE, 0),
     "one descriptor of two": (MADE, 1),
     "many descriptors": (MADE, 9),
+    "answers to more than was asked": (worker.FROM_WORKER.encode(worker.Made(1, (OPENED, OPENED))), 2),
+    "too many descriptors for any request": (MADE, worker.DESCRIPTORS + 1),
+    "a refusal of what was not asked": (worker.FROM_WORKER.encode(worker.Failed(1, OpenFailed(5, index=1))), 0),
     "a grant by a refusal's form": (link.OPENER_TO_INBOX.encode(link.Outcome(1, None)), 0),
     "a refusal with a descriptor": (worker.FROM_WORKER.encode(worker.Failed(1, OpenFailed(5))), 1),
 }
@@ -250,7 +268,7 @@ def test_a_worker_that_breaks_its_rules_ends_the_service(dev, case):
 
 def test_what_a_worker_answers_to_no_question_is_closed(dev):
     with harness.own_network():
-        messages = [(worker.FROM_WORKER.encode(worker.Made(99, 5, 0, ())), 2)] * 50
+        messages = [(worker.FROM_WORKER.encode(worker.Made(99, (OPENED,))), 2)] * 50
         with forging("namespaces", "opener", messages) as broker:
             time.sleep(1)
             before = broker.idle["opener"]
@@ -264,13 +282,13 @@ def test_what_a_worker_answers_to_no_question_is_closed(dev):
 # ---- a taken-over witness, which was asked about one administrator
 
 RELOAD = "io.fdbroker.Admin.Reload"
-YES = link.WITNESS_TO_LAUNCHER.encode(admin.Judged(1, home=True))
+YES = WITNESS_TO_LAUNCHER.encode(admin.Judged(1, home=True))
 TO_LAUNCHER_BY_WITNESS = {
     "unknown": (b"\xff", 0, "unknown message type 255"),
     "cut": (YES[:-1], 0, f"cut at {len(YES) - 1} bytes"),
     "neither yes nor no": (YES[:-1] + b"\2", 0, "a number of value 2"),
     "with a descriptor": (YES, 1, "descriptors were cut"),
-    "to stop": (link.STOP_ASKED, 0, f"unknown message type {link.STOP_ASKED[0]}"),
+    "to stop": (STOP_ASKED, 0, f"unknown message type {STOP_ASKED[0]}"),
     "to reload": (link.OPENER_TO_LAUNCHER.encode(admin.ReloadAsked(1)), 0, "unknown message type 13"),
 }
 
@@ -287,7 +305,7 @@ def test_a_witness_that_breaks_its_rules_ends_the_service(dev, case):
 
 def test_a_witness_cannot_make_an_administrator_of_who_is_none(dev):
     """It says yes for all: for one that does not ask, one that asked and is none, one that does not exist."""
-    messages = [(link.WITNESS_TO_LAUNCHER.encode(admin.Judged(number, home=True)), 0) for number in (1, 2, 99, 3)]
+    messages = [(WITNESS_TO_LAUNCHER.encode(admin.Judged(number, home=True)), 0) for number in (1, 2, 99, 3)]
     with forging("witness", "launcher", messages, after=1, stay=True) as broker:
         broker.expected_code = None  # it does not end when it is told to
         with Raw(broker.socket) as silent:  # connection 1
@@ -302,7 +320,7 @@ def test_a_witness_cannot_make_an_administrator_of_who_is_none(dev):
 
 def test_a_witness_can_refuse_administrators(dev):
     with forging(
-        "witness", "launcher", [(link.WITNESS_TO_LAUNCHER.encode(admin.Judged(1, home=False)), 0)], after=1, stay=True
+        "witness", "launcher", [(WITNESS_TO_LAUNCHER.encode(admin.Judged(1, home=False)), 0)], after=1, stay=True
     ) as broker:
         broker.expected_code = None
         assert _reloads(broker.socket) == "Denied"
@@ -314,18 +332,23 @@ def test_a_witness_can_refuse_administrators(dev):
 
 FIRST, SECOND = 1, 2
 LIST, WATCH, OPEN = "io.fdbroker.Broker.List", {"more": True}, "io.fdbroker.Broker.Open"
-REFUSED = keeper.ListRefused(1, 777)
+REFUSED = lists.ListRefused(1, 777)
+RECORD = Record("refused", "authorize", 1, came(1, 0).subject, "forged", "", "", "/dev/null", "rw")
 TO_OPENER_BY_KEEPER = {
     "unknown": (b"\xff", "unknown message type 255"),
     "empty": (b"", "the keeper is gone"),
     "too long": (b"x" * 140000, "at most"),
-    "cut": (keeper.KEEPER_TO_OPENER.encode(REFUSED)[:-1], "ListRefused: cut at 12 bytes"),
-    "of nobody": (keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(3, 1)), "connection 3, which does not exist"),
-    "a question of the inbox's": (link.INBOX_TO_OPENER.encode(link.Open(1, (NULL,))), "ListRefused: "),
-    "an end of the inbox's": (link.INBOX_TO_OPENER.encode(link.Closed(1, 0)), "unknown message type 3"),
+    "cut": (keeper.KEEPER_TO_OPENER.encode(keeper.LetIn(1))[:-1], "LetIn: cut at 8 bytes"),
+    "that one comes in who is in": (keeper.KEEPER_TO_OPENER.encode(keeper.LetIn(1)), "which does not wait"),
+    "that one comes in who never came": (keeper.KEEPER_TO_OPENER.encode(keeper.LetIn(9)), "which does not wait"),
+    "that one is turned away who is in": (keeper.KEEPER_TO_OPENER.encode(keeper.TurnAway(1, 1)), "does not wait"),
+    "that one waits who is in": (keeper.KEEPER_TO_OPENER.encode(keeper.Waits(1)), "which does not wait"),
+    "a question of the inbox's": (link.INBOX_TO_OPENER.encode(link.Open(1, (NULL,))), "LetIn: "),
+    "an end of the inbox's": (link.INBOX_TO_OPENER.encode(link.Closed(1, 0)), "Waits: 1 bytes too many"),
     "a reload": (link.INBOX_TO_OPENER.encode(admin.Reload(1)), "unknown message type"),
-    "who came": (keeper.OPENER_TO_KEEPER.encode(came(1, 0, 0, 1, False, "", ())), "ListRefused: "),
-    "a policy": (link.LAUNCHER_TO_OPENER.encode(link.Policy(1)), "ListRefused: cut at"),
+    "who came": (keeper.OPENER_TO_KEEPER.encode(came(1, 0, 0, 1, False, "", ())), "LetIn: "),
+    "a refusal": (keeper.OPENER_TO_KEEPER.encode(RECORD), "unknown message type 4"),
+    "a policy": (link.LAUNCHER_TO_OPENER.encode(link.Policy(1)), "LetIn: cut at"),
 }
 
 
@@ -341,8 +364,8 @@ def test_a_keeper_that_breaks_its_rules_ends_the_service(dev, case):
 
 TO_LAUNCHER_BY_KEEPER = {
     "unknown": (b"\xff", "unknown message type 255"),
-    "cut": (keeper.KEEPER_TO_LAUNCHER.encode(link.Applied(1))[:-1], "Applied: cut at 4 bytes"),
-    "to stop": (link.STOP_ASKED, f"unknown message type {link.STOP_ASKED[0]}"),
+    "cut": (KEEPER_TO_LAUNCHER.encode(link.Applied(1))[:-1], "Applied: cut at 4 bytes"),
+    "to stop": (STOP_ASKED, f"unknown message type {STOP_ASKED[0]}"),
     "to reload": (link.OPENER_TO_LAUNCHER.encode(admin.ReloadAsked(1)), "unknown message type 13"),
     "to judge": (link.OPENER_TO_LAUNCHER.encode(admin.Judge(1)), "unknown message type"),
     "that an administrator is at home": (YES, "unknown message type 12"),
@@ -453,21 +476,34 @@ def test_a_keeper_can_let_lists_and_watches_starve_and_whoever_opens_does_not_no
         assert broker.process.poll() is None
 
 
-def test_a_keeper_can_have_a_refused_list_recorded_of_who_is_there_and_once(dev):
-    """Of whom the opener names, not of whom the keeper would; of one that has ended nothing."""
-    one, other = (keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(number, 777)) for number in (1, 2))
-    messages = [(one, 0)] * 1000 + [(other, 0)] * 1000
-    with forging("keeper", "opener", messages, after=3) as broker, Raw(broker.socket) as client:  # connection 1
-        assert as_user(BOB, [], harness.ask, broker.socket, "/dev/null") == "granted"  # 2, which ends
-        time.sleep(0.5)
-        with Raw(broker.socket) as third:
-            broker.wait_for("refused", 20)
+def test_a_keeper_can_forge_and_drop_refusals_and_no_grant_is_without_its_record(dev):
+    """What the opener tells it of refusals, it does not read here; grants are the opener's own."""
+    with forging("keeper", "opener", [], after=FIRST, stay=True) as broker, Raw(broker.socket) as client:
+        assert outcome(client.open("/dev/zero")) == "Denied"
+        for _ in range(20):
             assert outcome(client.open("/dev/null")) == "granted"
-            assert outcome(third.open("/dev/null")) == "granted"
-        (record,) = broker.records("refused")
-        assert record["FDBROKER_UID"] == "0"
-        assert record["FDBROKER_CONNECTION"] == "1"
-        assert "FDBROKER_RESOURCE" not in record
+        assert len(broker.records("granted")) == 20
+        assert broker.records("refused") == []
+        assert broker.process.poll() is None
+
+
+def test_a_keeper_that_reads_no_refusals_stops_the_questions_and_neither_grows_the_opener_nor_has_it_spin(dev):
+    """As SECURITY.md says of it: then nobody is served."""
+    with (
+        forging("keeper", "opener", [], after=FIRST, stay=True, deaf=True) as broker,
+        Raw(broker.socket) as client,
+    ):
+        client.sock.settimeout(1)
+        count = 0
+        with pytest.raises(TimeoutError):
+            while count < 20_000:
+                assert outcome(client.open(f"/dev/{count}")) in ("Denied", "RateLimited")
+                count += 1
+        assert 10 < count < 20_000
+        assert int(status_of(broker.pids["opener"])["VmRSS"].split()[0]) < 200_000
+        before = _cpu(broker.pids["opener"])
+        time.sleep(1)
+        assert _cpu(broker.pids["opener"]) - before < 20  # of 100 ticks
         assert broker.process.poll() is None
 
 
@@ -490,6 +526,11 @@ def test_a_keeper_that_does_not_take_a_policy_ends_the_service(dev, process):
 
 # ---- what a keeper is told: by a taken-over inbox, a taken-over opener, and the launcher
 
+
+def _denied(number: int) -> bytes:
+    return lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(number, TopicUse("send", "topic")))
+
+
 TO_KEEPER_BY_INBOX = {
     "unknown": ([(b"\xff", 0)], "unknown message type 255"),
     "too long": ([(b"x" * 140000, 0)], "at most"),
@@ -500,6 +541,14 @@ TO_KEEPER_BY_INBOX = {
     ),
     "who came": ([(keeper.OPENER_TO_KEEPER.encode(came(1, 0, 0, 1, False, "", ())), 0)], "List: "),
     "a policy": ([(keeper.OPENER_TO_KEEPER.encode(Use(1, 0)), 0)], "unknown message type 2"),
+    "a refusal of nobody": ([(_denied(7), 0)], "DeniedUse in the name of connection 7, which does not exist"),
+    "slowed, and nobody": ([(lists.INBOX_TO_KEEPER.encode(lists.Slowed(7)), 0)], "Slowed in the name of connection 7"),
+    "a refusal while it watches": (
+        [(lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=True)), 0), (_denied(1), 0)],
+        "DeniedUse on connection 1, which is watching",
+    ),
+    "a refusal that is cut": ([(_denied(1)[:-1], 0)], "DeniedUse: cut at"),
+    "a record of the opener's": ([(keeper.OPENER_TO_KEEPER.encode(RECORD), 0)], "unknown message type 4"),
     "twice": ([(lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=True)), 0)] * 2, "connection 1, which is watching"),
 }
 
@@ -512,6 +561,23 @@ def test_an_inbox_that_breaks_the_keepers_rules_ends_the_service(dev, case):
         assert "the keeper" in text
         assert why in text
         assert client.reply() is None
+
+
+def test_an_inbox_can_have_refusals_recorded_of_who_is_there_and_no_more_of_them_than_a_client_can(dev):
+    """Of whom the opener names; a client can have the same, by sending what it may not."""
+    denied = [lists.DeniedUse(1, TopicUse("send", f"t{number}\n")) for number in range(200)]
+    messages = [(lists.INBOX_TO_KEEPER.encode(one), 0) for one in (*denied, *[lists.Slowed(1)] * 200)]
+    with forging("inbox", "keeper", messages, after=FIRST_CLIENT) as broker, Raw(broker.socket):
+        broker.wait_for('"FDBROKER_CAUSE": "others"', 30)
+        records = broker.records()
+        assert {record["FDBROKER_OWNER"] for record in records} == {"0"}
+        written = [record for record in records if "FDBROKER_REPEATED" not in record]
+        assert len(written) <= AUDIT_REFUSALS
+        assert {record["FDBROKER_UID"] for record in written} == {"0"}
+        assert all("\n" not in record["FDBROKER_RESOURCE"] for record in written)
+        counted = sum(int(record.get("FDBROKER_REPEATED", "0")) for record in records)
+        assert 3 * AUDIT_REFUSALS < len(written) + counted <= len(messages)  # as many as the link took at once
+        assert broker.process.poll() is None
 
 
 def test_descriptors_of_an_inbox_s_are_never_taken_by_the_keeper(dev):
@@ -530,8 +596,10 @@ TO_KEEPER_BY_OPENER = {
         keeper.OPENER_TO_KEEPER.encode(Use(5, 0)),
         "policy 5 is to be used, which did not come",
     ),
-    "a word of the launcher's": (link.STOP, "unknown message type 5"),
+    "a word of the launcher's": (STOP, "unknown message type 5"),
     "a List": (lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=False)), "Came: "),
+    "a refusal that is cut": (keeper.OPENER_TO_KEEPER.encode(RECORD)[:-1], "Record: cut at"),
+    "a grant": (b"\4\4" + keeper.OPENER_TO_KEEPER.encode(RECORD)[2:], "Record: a number of value 4, at most 3"),
 }
 
 
@@ -546,8 +614,8 @@ def test_an_opener_that_breaks_the_keepers_rules_ends_the_service(dev, case):
 
 TO_KEEPER_BY_LAUNCHER = {
     "unknown": (b"\xff", 0, "unknown message type 255"),
-    "cut": (keeper.LAUNCHER_TO_KEEPER.encode(link.Policy(1))[:-1], 1, "Policy: cut at 4 bytes"),
-    "with many descriptors": (keeper.LAUNCHER_TO_KEEPER.encode(link.Policy(1)), 3, "descriptors"),
+    "cut": (LAUNCHER_TO_KEEPER.encode(link.Policy(1))[:-1], 1, "Policy: cut at 4 bytes"),
+    "with many descriptors": (LAUNCHER_TO_KEEPER.encode(link.Policy(1)), 3, "descriptors"),
     "who came": (keeper.OPENER_TO_KEEPER.encode(came(1, 0, 0, 1, False, "", ())), 0, "Policy: "),
 }
 
@@ -557,7 +625,7 @@ def test_what_is_no_word_of_the_launchers_ends_a_keeper(dev, tmp_path, monkeypat
     message, descriptors, why = TO_KEEPER_BY_LAUNCHER[case]
     (tmp_path / "policy.yaml").write_text(POLICY)
     policy = load_policy(str(tmp_path / "policy.yaml"), trusted=False).policy
-    sealed = memfd.sealed("policy", to_bytes(policy))
+    sealed = sealed_memfd("policy", to_bytes(policy))
     with contextlib.ExitStack() as owned:
         owned.callback(os.close, sealed)
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
@@ -569,7 +637,7 @@ def test_what_is_no_word_of_the_launchers_ends_a_keeper(dev, tmp_path, monkeypat
         notify = inotify.create()
         owned.callback(os.close, notify)
         monkeypatch.setattr(inotify, "create", lambda: notify)
-        one = Keeper(*(Link(theirs) for _, theirs in pairs), policy, finder)
+        one = Keeper(*(Link(theirs) for _, theirs in pairs), policy, finder, Refusals(None))
         Link(pairs[0][0]).send_with_descriptors(message, [sealed] * descriptors)
         before = set(descriptors_of(os.getpid()))
         with pytest.raises(LinkViolation, match=why):

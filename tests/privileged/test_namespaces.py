@@ -301,6 +301,7 @@ def test_a_namespace_that_belongs_to_another_user_is_not_given_out(broker):
         os.read(go[0], 1)
         os.setresgid(1, 1, 1)
         os.setresuid(1, 1, 1)
+        LIBC.prctl(4, 1, 0, 0, 0)
         os.write(ready[1], b"x")
         signal.pause()
     try:

@@ -19,7 +19,7 @@ from buses import bob_session, open_folder, send
 from harness import BOB, PATIENCE_S, RATES, Raw, as_user, folder, outcome, replaced_file, running
 from subordinate import Many
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 MALLORY, FIRST = floods.MALLORY, floods.FIRST
 UIDS = (MALLORY, FIRST, FIRST + 65_535)

@@ -11,10 +11,10 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdbroker import limits
 from fdbroker.errors import FdbrokerError, LinkViolation, ProtocolViolation
 from fdbroker.inbox import dispatch
 from fdbroker.inbox.rights import message_rights, rights_by
+from fdbroker.limits import every as limits
 from fdbroker.opener.views import views as views_of
 from fdbroker.policy import labels
 from fdbroker.policy.compiled import Policy, from_bytes, to_bytes
@@ -28,6 +28,7 @@ from fdbroker.terms import NAMESPACE_TYPES, DenyRule, Device, DeviceRule, Namesp
 from fdbroker.wire import keeper, link, lists, varlink
 from fdbroker.wire.frame import FrameReader
 from fdbroker.wire.journal import encode_fields, escaped
+from fdbroker.wire.launcher import INBOX_TO_LAUNCHER, KEEPER_TO_LAUNCHER, LAUNCHER_TO_KEEPER
 
 NAME = st.text("abc*?[]-!x1", min_size=1, max_size=8)
 PATHS = st.lists(
@@ -43,13 +44,12 @@ def test_whatever_a_link_says_is_a_message_or_a_violation(data):
         link.OPENER_TO_INBOX,
         link.LAUNCHER_TO_OPENER,
         link.OPENER_TO_LAUNCHER,
-        link.INBOX_TO_LAUNCHER,
+        INBOX_TO_LAUNCHER,
         lists.INBOX_TO_KEEPER,
         lists.KEEPER_TO_INBOX,
         keeper.OPENER_TO_KEEPER,
-        keeper.KEEPER_TO_OPENER,
-        keeper.LAUNCHER_TO_KEEPER,
-        keeper.KEEPER_TO_LAUNCHER,
+        LAUNCHER_TO_KEEPER,
+        KEEPER_TO_LAUNCHER,
     ):
         with contextlib.suppress(LinkViolation):
             table.decode(data)

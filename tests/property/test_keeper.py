@@ -10,7 +10,7 @@ import math
 import os
 import select
 import shutil
-from collections import deque
+from collections import Counter, deque
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from unittest import mock
@@ -21,16 +21,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fdbroker import limits
 from fdbroker.errors import LinkViolation
 from fdbroker.keeper import service
 from fdbroker.keeper.service import Keeper
-from fdbroker.kernel import memfd
+from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.limits import every as limits
 from fdbroker.nodes.find import Finder
 from fdbroker.policy.compiled import Policy, to_bytes
-from fdbroker.terms import Device, DeviceRule
+from fdbroker.terms import Device, DeviceRule, TopicUse
 from fdbroker.wire import keeper, link, lists
 from fdbroker.wire.connections import Use
+from fdbroker.wire.launcher import KEEPER_TO_LAUNCHER, LAUNCHER_TO_KEEPER, Given
 
 LAB = "/dev/lab"
 DEFAULTS = {name: limit.default for name, limit in limits.USER_LIMITS.items()}
@@ -90,14 +91,24 @@ class Machine(RuleBasedStateMachine):
         self.patch.start()
         os.mkdir(LAB)
         self.launcher, self.opener, self.inbox, self.finder = Wire(), Wire(), Wire(), Finder()
-        self.keeper = Keeper(self.launcher, self.opener, self.inbox, POLICIES[0], self.finder)
+        self.refused: list[tuple[str, int]] = []  # kind of record and connection
+        refusals = SimpleNamespace(
+            add=lambda record, _: self.refused.append((record.kind, record.connection)),
+            flush=lambda *_: None,
+            timeout_s=lambda _: -1,
+        )
+        self.keeper = Keeper(self.launcher, self.opener, self.inbox, POLICIES[0], self.finder, refusals)
         self.keeper._epoll.register(self.keeper._changes.descriptor, 0)
         self.given = False
         self.nodes: dict[str, tuple[bool, int]] = {}  # by name: whether it is what the rules say, and its mode
         self.watched = False  # whether the folder is
         self.again = False  # whether lists are to be made for all who watch
         self.open: dict[int, One] = {}
+        self.over: dict[int, str] = {}  # in which state each ended
         self.last = 0
+        self.inside: Counter[int] = Counter()  # how many connections each owner has
+        self.lingering: dict[int, int] = {}  # by number, whose they are
+        self.let_in: list[keeper.LetIn] = []  # what the opener is to hear
         self.buckets: dict[int, tuple[float, float]] = {}  # by owner: tokens, when
         self.policy = 0
         self.handed_on: dict[int, int] = {}  # by number, policies that the opener has not used
@@ -107,7 +118,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(given=st.booleans(), who=st.lists(WHO, min_size=1, max_size=3), names=st.sets(NAMES))
     def begin(self, given, who, names):
         self.given = given
-        self.launcher.heard.append((keeper.LAUNCHER_TO_KEEPER.encode(keeper.Given(given, given, ())), []))
+        self.launcher.heard.append((LAUNCHER_TO_KEEPER.encode(Given(given, given, ())), []))
         assert self.keeper._read_launcher()
         for name in sorted(names):
             self.make(name, fits=True, mode=0o606)
@@ -141,7 +152,7 @@ class Machine(RuleBasedStateMachine):
         pattern = PATTERNS[one.policy]
         looked = bool(pattern) + sum(fnmatchcase(name, pattern) for name in self.nodes)
         tokens, rate = self.refill(one)
-        self.buckets[one.owner] = (max(tokens - looked, -float(rate * limits.DEBT_SECONDS)), self.now)
+        self.buckets[one.owner] = (min(tokens, max(tokens - looked, -float(rate * limits.DEBT_SECONDS))), self.now)
 
     @property
     def held(self):
@@ -180,6 +191,9 @@ class Machine(RuleBasedStateMachine):
 
     def read(self):
         assert self.keeper._read_opener()
+        said, self.opener.sent = self.opener.sent, []
+        assert [keeper.KEEPER_TO_OPENER.decode(message) for message in said] == self.let_in
+        self.let_in = []
 
     def say(self, message):
         self.opener.heard.append(keeper.OPENER_TO_KEEPER.encode(message))
@@ -195,23 +209,32 @@ class Machine(RuleBasedStateMachine):
         """It is not read at once, but before anything that the inbox says."""
         self.last += 1
         self.open[self.last] = One(*who, self.policy)
-        self.buckets.setdefault(who[1], (float(POLICIES[self.policy].limits["burst"]), self.now))
+        uid, owner = who
+        self.buckets.setdefault(owner, (float(POLICIES[self.policy].limits["burst"]), self.now))
+        self.inside[owner] += 1
+        self.say(keeper.Knock(self.last, uid, uid, 1, owner))
+        self.let_in.append(keeper.LetIn(self.last))
         self.came(self.last)
 
-    @precondition(lambda self: self.last in self.open and not self.to_come)
-    @rule(who=WHO)
-    def turned_away(self, who):
-        """The inbox never heard of it, and another client has its number."""
-        if self.open[self.last].state == "idle":
-            self.open[self.last] = One(*who, self.policy)
-            self.buckets.setdefault(who[1], (float(POLICIES[self.policy].limits["burst"]), self.now))
-            self.came(self.last)
-
     @precondition(lambda self: self.open and not self.to_come)
-    @rule(which=st.integers(0, 20))
-    def ended(self, which):
+    @rule(which=st.integers(0, 20), lingers=st.booleans())
+    def ended(self, which, lingers):
+        """It lists no more; while it lingers, it counts."""
         number = list(self.open)[which % len(self.open)]
-        del self.open[number]
+        one = self.open.pop(number)
+        self.over[number], owner = one.state, one.owner
+        if lingers:
+            self.lingering[number] = owner
+        else:
+            self.inside[owner] -= 1
+        self.say(keeper.Lingers(number) if lingers else keeper.Ended(number))
+        self.read()
+
+    @precondition(lambda self: self.lingering)
+    @rule()
+    def has_lingered(self):
+        number, owner = self.lingering.popitem()
+        self.inside[owner] -= 1
         self.say(keeper.Ended(number))
         self.read()
 
@@ -220,8 +243,8 @@ class Machine(RuleBasedStateMachine):
         """The launcher's policy; the opener may use it, or a later one, or never."""
         self.number += 1
         self.handed_on[self.number] = which
-        descriptor = memfd.sealed("policy", to_bytes(POLICIES[which]))
-        message = keeper.LAUNCHER_TO_KEEPER.encode(link.Policy(self.number))
+        descriptor = sealed_memfd("policy", to_bytes(POLICIES[which]))
+        message = LAUNCHER_TO_KEEPER.encode(link.Policy(self.number))
         self.launcher.heard.append((message, [descriptor]))
 
     @precondition(lambda self: not self.to_come)
@@ -244,7 +267,7 @@ class Machine(RuleBasedStateMachine):
 
     def in_force(self, number):
         said, self.launcher.sent = self.launcher.sent, []
-        assert said == ([] if self.to_come else [keeper.KEEPER_TO_LAUNCHER.encode(link.Applied(number))])
+        assert said == ([] if self.to_come else [KEEPER_TO_LAUNCHER.encode(link.Applied(number))])
         self.again |= not self.to_come
 
     @precondition(lambda self: self.to_come)
@@ -264,35 +287,53 @@ class Machine(RuleBasedStateMachine):
     @rule(which=WHICH, watch=st.booleans(), work=st.booleans())
     def ask(self, which, watch, work):
         number, event = self.number_of(which), "Watch" if watch else "List"
+        self.read()
         self.inbox.heard.append(lists.INBOX_TO_KEEPER.encode(lists.List(number, watch)))
         one = self.open.get(number)
-        if number > self.last or (one is not None and (one.state, event) not in link.TURNS):
+        if not 0 < number <= self.last or (one is not None and (one.state, event) not in lists.TURNS):
             with pytest.raises(LinkViolation):
                 self.keeper._read_inbox()
             return
         self.keeper._read_inbox()
         if one is None:
-            assert (self.inbox.sent, self.opener.sent) == ([], [])
+            assert (self.inbox.sent, self.opener.sent, self.refused) == ([], [], [])
             return
         tokens, rate = self.refill(one)
         if tokens < 1:
-            refused = keeper.ListRefused(number, min(math.ceil((1 - tokens) * 1000 / rate), limits.WAIT_LIMIT_MS))
+            refused = lists.ListRefused(number, min(math.ceil((1 - tokens) * 1000 / rate), limits.WAIT_LIMIT_MS))
             assert self.inbox.sent == [lists.KEEPER_TO_INBOX.encode(refused)]
-            assert self.opener.sent == [keeper.KEEPER_TO_OPENER.encode(refused)]
-            self.inbox.sent, self.opener.sent = [], []
+            assert self.refused.pop() == ("refused", number)
+            self.inbox.sent = []
             return
-        assert (self.inbox.sent, self.opener.sent) == ([], [])
+        assert (self.inbox.sent, self.opener.sent, self.refused) == ([], [], [])
         self.buckets[one.owner] = (tokens - 1, self.now)
-        one.state, one.waits = link.TURNS[one.state, event], True
+        one.state, one.waits = lists.TURNS[one.state, event], True
         if work:
             self.run()
+
+    @rule(which=WHICH, denied=st.booleans())
+    def note(self, which, denied):
+        """What is to be recorded, also of who has ended, and nothing else comes of it."""
+        self.read()
+        number = self.number_of(which)
+        message = lists.DeniedUse(number, TopicUse("send", "x")) if denied else lists.Slowed(number)
+        self.inbox.heard.append(lists.INBOX_TO_KEEPER.encode(message))
+        state = self.open[number].state if number in self.open else self.over.get(number, "")
+        if not state or (denied and state != "idle"):
+            with pytest.raises(LinkViolation):
+                self.keeper._read_inbox()
+            return
+        self.keeper._read_inbox()
+        assert self.refused.pop() == ("refused" if denied else "slowed", number)
+        assert (self.inbox.sent, self.opener.sent, self.refused) == ([], [], [])
 
     @rule(full=st.booleans())
     def does_not_read(self, full):
         self.inbox.waiting = int(full)
 
-    @rule(which=WHICH, kind=st.sampled_from([b"", b"\0", b"\2", b"\xff"]))
+    @rule(which=WHICH, kind=st.sampled_from([b"", b"\0", b"\6", b"\7", b"\xff"]))
     def say_something(self, which, kind):
+        self.read()
         message = lists.INBOX_TO_KEEPER.encode(lists.List(self.number_of(which), True))
         self.inbox.heard.append(kind + message if kind else message[:-1])
         with pytest.raises(LinkViolation):
@@ -353,7 +394,7 @@ class Machine(RuleBasedStateMachine):
         assert {one.number for one in self.keeper._lister._watching} == {
             number for number, one in self.open.items() if one.shown is not None
         }
-        owners = self.keeper._owners._by_owner
+        owners = {owner: one.work for owner, one in self.keeper._entry._owners.items()}
         assert {owner: bucket.tokens for owner, bucket in owners.items()} == pytest.approx(
             {owner: tokens for owner, (tokens, _) in self.buckets.items()}
         )

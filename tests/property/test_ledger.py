@@ -11,12 +11,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fdbroker import limits
 from fdbroker.errors import QuotaExceeded
 from fdbroker.inbox import attached as module
 from fdbroker.inbox.attached import Ledger
-from fdbroker.kernel import memfd
 from fdbroker.kernel.jobs import Jobs
+from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.limits import every as limits
 
 HELD, HELD_BYTES, IN_ALL = 40, 100, 100
 MESSAGE = limits.DESCRIPTORS_PER_MESSAGE
@@ -53,7 +53,7 @@ class Machine(RuleBasedStateMachine):
         if not self.ledger.has_room(uid):
             assert self.ledger.take(uid, []).over
             return
-        numbers = [memfd.sealed("m", b"x" * size) for size in sizes]
+        numbers = [sealed_memfd("m", b"x" * size) for size in sizes]
         self.held.append((uid, self.ledger.take(uid, numbers), []))
 
     @precondition(lambda self: self.held)

@@ -5,6 +5,8 @@ The inbox is played as one that is taken over: it says anything about any number
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
 import tempfile
@@ -16,19 +18,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fdbroker import limits
 from fdbroker.errors import LinkViolation
 from fdbroker.kernel import sockets
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.records import NotRecorded
+from fdbroker.limits import every as limits
 from fdbroker.opener import door, request, service
 from fdbroker.opener.ask import Asking
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.service import Opener
 from fdbroker.policy.compiled import Policy
-from fdbroker.terms import Device, DeviceRule, Subject, TopicUse
+from fdbroker.terms import Device, DeviceRule, Subject
 from fdbroker.wire import admin, keeper, link
+from fdbroker.wire.audit import fields
 from fdbroker.wire.connections import Came, Use
+from fdbroker.wire.launcher import DRAINED, STOP_ASKED, WITNESS_TO_LAUNCHER
 
 ALLOWED, DENIED = Device("/dev/null", "rw"), Device("/dev/zero", "ro")
 RULE = DeviceRule("/dev/null", "rw", "", "", False, "everyone", "p.yaml:1")
@@ -56,6 +60,7 @@ class Wire:
     def __init__(self):
         self.sent = []
         self.heard = []
+        self.room = "there is"
 
     def fileno(self):
         return -1
@@ -67,6 +72,10 @@ class Wire:
         self.sent.append(message)
 
     def send_with_descriptors(self, message, descriptors):
+        if self.room == "none":
+            return False
+        if self.room == "too many in flight":
+            raise OSError(errno.ETOOMANYREFS, "")
         self.sent.append(message)
         return True
 
@@ -74,12 +83,12 @@ class Wire:
 class Audit:
     """What is recorded; nothing while the journal is full."""
 
-    counting = False
+    owes = False
 
     def __init__(self):
         self.full = False
         self.granted = 0
-        self.refused = 0
+        self.refused = []
 
     def grant(self, connection, subject, grant, count):
         self.write(None)
@@ -89,12 +98,15 @@ class Audit:
         if self.full:
             raise NotRecorded("EAGAIN")
 
-    def undo(self, record):
+    def undo(self, record, count):
         self.granted -= 1
 
-    def refuse(self, record, now_s):
-        assert str(record.reason)
-        self.refused += 1
+    def flush(self):
+        """Nothing is owed."""
+
+    def refuse(self, record):
+        assert fields(record)
+        self.refused.append((record.kind, record.connection))
 
 
 def came(number, uid):
@@ -107,7 +119,9 @@ class One:
     def __init__(self, uid, client, ours):
         self.uid, self.client, self.ours = uid, client, ours
         self.state = "idle"
+        self.hung_up = False
         self.unread = []  # how many descriptors each message has that the client has not read
+        self.lingers = 0  # its number, when it has ended with some of these unread
 
 
 class Machine(RuleBasedStateMachine):
@@ -130,9 +144,8 @@ class Machine(RuleBasedStateMachine):
         self.opener = Opener(listener, *links, Asking(None), self.policy, self.nodes, self.audit)
         self.opener._door.identifier.close()
         self.opener._door.identifier = SimpleNamespace(
-            identify=lambda sock, owners: Subject(
-                *(self.uid, frozenset({self.uid}), self.uid, 1, "", ""), foreign=False, owner=self.uid
-            ),
+            arrived=lambda sock, owners: Subject(self.uid, (), self.uid, 1, "", "", foreign=False, owner=self.uid),
+            identify=lambda sock, subject: subject._replace(gids=frozenset({self.uid})),
             describe=lambda sock, subject: subject,
             process=lambda sock, subject, let_in_s: sockets.peer_pidfd(sock),
         )
@@ -154,9 +167,10 @@ class Machine(RuleBasedStateMachine):
         return [link.OPENER_TO_INBOX.decode(message) for message in messages]
 
     def told(self):
-        """What the keeper has been told."""
+        """What the keeper has been told, but that several have work."""
         messages, self.keeper.sent = self.keeper.sent, []
-        return [keeper.OPENER_TO_KEEPER.decode(message) for message in messages]
+        every = [keeper.OPENER_TO_KEEPER.decode(message) for message in messages]
+        return [said for said in every if said != keeper.Contested()]
 
     def outcome(self, number):
         """The class of the one refusal that was said, None for a grant."""
@@ -177,23 +191,36 @@ class Machine(RuleBasedStateMachine):
     # ---- clients
 
     @precondition(lambda self: len(self.open) < 7)
-    @rule(uid=UIDS)
-    def connect(self, uid):
+    @rule(uid=UIDS, turned_away=st.sampled_from([False, False, False, True]))
+    def connect(self, uid, turned_away=False):
         self.uid = uid
         client, ours = socket.socketpair()
         client.setblocking(False)
-        refused = self.in_use(uid) >= self.policy.limits["connections"]
-        self.buckets.setdefault(uid, (float(self.policy.limits["burst"]), self.now))
-        self.opener._door._welcome(ours)
-        if refused:
-            assert (self.said(), self.told()) == ([], [])
+        leaving = sum(one.uid == uid and one.hung_up for one in self.open.values())
+        full = self.in_use(uid) - leaving >= self.policy.limits["connections"]
+        self.opener._door._knock(ours)
+        self.last += 1
+        assert self.told() == [keeper.Knock(self.last, uid, uid, 1, uid)]
+        if turned_away:
+            self.answer(keeper.TurnAway(self.last, 3))
+        else:
+            self.answer(keeper.LetIn(self.last))
+        if turned_away or full:
+            assert (self.said(), self.told()) == ([], [keeper.Ended(self.last)])
             assert b"QuotaExceeded" in client.recv(1000)
             assert client.recv(10) == b""
             client.close()
             return
-        self.last += 1
+        self.buckets.setdefault(uid, (float(self.policy.limits["burst"]), self.now))
         assert self.said() == self.told() == [came(self.last, uid)]
         self.open[self.last] = One(uid, client, ours)
+
+    def answer(self, said):
+        """The keeper says it, once: to say it again would end the service."""
+        for again in (False, True):
+            self.keeper.heard.append(keeper.KEEPER_TO_OPENER.encode(said))
+            with pytest.raises(LinkViolation, match="which does not wait") if again else contextlib.nullcontext():
+                self.opener._read_keeper()
 
     @precondition(lambda self: self.open or self.ended)
     @rule(which=st.integers(0, 20), whole=st.booleans())
@@ -218,6 +245,7 @@ class Machine(RuleBasedStateMachine):
     def vanish(self, which):
         one = list(self.open.values())[which % len(self.open)]
         one.client.close()
+        one.hung_up = True
         one.unread.clear()
 
     @rule(seconds=st.integers(1, 20))
@@ -256,7 +284,7 @@ class Machine(RuleBasedStateMachine):
         tokens, since = self.buckets[one.uid]
         tokens = min(float(maxima["burst"]), tokens + (self.now - since) * maxima["requests_per_second"])
         wanted = min(cost, maxima["burst"])
-        self.buckets[one.uid] = (tokens - wanted * (tokens >= wanted), self.now)
+        self.buckets[one.uid] = (tokens - cost * (tokens >= wanted), self.now)
         return "RateLimited" if tokens < wanted else ""
 
     def full(self, one, count):
@@ -270,6 +298,7 @@ class Machine(RuleBasedStateMachine):
     def ask_open(self, which, count, denied):
         number = self.number(which)
         asked = [ALLOWED] * count + [DENIED] * denied
+        self.audit.refused.clear()
         if not self.turn(number, "Open", link.INBOX_TO_OPENER.encode(link.Open(number, tuple(asked)))):
             return
         one = self.open[number]
@@ -283,28 +312,32 @@ class Machine(RuleBasedStateMachine):
             wanted = "RateLimited"
         elif not wanted and one.client.fileno() < 0:
             wanted = "OpenFailed"
+        refused = [one for one in self.audit.refused if one[1] == number]
         assert self.outcome(number) == (wanted or None)
+        # what was recorded as granted and was not, the opener writes itself
+        assert refused == [("refused", number)] * (bool(wanted) and wanted != "OpenFailed") or wanted == "OpenFailed"
         if not wanted:
             one.unread.append(count)
             self.granted += 1
 
-    @rule(which=WHICH, wait_ms=st.integers(0, 2**32 - 1))
-    def list_refused(self, which, wait_ms):
-        """The keeper's word for it, which is recorded of who is there; it may be one that has ended."""
-        number = self.number(which)
-        self.keeper.heard.append(keeper.KEEPER_TO_OPENER.encode(keeper.ListRefused(number, wait_ms)))
-        before = self.audit.refused
-        if number > self.last:
-            with pytest.raises(LinkViolation):
-                self.opener._read_keeper()
-        else:
+    @rule(message=st.binary(min_size=1, max_size=20))
+    def keeper_speaks(self, message):
+        """Whatever it says: nobody waits for its word."""
+        self.keeper.heard.append(message)
+        with pytest.raises(LinkViolation):
             self.opener._read_keeper()
-        assert self.audit.refused - before == (number in self.open)
         assert (self.said(), self.told()) == ([], [])
 
-    @rule(which=WHICH, stop=st.booleans(), home=st.booleans())
-    def ask_other(self, which, stop, home):
+    @rule(
+        which=WHICH,
+        stop=st.booleans(),
+        home=st.booleans(),
+        room=st.sampled_from(["there is"] * 3 + ["none", "too many in flight"]),
+    )
+    def ask_other(self, which, stop, home, room):
+        self.launcher.room = room
         self.ask_admin(self.number(which), stop=stop, home=home)
+        self.launcher.room = "there is"
 
     def ask_admin(self, number, *, stop, home):
         message = (
@@ -316,12 +349,13 @@ class Machine(RuleBasedStateMachine):
             return
         one = self.open[number]
         wanted = self.limited(one) or ("" if one.uid == 0 else "Denied")
+        wanted = wanted or ("" if self.launcher.room == "there is" else "RateLimited")
         asked, self.launcher.sent = self.launcher.sent, []
         if wanted:
             assert (self.outcome(number), asked) == (wanted, [])
             return
         assert (self.said(), asked) == ([], [link.OPENER_TO_LAUNCHER.encode(admin.Judge(number))])
-        self.opener._obey(link.WITNESS_TO_LAUNCHER.encode(admin.Judged(number, home=home)), [])
+        self.opener._obey(WITNESS_TO_LAUNCHER.encode(admin.Judged(number, home=home)), [])
         wanted = ("" if home else "Denied") or ("RateLimited" if self.audit.full else "")
         asked, self.launcher.sent = self.launcher.sent, []
         if wanted:
@@ -329,7 +363,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert (self.said(), asked) == (
             [],
-            [link.STOP_ASKED if stop else link.OPENER_TO_LAUNCHER.encode(admin.ReloadAsked(number))],
+            [STOP_ASKED if stop else link.OPENER_TO_LAUNCHER.encode(admin.ReloadAsked(number))],
         )
         one.state = "stopping" if stop else "reloading"
 
@@ -337,9 +371,9 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def reloaded(self):
         number = next(number for number, one in self.open.items() if one.state == "reloading")
-        message = link.LAUNCHER_TO_OPENER.encode(admin.Reloaded(number, ()))
+        message = link.LAUNCHER_TO_OPENER.encode(admin.Reloaded(number, b"told"))
         self.opener._obey(message, [])
-        assert self.said() == [admin.Reloaded(number, ())]
+        assert self.said() == [admin.Reloaded(number, b"told")]
         self.open[number].state = "idle"
         self.opener._obey(message, [])  # nobody waits for it
         assert self.said() == []
@@ -351,24 +385,25 @@ class Machine(RuleBasedStateMachine):
             reason = 0  # the service would end: tests/flow/test_opener.py
         if not self.turn(number, "Closed", link.INBOX_TO_OPENER.encode(link.Closed(number, reason))):
             return
-        assert (self.said(), self.told()) == ([], [keeper.Ended(number)])
-        self.ended.append(self.open.pop(number))
+        one = self.open.pop(number)
+        self.ended.append(one)
+        one.lingers = number if one.unread else 0
+        broke = [keeper.Broke(number)] if reason not in (0, link.NOT_TAKEN) else []
+        gone = keeper.Lingers(number) if one.unread else keeper.Ended(number)
+        assert (self.said(), self.told()) == ([], [*broke, gone])
+        assert not reason or self.audit.refused[-1] == ("disconnected", number)
 
-    @rule(which=WHICH, message=st.sampled_from([link.PONG, link.DRAINED, b""]))
-    def say_something(self, which, message):
-        number = self.number(which)
-        if message:
-            with pytest.raises(LinkViolation):  # nobody asked for it
-                self.opener._answer(link.INBOX_TO_OPENER.decode(message))
-        elif self.turn(number, "DeniedUse", link.INBOX_TO_OPENER.encode(link.DeniedUse(number, TopicUse("send", "x")))):
-            assert self.said() == []
+    @rule(message=st.sampled_from([link.PONG, DRAINED]))
+    def say_something(self, message):
+        with pytest.raises(LinkViolation):  # nobody asked for it
+            self.opener._answer(link.INBOX_TO_OPENER.decode(message))
 
     @rule()
     def look(self):
         """The kernel is asked what is unread; mostly it is not, and then nobody is thought to have less than that."""
         for number, connection in self.opener._connections.items():
             assert connection.unread_grants() == sum(self.open[number].unread)
-        for uid, account in self.opener._door._accounts._by_owner.items():
+        for uid, account in self.opener._door.accounts._by_owner.items():
             assert sum(one.unread_grants() for one in tuple(account.unread)) == self.unread_of(uid)
             assert account.unread_most == self.unread_of(uid)
 
@@ -382,8 +417,14 @@ class Machine(RuleBasedStateMachine):
         }
         for number, connection in opener._connections.items():
             assert connection.subject.uid == self.open[number].uid
-        for uid, account in opener._door._accounts._by_owner.items():
-            assert account.count_connections() == self.in_use(uid)
+        for owner in tuple(opener._door._lingering):
+            opener._door._look(owner)
+        read = [one for one in self.ended if one.lingers and not one.unread]
+        assert set(self.told()) == {keeper.Ended(one.lingers) for one in read}
+        for one in read:
+            one.lingers = 0
+        for uid, account in opener._door.accounts._by_owner.items():
+            assert len(account.connections) == self.in_use(uid)
             assert account.unread_most >= self.unread_of(uid)
         assert self.audit.granted == self.granted  # every grant has its record, and no record is left of another
         for one in self.ended:  # ours is closed as soon as nothing of it is unread
@@ -409,3 +450,18 @@ class Machine(RuleBasedStateMachine):
 
 TestOpener = Machine.TestCase
 TestOpener.settings = settings(max_examples=90, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("room", ["none", "too many in flight"])
+def test_an_administrator_whose_process_cannot_be_told_of_now_is_to_come_again(room):
+    """ETOOMANYREFS ended the service, and what others have unread counts for it."""
+    machine = Machine()
+    try:
+        machine.begin([0])
+        machine.launcher.room = room
+        machine.ask_admin(1, stop=True, home=True)
+        machine.launcher.room = "there is"
+        machine.ask_admin(1, stop=True, home=True)
+        assert machine.open[1].state == "stopping"
+    finally:
+        machine.teardown()

@@ -136,12 +136,16 @@ def cache() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def trixie() -> Path:
-    """A tree that has varlinkctl."""
+def debian() -> Callable[[str], Path]:
+    """`debian(suite)` is a tree of it: trixie has varlinkctl and Python 3.13, forky Python 3.14."""
     if os.geteuid() != 0:
         unavailable("only root can change into another tree")
-    made("trixie", CACHE / "trixie")
-    return CACHE / "trixie"
+
+    def debian(suite: str) -> Path:
+        made("debian", CACHE / suite, suite)
+        return CACHE / suite
+
+    return debian
 
 
 def made(script: str, folder: Path, *words: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 
 @pytest.fixture(scope="module")

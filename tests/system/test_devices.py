@@ -50,7 +50,7 @@ def test_sound_refused(facts):
 def test_static_node(facts):
     """A node whose driver is not loaded: refused while there is none to load, then opened and judged by its class."""
     found = facts["static_node"]
-    assert found["without"]["code"] == 74
+    assert found["without"]["code"] == 75
     assert "no driver is loaded for its number" in found["without"]["stderr"]
     assert "no driver is loaded for 10:223" in facts["stopped"]["records"]
     assert found["with"]["code"] == 0, found["with"]["stderr"]

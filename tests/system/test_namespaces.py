@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 MEMBER, OTHER = 4001, 4002
 TYPES = ("net", "mnt", "pid", "user", "uts", "ipc", "cgroup", "time")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ CODE = r"""
 import importlib, os, sys, warnings
 from unittest import mock
 
-top, libraries = sys.argv[1:]
-sys.path += [top, libraries]
+top, *libraries = sys.argv[1:]
+sys.path += [top, *libraries]
 warnings.simplefilter("ignore")
 for name in ("yaml", "click", "rich.console", "rich.table", "dbus_fast.aio"):
     importlib.import_module(name)
@@ -57,10 +58,13 @@ def _pythons() -> dict[str, str]:
     return found
 
 
-def _load(*command: str | Path) -> None:
+def _load(*command: str | Path) -> str:
+    """Its version."""
     done = subprocess.run([*command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[2]) == len(list((TOP / "fdbroker").rglob("*.py")))
+    *version, count = done.stdout.split()
+    assert int(count) == len(list((TOP / "fdbroker").rglob("*.py")))
+    return ".".join(version)
 
 
 PYTHONS = _pythons()
@@ -68,21 +72,23 @@ PYTHONS = _pythons()
 
 @pytest.mark.parametrize("version", sorted(PYTHONS))
 def test_every_module_loads_without_a_warning(version):
-    _load(PYTHONS[version], "-I", "-S", "-B", "-c", CODE, TOP, LIBRARIES)
+    assert version == _load(PYTHONS[version], "-I", "-S", "-B", "-c", CODE, TOP, LIBRARIES)
 
 
-def test_every_module_loads_under_trixies_python(root, trixie: Path):
-    """Debian 13 has Python 3.13."""
-    place = trixie / "mnt"
+@pytest.mark.parametrize(("suite", "version"), [("trixie", "3.13"), ("forky", "3.14")])
+def test_every_module_loads_under_the_python_of_a_later_debian(root, debian: Callable[[str], Path], suite, version):
+    tree = debian(suite)
+    place = tree / "mnt"
     place.mkdir(exist_ok=True)
     mount(str(TOP), str(place), "none", MS_BIND)
     try:
-        _load(
-            *("chroot", trixie, "/usr/bin/python3", "-I", "-S", "-B", "-c", CODE),
-            *("/mnt", Path("/mnt") / LIBRARIES.relative_to(TOP)),
+        found = _load(
+            *("chroot", tree, "/usr/bin/python3", "-I", "-S", "-B", "-c", CODE),
+            *("/mnt", "/usr/lib/python3/dist-packages", Path("/mnt") / LIBRARIES.relative_to(TOP)),
         )
     finally:
         unmount(str(place))
+    assert found == version
 
 
 def test_no_structure_is_packed():

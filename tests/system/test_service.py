@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 
 DAC_OVERRIDE = 1 << 1  # linux/capability.h
 MEMBER, GROUP = 4001, 4000

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.timing]
 
 CONTROLLERS = {"a": 15, "b": 6}  # how many mice each has; 15 ports are what one may have
 DEVICES = [
@@ -52,14 +52,16 @@ def test_first_opens(facts):
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_what_sleeps_delays_nobody_else(facts, attack):
-    """Hardly felt, and no more for nodes that sleep than for nodes that do not; the best of three rounds counts.
+    """No more is felt than of as many nodes that never sleep; the best of three rounds counts.
 
-    "unrecorded" can grant nothing to anybody: what the other user waits for there is to be denied.
+    Of those themselves a request for 64 is felt: what Python and the kernel do for it takes these emulated CPUs, of which
+    there are two for all, 0.2 s. That, too, has a bound. "unrecorded" can grant nothing to anybody: what the other user
+    waits for there is to be denied.
     """
     rounds = facts[attack]["rounds"]
     p98 = {name: [one[name]["p98"] for one in rounds] for name in ("quiet", "quick", "slow")}
     to_quick = min(one["slow"]["p98"] / one["quick"]["p98"] for one in rounds)
-    to_quiet = min(p98["slow"]) / max(p98["quiet"])  # other tests run beside the machine
+    to_quiet = min(p98["slow"]) / max(p98["quiet"])
     print(f"\n{attack}: p98 of another user's open, ms: {p98}; to quick {to_quick:.2f}, to quiet {to_quiet:.2f}")
     got, other = ATTACKS[attack]
     assert sum(one["slow"]["attack"].get(got, 0) for one in rounds) > 0

@@ -17,8 +17,8 @@ INTERFACES = ("io.fdbroker.Admin", "io.fdbroker.Broker", "io.fdbroker.Inbox", "o
 
 
 @pytest.fixture(scope="module")
-def facts(nspawn: Callable[..., Any], trixie: Path) -> Any:
-    found = nspawn("varlinkctl.py", trixie)
+def facts(nspawn: Callable[..., Any], debian: Callable[[str], Path]) -> Any:
+    found = nspawn("varlinkctl.py", debian("trixie"))
     assert found["started"]["code"] == 0, found["started"]["stderr"]
     return found
 

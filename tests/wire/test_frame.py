@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fdbroker import limits
+from fdbroker.limits import every as limits
 from fdbroker.wire.frame import FrameReader, TooLong, encode_frame, encode_status
 
 

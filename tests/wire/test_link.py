@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from fakes import came
 
-from fdbroker import limits
 from fdbroker.errors import (
     ClientNotReading,
     Denied,
@@ -16,10 +15,22 @@ from fdbroker.errors import (
     QuotaExceeded,
     RateLimited,
 )
+from fdbroker.limits import every as limits
 from fdbroker.offers import Offer
 from fdbroker.terms import Device, Topic, TopicUse
 from fdbroker.wire import keeper, link, lists
+from fdbroker.wire.audit import Record, fields
 from fdbroker.wire.connections import Use
+from fdbroker.wire.launcher import (
+    DRAINED,
+    INBOX_TO_LAUNCHER,
+    KEEPER_TO_LAUNCHER,
+    LAUNCHER_TO_INBOX,
+    LAUNCHER_TO_KEEPER,
+    STOP,
+    STOP_ASKED,
+    Given,
+)
 
 BIG = 2**64 - 1
 TOPICS = (Topic("inbox", ("journal", "subscribers"), 65536), Topic("x" * 64, ("subscribers",), 1))
@@ -35,18 +46,18 @@ OFFERS = [Offer(Device(f"/dev/{index}", "rw"), f"/etc/policy.yaml:{index}") for 
             link.Open(BIG, (Device("/dev/ä", "rw"),)),
         ),
         (link.INBOX_TO_OPENER, link.INBOX_TO_OPENER.encode(link.Closed(1, 2)), link.Closed(1, 2)),
-        (link.INBOX_TO_OPENER, link.DRAINED, link.Drained()),
+        (link.INBOX_TO_OPENER, DRAINED, link.Drained()),
         (link.INBOX_TO_OPENER, link.INBOX_TO_OPENER.encode(link.Shutdown(BIG)), link.Shutdown(BIG)),
-        (link.OPENER_TO_LAUNCHER, link.STOP_ASKED, link.StopAsked()),
+        (link.OPENER_TO_LAUNCHER, STOP_ASKED, link.StopAsked()),
         (link.INBOX_TO_OPENER, link.PONG, link.Pong()),
         (link.OPENER_TO_INBOX, link.OPENER_TO_INBOX.encode(came(7, 2**32 - 2, 6, 5)), came(7, 2**32 - 2, 6, 5)),
         (link.OPENER_TO_INBOX, link.OPENER_TO_INBOX.encode(Use(BIG >> 32, 3)), Use(BIG >> 32, 3)),
-        (link.LAUNCHER_TO_INBOX, link.LAUNCHER_TO_INBOX.encode(link.Policy(3)), link.Policy(3)),
-        (link.INBOX_TO_LAUNCHER, link.INBOX_TO_LAUNCHER.encode(link.Applied(3)), link.Applied(3)),
+        (LAUNCHER_TO_INBOX, LAUNCHER_TO_INBOX.encode(link.Policy(3)), link.Policy(3)),
+        (INBOX_TO_LAUNCHER, INBOX_TO_LAUNCHER.encode(link.Applied(3)), link.Applied(3)),
         (link.OPENER_TO_INBOX, link.DRAIN, link.Drain()),
         (link.OPENER_TO_INBOX, link.PING, link.Ping()),
         (link.LAUNCHER_TO_OPENER, link.LAUNCHER_TO_OPENER.encode(link.Policy(3)), link.Policy(3)),
-        (link.LAUNCHER_TO_OPENER, link.STOP, link.Stop()),
+        (link.LAUNCHER_TO_OPENER, STOP, link.Stop()),
         (link.LAUNCHER_TO_OPENER, link.PING, link.Ping()),
         (link.OPENER_TO_LAUNCHER, link.OPENER_TO_LAUNCHER.encode(link.Applied(3)), link.Applied(3)),
         (link.OPENER_TO_LAUNCHER, link.READY, link.Ready()),
@@ -113,52 +124,66 @@ def test_what_a_taken_over_inbox_may_send_is_a_violation(data):
 
 
 @pytest.mark.parametrize(
-    "data", [link.PONG, link.STOP_ASKED, link.OPENER_TO_LAUNCHER.encode(link.admin.ReloadAsked(2)), link.PING]
+    "data", [link.PONG, STOP_ASKED, link.OPENER_TO_LAUNCHER.encode(link.admin.ReloadAsked(2)), link.PING]
 )
 def test_the_inbox_cannot_speak_to_the_launcher_for_the_opener(data):
-    assert link.INBOX_TO_LAUNCHER.decode(link.READY) == link.Ready()
+    assert INBOX_TO_LAUNCHER.decode(link.READY) == link.Ready()
     with pytest.raises(LinkViolation):
-        link.INBOX_TO_LAUNCHER.decode(data)
+        INBOX_TO_LAUNCHER.decode(data)
 
 
 def test_a_message_of_the_other_direction_is_not_understood():
     with pytest.raises(LinkViolation):
-        link.INBOX_TO_OPENER.decode(link.STOP)
+        link.INBOX_TO_OPENER.decode(STOP)
     with pytest.raises(LinkViolation):
         link.LAUNCHER_TO_OPENER.decode(link.INBOX_TO_OPENER.encode(link.Closed(1, 0)))
 
 
 def test_a_denied_topic_is_told_as_far_as_a_record_needs_it():
     for topic in ("nö\n", "x" * 255, ""):
-        data = link.INBOX_TO_OPENER.encode(link.DeniedUse(3, TopicUse("subscribe", topic)))
-        assert link.INBOX_TO_OPENER.decode(data) == link.DeniedUse(3, TopicUse("subscribe", topic))
-    data = link.INBOX_TO_OPENER.encode(link.DeniedUse(3, TopicUse("send", "x" * 65536)))
-    assert link.INBOX_TO_OPENER.decode(data).use.topic == "x" * 255
+        data = lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(3, TopicUse("subscribe", topic)))
+        assert lists.INBOX_TO_KEEPER.decode(data) == lists.DeniedUse(3, TopicUse("subscribe", topic))
+    data = lists.INBOX_TO_KEEPER.encode(lists.DeniedUse(3, TopicUse("send", "x" * 65536)))
+    assert lists.INBOX_TO_KEEPER.decode(data).use.topic == "x" * 255
     for wrong in (data + b"x", data[:9], data[:9] + b"\x02"):
         with pytest.raises(LinkViolation):
-            link.INBOX_TO_OPENER.decode(wrong)
+            lists.INBOX_TO_KEEPER.decode(wrong)
 
 
 # ---- the keeper's links
 
-CAME = came(BIG, 2**32 - 2, 1000, 7, True, "a//b (enforce)", (4, 2**32 - 1))
+CAME = came(BIG, 2**32 - 2, 1000, 7, True, "a//b (enforce)", (4, 2**32 - 1))._replace(comm="program")
+REFUSED = Record("refused", "send", BIG, None, "why", "policy", "/etc/fdbroker/policy.yaml:7", "/dev/x", "rw")
 KEEPERS = [
     (keeper.OPENER_TO_KEEPER, CAME),
     (keeper.OPENER_TO_KEEPER, came(1, 0, 0, 1, False, "", ())),
     (keeper.OPENER_TO_KEEPER, Use(3, 20_000)),
     (keeper.OPENER_TO_KEEPER, keeper.Ended(BIG)),
-    (keeper.KEEPER_TO_OPENER, keeper.ListRefused(BIG, 10_000)),
-    (keeper.LAUNCHER_TO_KEEPER, link.Policy(3)),
-    (keeper.LAUNCHER_TO_KEEPER, link.Stop()),
-    (keeper.LAUNCHER_TO_KEEPER, link.Ping()),
-    (keeper.LAUNCHER_TO_KEEPER, keeper.Given(True, False, (5, 29))),
-    (keeper.KEEPER_TO_LAUNCHER, link.Applied(3)),
-    (keeper.KEEPER_TO_LAUNCHER, link.Ready()),
-    (keeper.KEEPER_TO_LAUNCHER, link.Pong()),
+    (keeper.OPENER_TO_KEEPER, Record("slowed", "accept", 0, CAME.subject._replace(gids=frozenset()), "why")),
+    (keeper.OPENER_TO_KEEPER, REFUSED),
+    (keeper.OPENER_TO_KEEPER, keeper.Knock(BIG, 0, 2**32 - 2, 7, 1000)),
+    (keeper.OPENER_TO_KEEPER, keeper.Lingers(BIG)),
+    (keeper.OPENER_TO_KEEPER, keeper.Weighs(BIG, 64)),
+    (keeper.OPENER_TO_KEEPER, keeper.Stalled(2**32 - 1, 10_000)),
+    (keeper.OPENER_TO_KEEPER, keeper.Broke(BIG)),
+    (keeper.OPENER_TO_KEEPER, keeper.Contested()),
+    (keeper.KEEPER_TO_OPENER, keeper.LetIn(BIG)),
+    (keeper.KEEPER_TO_OPENER, keeper.TurnAway(BIG, 20_000)),
+    (keeper.OPENER_TO_KEEPER, keeper.HungUp(BIG)),
+    (keeper.KEEPER_TO_OPENER, keeper.Waits(BIG)),
+    (LAUNCHER_TO_KEEPER, link.Policy(3)),
+    (LAUNCHER_TO_KEEPER, link.Stop()),
+    (LAUNCHER_TO_KEEPER, link.Ping()),
+    (LAUNCHER_TO_KEEPER, Given(True, False, (5, 29))),
+    (KEEPER_TO_LAUNCHER, link.Applied(3)),
+    (KEEPER_TO_LAUNCHER, link.Ready()),
+    (KEEPER_TO_LAUNCHER, link.Pong()),
     (lists.INBOX_TO_KEEPER, lists.List(BIG, True)),
+    (lists.INBOX_TO_KEEPER, lists.DeniedUse(BIG, TopicUse("subscribe", "nö"))),
+    (lists.INBOX_TO_KEEPER, lists.Slowed(BIG)),
     (lists.KEEPER_TO_INBOX, lists.Offered(7, True, OFFERS[:2])),
     (lists.KEEPER_TO_INBOX, lists.Offered(7, False, [])),
-    (lists.KEEPER_TO_INBOX, keeper.ListRefused(7, 10_000)),
+    (lists.KEEPER_TO_INBOX, lists.ListRefused(7, 10_000)),
 ]
 
 
@@ -186,19 +211,35 @@ def test_what_the_opener_says_of_a_connection_are_the_same_bytes_to_keeper_and_i
     assert link.OPENER_TO_INBOX.decode(longer) == CAME._replace(session="s" * 32)
 
 
-@pytest.mark.parametrize("message", [link.PING, link.STOP, link.LAUNCHER_TO_OPENER.encode(link.Policy(3))])
+@pytest.mark.parametrize("kind", ["granted", "undone", "stopping", "reloading", "violation"])
+def test_what_the_opener_must_write_itself_is_nothing_to_the_keeper(kind):
+    with pytest.raises(ValueError, match="not in tuple"):
+        keeper.OPENER_TO_KEEPER.encode(REFUSED._replace(kind=kind))
+
+
+@pytest.mark.parametrize("character", ["x", "€", "\U0001f600", "\n", "\x7f"])
+@pytest.mark.parametrize("more", [-1, 0, 1, 60_000])
+def test_a_long_text_of_a_refusal_is_cut_on_the_link_and_the_record_is_the_same(character, more):
+    """A record shows so many characters, and tells whether there were more."""
+    text = character * (limits.AUDIT_VALUE_CHARACTERS + more)
+    record = REFUSED._replace(resource=text, reason=text)
+    data = keeper.OPENER_TO_KEEPER.encode(record)
+    assert len(data) < 5000
+    assert fields(keeper.OPENER_TO_KEEPER.decode(data)) == fields(record)
+
+
+@pytest.mark.parametrize("message", [link.PING, STOP, link.LAUNCHER_TO_OPENER.encode(link.Policy(3))])
 def test_what_the_launcher_says_to_keeper_and_opener_alike_both_understand(message):
-    assert keeper.LAUNCHER_TO_KEEPER.decode(message) == link.LAUNCHER_TO_OPENER.decode(message)
+    assert LAUNCHER_TO_KEEPER.decode(message) == link.LAUNCHER_TO_OPENER.decode(message)
 
 
 def test_what_the_opener_alone_may_hear_or_say_is_nothing_to_the_keeper():
     for table, data in (
-        (keeper.LAUNCHER_TO_KEEPER, link.LAUNCHER_TO_OPENER.encode(link.admin.Judged(1, home=True))),
-        (keeper.KEEPER_TO_LAUNCHER, link.STOP_ASKED),
-        (keeper.KEEPER_TO_LAUNCHER, link.WORKER_STUCK),
-        (keeper.KEEPER_TO_LAUNCHER, link.OPENER_TO_LAUNCHER.encode(link.admin.ReloadAsked(1))),
+        (LAUNCHER_TO_KEEPER, link.LAUNCHER_TO_OPENER.encode(link.admin.Judged(1, home=True))),
+        (KEEPER_TO_LAUNCHER, STOP_ASKED),
+        (KEEPER_TO_LAUNCHER, link.WORKER_STUCK),
+        (KEEPER_TO_LAUNCHER, link.OPENER_TO_LAUNCHER.encode(link.admin.ReloadAsked(1))),
         (lists.INBOX_TO_KEEPER, keeper.OPENER_TO_KEEPER.encode(keeper.Ended(1))),
-        (keeper.KEEPER_TO_OPENER, lists.KEEPER_TO_INBOX.encode(lists.Offered(1, True, []))),
     ):
         with pytest.raises(LinkViolation):
             table.decode(data)
@@ -213,8 +254,8 @@ def test_a_client_may_be_in_so_many_groups_of_the_policy_and_not_in_one_more():
     more = most._replace(gids=(*most.gids, 1))
     with pytest.raises(ValueError, match=f"at most {limits.POLICY_GROUPS}"):
         keeper.OPENER_TO_KEEPER.encode(more)
-    at = len(data) - 4 * limits.POLICY_GROUPS - 2
-    longer = data[:at] + (limits.POLICY_GROUPS + 1).to_bytes(2, "big") + data[at + 2 :] + bytes(4)
+    at = data.index(limits.POLICY_GROUPS.to_bytes(2, "big") + bytes(4))
+    longer = data[:at] + (limits.POLICY_GROUPS + 1).to_bytes(2, "big") + bytes(4) + data[at + 2 :]
     with pytest.raises(LinkViolation, match=f"{limits.POLICY_GROUPS + 1} values"):
         keeper.OPENER_TO_KEEPER.decode(longer)
 
@@ -223,7 +264,7 @@ def test_a_client_may_be_in_so_many_groups_of_the_policy_and_not_in_one_more():
     ("table", "data"),
     [
         (lists.INBOX_TO_KEEPER, lists.INBOX_TO_KEEPER.encode(lists.List(1, watch=True))[:-1] + b"\x02"),
-        (keeper.LAUNCHER_TO_KEEPER, b"\x0f\2\0\0\0"),
+        (LAUNCHER_TO_KEEPER, b"\x0f\2\0\0\0"),
         (
             keeper.OPENER_TO_KEEPER,
             keeper.OPENER_TO_KEEPER.encode(came(1, 0, 0, 1, False, "xx", ())).replace(b"xx", b"\xff\xfe"),

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from fdbroker import limits
 from fdbroker.errors import REFUSALS, ProtocolViolation
+from fdbroker.limits import every as limits
 from fdbroker.wire import varlink
 from fdbroker.wire.frame import TooLong
 
