@@ -41,7 +41,7 @@ class Bucket:
         return 0
 
     def charge(self, rate: int, burst: int, now_s: float, cost: int) -> None:
-        """Count work that is done already: for it the bucket may owe what comes in DEBT_SECONDS, and no more."""
+        """Count work that is done already. The bucket never owes more than comes in within DEBT_SECONDS."""
         self.take(rate, burst, now_s, 0)
         self.tokens = min(self.tokens, max(self.tokens - cost, -float(rate * limits.DEBT_SECONDS)))
 

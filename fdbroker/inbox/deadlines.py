@@ -6,8 +6,9 @@ Descriptors that came with a message have ATTACHED_SECONDS until it is taken, wh
 its user rests: one of them can be the connection's own other end, or another connection's, and then neither ends by
 itself. This ends no honest connection. Descriptors are read while nothing is owed to their client, so whoever waits for
 its answers has nothing before them: their message is taken as soon as it is whole, or after a rest, which is
-DEBT_SECONDS at most. Whoever sends ahead has that time for all that was read with them, and each message with
-descriptors that is taken begins the time of the next one.
+DEBT_SECONDS at most; who stalled the loop rests longer, and its descriptors are closed meanwhile. Whoever sends ahead
+has that time for all that was read with them, and each message with descriptors that is taken begins the time of the
+next one.
 """
 
 from __future__ import annotations

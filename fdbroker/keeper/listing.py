@@ -85,7 +85,10 @@ class Lister:
         return bool(self._watching)
 
     def add(self, connection: Connection) -> None:
-        """Make its listing, after those of the same owner that were asked for before; who waits already waits once."""
+        """Make its listing, after those of the same owner that were asked for before.
+
+        A connection waits once, however often it is added.
+        """
         self._waiting.setdefault(connection.subject.owner, {})[connection] = None
 
     def drop(self, connection: Connection) -> None:

@@ -43,7 +43,7 @@ def renewed(path: str, loaded: Loaded) -> tuple[Loaded, str]:
 
 
 def _no_more(before: Policy, now: Policy) -> Policy:
-    """What is allowed by both, the later deny rules, and the later owners."""
+    """The later policy, of whose permissions only those are left that the one before has as well."""
     return now._replace(
         administrator_uids=before.administrator_uids & now.administrator_uids,
         administrator_gids=before.administrator_gids & now.administrator_gids,

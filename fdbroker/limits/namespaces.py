@@ -29,6 +29,6 @@ NAMESPACE_STOPPED_MS: Final = 500
 # requests | guess: each is a process for a moment; one of each user | wait
 # shown by namespaces/test_queue.py::test_many_users_at_once_are_at_most_so_many_and_all_get_their_turn
 NAMESPACE_REQUESTS: Final = 16
-# descriptors | guess: one user's requests that wait for more | RateLimited
+# descriptors | guess: one user's, in requests that wait and in what waits to be closed | RateLimited
 # shown by namespaces/test_queue.py::test_of_one_user_so_many_may_be_held_by_those_that_wait_and_not_one_more
 NAMESPACE_HELD: Final = 128

@@ -19,9 +19,9 @@ _AT_ONCE = limits.NAMESPACE_REQUESTS
 
 
 class Ending:
-    """Descriptors that may be a mount namespace's last: of each owner one process at a time closes what waits.
+    """Closes descriptors that may be the last of a mount namespace, by one process for each owner at a time.
 
-    The rest waits here, and counts for the owner: `held`.
+    While that process runs, what is put for the same owner waits here, and `held` says how much.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,10 @@ class Ending:
         return bool(self._waiting or self._processes)
 
     def go_on(self, leave: Callable[[], None]) -> None:
-        """Start processes for what waits, as far as there is room. In these `leave` closes all but what is here."""
+        """Start a process for each owner that has none, as far as there is room.
+
+        The process calls `leave` first, which closes what it has inherited and this object does not know.
+        """
         self._processes = {owner: process for owner, process in self._processes.items() if not reap(process)}
         for owner in [owner for owner in self._waiting if owner not in self._processes]:
             if len(self._processes) >= _AT_ONCE:
@@ -65,7 +68,7 @@ class Ending:
                     self.close()
                     theirs.recv(1)  # the end: the worker has closed its copies, which were not the last
                     _close(descriptors)
-                except Exception as error:  # noqa: BLE001 -- said here, for nothing above us does
+                except Exception as error:  # noqa: BLE001 -- the process ends here, so nobody else would tell
                     sys.excepthook(type(error), error, error.__traceback__)
                 finally:
                     os._exit(0)
@@ -85,7 +88,7 @@ def _close(descriptors: Sequence[int]) -> None:
 
 
 def reap(process: int) -> bool:
-    """Whether that child has ended; its filter's work is said, for the client learns no more than that it failed."""
+    """Whether that child has ended. One that its filter killed is reported, for its client learns only of a failure."""
     found, status = os.waitpid(process, os.WNOHANG)
     code = os.waitstatus_to_exitcode(status)
     if found and code == -signal.SIGSYS:

@@ -76,7 +76,8 @@ class _Search:
             self._look_if_its(pid)
         self._look_at_list(time.monotonic() + _OTHERS_S)
         self._look_at_others(others, min(self.until_s, time.monotonic() + _OTHERS_S))
-        # an owner without power over our own user namespace gets no process into one; who has made another, has
+        # What is listed lives. It counts for this owner unless a process of others is in it, which the owner cannot
+        # bring about: to join it takes CAP_SYS_ADMIN in our own user namespace.
         self.missing -= self._listed - self._of_others
         if self.missing and not all(self._whole.values()):
             raise _Unseen

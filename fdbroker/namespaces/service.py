@@ -247,7 +247,7 @@ class Worker:
         return [*self._requests.values(), *(one for one, _ in self._answers)]
 
     def _leave(self) -> None:
-        """In a forked process: close its copies of the links to the opener and the children, and of what is asked."""
+        """Close a forked process's copies of the links to opener and children, and of the unanswered requests."""
         self._opener.close()
         self._poll.close()
         for child in self._children.values():

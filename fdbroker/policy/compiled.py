@@ -1,7 +1,7 @@
 """A policy without names, globs checked: what the opener decides by. To bytes and back.
 
-Runs in: launcher (writes), opener and keeper (read what the launcher wrote), command line. No attacker controls any of
-it.
+Runs in: launcher (writes), opener, keeper and inbox (read what the launcher wrote), command line. No attacker controls
+any of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """MAC labels in rules: what a glob matches, for a rule that allows and for one that denies.
 
-Runs in: opener, launcher, command line. An attacker has the label that its program was confined with; without any
-confinement it may have AppArmor confine it with a profile of its choice, and can give that no name of its own but in a
-policy namespace. Only the admin writes globs.
+Runs in: opener, keeper, inbox, launcher, command line. An attacker has the label that its program was confined with;
+without any confinement it may have AppArmor confine it with a profile of its choice, and can give that no name of its
+own but in a policy namespace. Only the admin writes globs.
 
 A label is what SO_PEERSEC says: of SELinux a context, of AppArmor `PROFILE (MODE)`, several as `A//&B (MODE)`, those of
 a policy namespace as `:NAMESPACE:PROFILE`, and `unconfined`. Source: apparmor(7), and aa_label_snxprint in

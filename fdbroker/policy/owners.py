@@ -1,7 +1,7 @@
 """The owner of a uid: the user behind it. Everything that is counted or limited for a user is counted for its owner.
 
-Runs in: opener, command line; ranges.py makes the table. A user controls with which of its uids a program runs; root
-alone writes passwd(5) and subuid(5), where the table comes from.
+Runs in: opener, keeper, inbox, launcher, command line; ranges.py makes the table. A user controls with which of its
+uids a program runs; root alone writes passwd(5) and subuid(5), where the table comes from.
 """
 
 from __future__ import annotations

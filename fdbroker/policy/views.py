@@ -1,6 +1,6 @@
 """What the policy says about each subject, made once for all connections about which it says the same.
 
-Runs in: opener, keeper. An attacker controls which of its user's uids, groups and labels connect, and how many.
+Runs in: opener, keeper, inbox. An attacker controls which of its user's uids, groups and labels connect, and how many.
 """
 
 from __future__ import annotations
