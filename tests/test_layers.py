@@ -106,3 +106,24 @@ def test_every_module_says_where_it_runs_and_no_file_grows_out_of_hand():
         if "/" in module and not module.endswith("__init__.py"):
             assert "Runs in:" in doc or "Pure:" in doc, module
         assert len(text.splitlines()) <= 450, module
+
+
+def _says_where_a_line_ends(call: ast.Call) -> bool:
+    """Whether a call of `open` reads bytes, or has a newline alone end a line."""
+    mode = call.args[1] if len(call.args) > 1 else None
+    binary = isinstance(mode, ast.Constant) and "b" in str(mode.value)
+    return binary or any(one.arg == "newline" for one in call.keywords)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_newline_alone_ends_a_line(module):
+    """What others choose, such as the name of a process or the path of a mount, may have a carriage return in it."""
+    calls = [one for one in ast.walk(ast.parse((PACKAGE / module).read_text())) if isinstance(one, ast.Call)]
+    assert all(
+        _says_where_a_line_ends(one) for one in calls if isinstance(one.func, ast.Name) and one.func.id == "open"
+    )
+    named = {one.func.attr: one for one in calls if isinstance(one.func, ast.Attribute)}
+    for name in ("read_text", "splitlines", "readlines"):
+        assert name not in named, (
+            f"{module}:{named[name].lineno}: {name} takes more for the end of a line than a newline"
+        )

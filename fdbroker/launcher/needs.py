@@ -119,7 +119,7 @@ def needs(policy: Policy, idle: Iterable[Rule] = ()) -> Needs:
 
 def _hidden_processes() -> Iterator[str]:
     """Whether /proc shows the opener, which is another user than its clients, their processes. Source: proc(5)."""
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", errors="replace", newline="\n") as mounts:
         options = [line.rpartition(" ")[2].strip().split(",") for line in mounts if line.split(" ")[4] == "/proc"]
         hides = [one for one in (options[-1] if options else []) if re.fullmatch("hidepid=(?!0|off).*", one)]
         if hides:

@@ -1,4 +1,7 @@
-"""Names as udev makes them, with backslashes: in a rule, in what `list` prints, and given to `open` and `explain`."""
+"""Names as udev makes them, with backslashes: in a rule, in what `list` prints, and given to `open` and `explain`.
+
+And the names of mounts, which any user who may mount by FUSE chooses.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import shlex
 
 import pytest
-from harness import MEM, Raw, command, node, outcome, running
+from harness import MEM, Raw, command, folder, mount, node, outcome, running, unmount
 
 ODD = [r"/dev/odd/x\x20y", r"/dev/odd/a\\b", r"/dev/odd/\\\x5c", "/dev/odd/\\", r"/dev/odd/sp ace\x2f", "/dev/odd/é"]
 POLICY = r"""version: 1
@@ -92,3 +95,17 @@ def test_the_rule_that_explain_suggests_is_one(broker):
             broker.socket, "policy", "explain", "--policy", str(broker.policy), "--user", "50001", path
         )
         assert code == 0, (rule, out, err)
+
+
+def test_a_mount_whose_path_has_ends_of_lines_in_it_keeps_nobody_from_starting(dev):
+    """The kernel writes a carriage return into mountinfo as it is: taken for the end of a line, it ended the launcher."""
+    with folder() as where:
+        path = f"{where}/a\r\rb"
+        os.mkdir(path)
+        mount("x", path, "tmpfs")
+        try:
+            node("/dev/odd/zero", MEM["zero"])
+            with running(POLICY) as broker, Raw(broker.socket) as client:
+                assert outcome(client.open("/dev/odd/zero")) == "granted"
+        finally:
+            unmount(path)
