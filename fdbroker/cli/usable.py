@@ -10,7 +10,7 @@ import os
 
 from fdbroker.kernel import namespaces
 from fdbroker.kernel.namespaces import Caller, NotANamespace
-from fdbroker.kernel.processes import Process
+from fdbroker.kernel.pinned import Process
 from fdbroker.terms import Namespace, Resource, Subject, TopicUse
 from fdbroker.wire.worker import UNUSABLE
 

@@ -16,7 +16,7 @@ import sys
 from typing import NamedTuple
 
 from fdbroker.kernel import libc
-from fdbroker.kernel.processes import Process
+from fdbroker.kernel.pinned import Process
 
 CLONE = {
     "net": 0x4000_0000,

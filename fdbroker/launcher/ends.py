@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fdbroker import errors
 from fdbroker.errors import FdbrokerError
-from fdbroker.kernel import lifeline, processes
+from fdbroker.kernel import lifeline, pinned
 from fdbroker.launcher.start import Child
 
 _ENDS_TOO_S = 0.1  # how long a process needs from closing its links to its end, which another one has noticed first
@@ -53,4 +53,4 @@ def main_thread_ended(pid: int) -> bool:
 
     False when there is no such process.
     """
-    return processes.state(pid) == b"Z"
+    return pinned.state(pid) == b"Z"

@@ -18,7 +18,8 @@ from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed, Qu
 from fdbroker.kernel import confine, namespaces, sockets
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.namespaces import CLONE, Caller, NotANamespace
-from fdbroker.kernel.processes import Process, is_alive, state
+from fdbroker.kernel.pinned import Process, state
+from fdbroker.kernel.processes import is_alive
 from fdbroker.kernel.rtnetlink import RtNetlink
 from fdbroker.limits import namespaces as limits
 from fdbroker.namespaces.connect import connect

@@ -81,9 +81,7 @@ class Identifier:
         if pidfd is not None or sockets.says_peer_pidfd(sock):
             return pidfd
         try:
-            with processes.Process(subject.pid) as process:
-                same = process.euid() == subject.uid and process.started_s() <= let_in_s
-                return os.dup(process.pidfd) if same else None
+            return processes.like(self._proc, subject.pid, subject.uid, let_in_s)
         except OSError:
             return None
 

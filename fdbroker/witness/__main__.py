@@ -22,7 +22,8 @@ from fdbroker import errors
 from fdbroker.kernel import namespaces, orders
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.link import Link
-from fdbroker.kernel.processes import Process, is_alive
+from fdbroker.kernel.pinned import Process
+from fdbroker.kernel.processes import is_alive
 from fdbroker.wire import admin, link
 from fdbroker.wire.launcher import LAUNCHER_TO_WITNESS, WITNESS_TO_LAUNCHER
 

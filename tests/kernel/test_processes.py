@@ -14,7 +14,8 @@ import pytest
 from harness import ALICE, BOB, CAROL, LIBC
 
 from fdbroker.kernel.namespaces import uids_of
-from fdbroker.kernel.processes import Process, comm, fields
+from fdbroker.kernel.pinned import Process, fields
+from fdbroker.kernel.processes import boot_s, comm, like
 from fdbroker.launcher.ends import main_thread_ended
 
 CODE = """
@@ -80,6 +81,18 @@ def test_what_a_process_calls_itself_is_no_line_of_its_status(end):
             os.close(proc)
 
 
+def _is_like(pid, uid):
+    """Whether the process is one of that effective uid that runs now."""
+    proc = os.open("/proc", os.O_PATH)
+    try:
+        found = like(proc, pid, uid, boot_s())
+    finally:
+        os.close(proc)
+    if found is not None:
+        os.close(found)
+    return found is not None
+
+
 @pytest.mark.parametrize("dumpable", [0, 1])
 def test_the_uids_of_a_process_are_told_without_its_status(root, dumpable):
     """A kernel before 6.13 does not know the question; the effective one each tells."""
@@ -93,7 +106,8 @@ def test_the_uids_of_a_process_are_told_without_its_status(root, dumpable):
     os.read(reading, 1)
     try:
         with Process(child) as process:
-            assert process.euid() == BOB
+            assert _is_like(child, BOB)
+            assert not any(_is_like(child, uid) for uid in (0, ALICE, CAROL))
             assert process.status().uids == (ALICE, BOB, CAROL, BOB)
             known = uids_of(process.pidfd)
             release = [int(number) for number in re.findall(r"[0-9]+", os.uname().release)[:2]]

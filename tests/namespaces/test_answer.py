@@ -8,7 +8,7 @@ import signal
 from harness import folder, need_count_of_mounts
 
 from fdbroker.kernel import namespaces
-from fdbroker.kernel.processes import Process
+from fdbroker.kernel.pinned import Process
 from fdbroker.namespaces.answer import count_mounts
 
 

@@ -16,7 +16,7 @@ import pytest
 from fdbroker.errors import Denied, OpenFailed, RateLimited
 from fdbroker.kernel import namespaces as kernel
 from fdbroker.kernel.link import Link
-from fdbroker.kernel.processes import state
+from fdbroker.kernel.pinned import state
 from fdbroker.limits import every as limits
 from fdbroker.namespaces import service
 from fdbroker.namespaces.queue import Queue, Request
