@@ -45,7 +45,7 @@ from fdbroker.keeper import listing
 from fdbroker.keeper.connections import Connection
 from fdbroker.keeper.entry import Entry
 from fdbroker.keeper.refusals import Refusals
-from fdbroker.kernel import memfd, orders
+from fdbroker.kernel import confine, memfd, orders
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded, Records
@@ -349,7 +349,7 @@ def test_what_the_kernel_is_asked_for(monkeypatch, hard):
     monkeypatch.setattr(start, "compile_filter", lambda _: os.open("/dev/null", os.O_RDONLY))
     monkeypatch.setattr(start, "subprocess", types.SimpleNamespace(Popen=lambda words, **_: words, DEVNULL=0))
     words = start._start("opener", (UID, UID), {}, start._Kept())
-    order = orders.Order(**json.loads(words[-1]))
+    order = confine.Order(**json.loads(words[-1]))
     said = []
     names = ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIM_INFINITY")
     numbers = {name: getattr(resource, name) for name in names}
@@ -357,7 +357,7 @@ def test_what_the_kernel_is_asked_for(monkeypatch, hard):
         getrlimit=lambda _: (hard, hard), setrlimit=lambda *values: said.append(values), **numbers
     )
     monkeypatch.setattr(orders, "resource", limited)
-    monkeypatch.setattr(orders, "confine", lambda _: False)
+    monkeypatch.setattr(orders, "confine", lambda *_: False)
     monkeypatch.setattr(orders, "signal", mock.MagicMock())
     monkeypatch.setattr(
         orders, "os", types.SimpleNamespace(chdir=lambda _: None, read=lambda *_: b"", close=lambda _: 0)

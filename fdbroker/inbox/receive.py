@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fdbroker.inbox.attached import Attached, Ledger
 from fdbroker.inbox.client import Client
-from fdbroker.kernel import sockets
+from fdbroker.kernel import received, sockets
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.kernel.received import plain_bytes, receive_with_sender
 from fdbroker.limits import inbox as limits
@@ -51,7 +51,7 @@ class Receiver:
         There is room for descriptors from who may send none, too: one can wait since before the kernel was told so.
         """
         owner = client.user.owner
-        size, room = READ_BYTES, sockets.SCM_MAX_FD
+        size, room = READ_BYTES, received.SCM_MAX_FD
         if not self._ledger.has_room_to_close(owner):
             size, room = plain_bytes(client.sock, READ_BYTES), 0
             if not size:  # more than the owner may have waiting to be closed

@@ -6,6 +6,7 @@ Runs in: opener, namespaces worker, launcher. Source: capabilities(7), capset(2)
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from types import TracebackType
 
 from fdbroker.kernel import libc
@@ -36,7 +37,7 @@ _HEADER = _Header(_VERSION_3, 0)
 _HEADER_REF = ctypes.addressof(_HEADER)
 
 
-def mask(names: frozenset[str]) -> int:
+def mask(names: Iterable[str]) -> int:
     """The bits of these capabilities."""
     return sum(1 << NUMBERS[name] for name in names)
 
@@ -65,13 +66,6 @@ class Bracket:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._needed and libc.CAPSET(_HEADER_REF, ctypes.addressof(self._lowered)) != 0:
             raise CapabilityStuck(ctypes.get_errno(), "capset: the raised capability could not be dropped")
-
-
-def effective() -> frozenset[str]:
-    """Those of NUMBERS that are effective in this thread. Source: proc_pid_status(5)."""
-    with open("/proc/thread-self/status", "rb") as status:
-        bits = next(int(line[7:], 16) for line in status if line.startswith(b"CapEff:"))
-    return frozenset(name for name, number in NUMBERS.items() if bits >> number & 1)
 
 
 class CapabilityStuck(BaseException):

@@ -26,19 +26,21 @@ _INSTRUCTION_BYTES = 8  # struct sock_filter
 _SECUREBITS = 0xEF
 
 
-class Confinement(NamedTuple):
-    """What a process keeps.
+class Order(NamedTuple):
+    """How a process of the broker is confined, and which of the descriptors that it inherits is what.
 
-    `files` are Landlock rules (path, rights beneath it), None for no Landlock; `program` a seccomp filter.
+    `process` is its name in messages. `files` are Landlock rules (path, rights beneath it), None for no Landlock.
     `parent`: die when this process does, 0 for none.
     """
 
+    process: str
     uid: int
     gid: int
-    groups: tuple[int, ...]
-    capabilities: frozenset[str]
-    files: tuple[tuple[str, int], ...] | None
-    program: bytes
+    groups: list[int]
+    capabilities: list[str]
+    files: list[tuple[str, int]] | None
+    descriptors: dict[str, int]
+    descriptors_max: int
     parent: int
 
 
@@ -46,11 +48,11 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def confine(to: Confinement) -> bool:
+def confine(to: Order, program: bytes) -> bool:
     """Confine this process, which must be root and single-threaded. Returns whether Landlock is in force.
 
-    Raises OSError when any step fails, PermissionError when the result is not what was asked for, ProcessLookupError
-    when the parent is gone: the caller must end then.
+    `program` is its seccomp filter. Raises OSError when any step fails, PermissionError when the result is not what was
+    asked for, ProcessLookupError when the parent is gone: the caller must end then.
     """
     _empty_bounding_set()
     libc.prctl(_PR_SET_SECUREBITS, _SECUREBITS)  # python-prctl knows no ambient bit and refuses the number
@@ -70,7 +72,7 @@ def confine(to: Confinement) -> bool:
     if to.parent:
         die_with(to.parent)  # a change of uid would have cleared it
     restricted = to.files is not None and landlock.restrict(to.files)
-    _load_filter(to.program)
+    _load_filter(program)
     return restricted
 
 
@@ -92,7 +94,7 @@ def _empty_bounding_set() -> None:
             raise
 
 
-def _verify(to: Confinement) -> None:
+def _verify(to: Order) -> None:
     """Read back from the kernel what is in force: a step that silently did nothing must not go unnoticed."""
     # in bytes: no codec has to be loaded, which may not be readable any more
     with open("/proc/self/status", "rb") as status:

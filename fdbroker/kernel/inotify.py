@@ -6,9 +6,14 @@ times at any rate, and inotify reports that too. Nothing read here is used but t
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 from fdbroker.kernel import libc
+
+_int, _PROTO = ctypes.c_int, ctypes.CFUNCTYPE
+_INIT1 = _PROTO(_int, _int, use_errno=True)(("inotify_init1", libc.LIBC))
+_ADD_WATCH = _PROTO(_int, _int, ctypes.c_char_p, ctypes.c_uint, use_errno=True)(("inotify_add_watch", libc.LIBC))
 
 # sys/inotify.h
 _IN_ATTRIB, _IN_MOVED_FROM, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x4, 0x40, 0x80, 0x100, 0x200
@@ -21,7 +26,7 @@ _QUEUE_BYTES = 16384 * (16 + 256)  # max_queued_events, each with the longest na
 
 def create() -> int:
     """An owned inotify descriptor, non-blocking and close-on-exec."""
-    descriptor: int = libc.INOTIFY_INIT1(os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor: int = _INIT1(os.O_CLOEXEC | os.O_NONBLOCK)
     if descriptor < 0:
         libc.fail("inotify_init1")
     return descriptor
@@ -39,7 +44,7 @@ def watch_directory(inotify: int, path: str) -> None:
     except OSError:
         return
     # ENOSPC, ENOMEM: then this folder's changes are not told, which is no reason to end
-    libc.INOTIFY_ADD_WATCH(inotify, os.fsencode(path), _CHANGES)
+    _ADD_WATCH(inotify, os.fsencode(path), _CHANGES)
 
 
 def drain(inotify: int) -> None:

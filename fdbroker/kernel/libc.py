@@ -1,4 +1,4 @@
-"""The C library's functions that Python lacks, with prototypes.
+"""Those of the C library's functions that Python lacks and several processes need, with prototypes.
 
 Runs in: every process of the broker. Nothing here decides anything.
 """
@@ -19,13 +19,7 @@ SYSCALL_OPENAT2 = _PROTO(_long, _long, _long, ctypes.c_char_p, _ptr, ctypes.c_si
 SYSCALL_LANDLOCK = _PROTO(_long, _long, _long, _long, _ptr, _long, use_errno=True)(("syscall", LIBC))
 GETSOCKOPT = _PROTO(_int, _int, _int, _int, _ptr, ctypes.POINTER(_uint), use_errno=True)(("getsockopt", LIBC))
 CAPSET = _PROTO(_int, _ptr, _ptr, use_errno=True)(("capset", LIBC))
-SETNS = _PROTO(_int, _int, _int, use_errno=True)(("setns", LIBC))
-UNSHARE = _PROTO(_int, _int, use_errno=True)(("unshare", LIBC))
 PRCTL = _PROTO(_int, _int, _ulong, _ulong, _ulong, _ulong, use_errno=True)(("prctl", LIBC))
-INOTIFY_INIT1 = _PROTO(_int, _int, use_errno=True)(("inotify_init1", LIBC))
-INOTIFY_ADD_WATCH = _PROTO(_int, _int, ctypes.c_char_p, _uint, use_errno=True)(("inotify_add_watch", LIBC))
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def fail(call: str) -> NoReturn:

@@ -28,6 +28,9 @@ CLONE = {
     "cgroup": 0x0200_0000,
     "time": 0x0000_0080,
 }
+_int = ctypes.c_int
+_SETNS = ctypes.CFUNCTYPE(_int, _int, _int, use_errno=True)(("setns", libc.LIBC))
+_UNSHARE = ctypes.CFUNCTYPE(_int, _int, use_errno=True)(("unshare", libc.LIBC))
 FOLDER = "/run/netns"  # ip-netns(8)
 _NS_GET_USERNS, _NS_GET_NSTYPE, _NS_GET_OWNER_UID = 0xB701, 0xB703, 0xB704
 _NS_GET_PID_FROM_PIDNS = 0x8004B706  # Linux 6.11
@@ -147,13 +150,13 @@ def shares_descriptors(thread: int, other: int) -> bool:
 
 def setns(descriptor: int, flags: int) -> None:
     """Enter the namespace of a descriptor."""
-    if libc.SETNS(descriptor, flags) != 0:
+    if _SETNS(descriptor, flags) != 0:
         libc.fail("setns")
 
 
 def unshare(flags: int) -> None:
     """Leave for new namespaces."""
-    if libc.UNSHARE(flags) != 0:
+    if _UNSHARE(flags) != 0:
         libc.fail("unshare")
 
 

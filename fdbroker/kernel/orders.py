@@ -13,29 +13,11 @@ import signal
 import sys
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
-from fdbroker.kernel.confine import Confinement, confine
+from fdbroker.kernel.confine import Order, confine
 
 _FILTER_BYTES = 8 * 4096  # BPF_MAXINSNS
-
-
-class Order(NamedTuple):
-    """How to run.
-
-    `process` is its name in messages. `files` are Landlock rules, None for no Landlock; `descriptors` names the
-    inherited ones, `parent` is the launcher.
-    """
-
-    process: str
-    uid: int
-    gid: int
-    groups: list[int]
-    capabilities: list[str]
-    files: list[tuple[str, int]] | None
-    descriptors: dict[str, int]
-    descriptors_max: int
-    parent: int
 
 
 def write(order: Order) -> str:
@@ -87,15 +69,4 @@ def obey(order: Order, filter_fd: int) -> bool:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     program = os.read(filter_fd, _FILTER_BYTES)
     os.close(filter_fd)
-    files = None if order.files is None else tuple((path, rights) for path, rights in order.files)
-    return confine(
-        Confinement(
-            order.uid,
-            order.gid,
-            tuple(order.groups),
-            frozenset(order.capabilities),
-            files,
-            program,
-            order.parent,
-        )
-    )
+    return confine(order, program)

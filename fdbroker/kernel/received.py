@@ -1,7 +1,7 @@
 """What a client sends, with its sender's identity and descriptors, read from a Unix socket.
 
-Runs in: inbox. A client controls the bytes and which descriptors come, but not these descriptors' flags or the
-credentials.
+Runs in: inbox; `ask_credentials` in the launcher. A client controls the bytes and which descriptors come, but not
+these descriptors' flags or the credentials.
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ import socket
 
 from fdbroker.kernel.sockets import CREDENTIALS_SPACE, DONT_WAIT, FD_SIZE, UCRED, descriptors_in
 
+SCM_MAX_FD = 253  # net/scm.h: the most descriptors of one message
 SO_PASSRIGHTS = 83  # asm-generic/socket.h; Python 3.11 has no name for it
 _FLAGS, _CTRUNC = DONT_WAIT | int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
+
+
+def ask_credentials(sock: socket.socket) -> None:
+    """Have every message carry its sender's credentials; accepted sockets inherit it from a listener."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
 
 def collect() -> None:

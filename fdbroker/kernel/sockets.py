@@ -16,7 +16,6 @@ import struct
 import sys
 import termios
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from fdbroker.kernel import libc
 from fdbroker.limits import opener as limits
@@ -34,7 +33,6 @@ _PEEK = int(socket.MSG_PEEK)
 _READ = 65536  # bytes at a time
 _READS = 6  # of one connection, so that its sender's socket may be as full as it is by default
 _LOOKED_AT = 4096  # bytes of a queue, to see whether a descriptor comes with them
-SCM_MAX_FD = 253  # net/scm.h: the most descriptors of one message
 FD_SIZE = array.array("i").itemsize
 _LABEL_BYTES = limits.LABEL_BYTES
 CREDENTIALS_SPACE = socket.CMSG_LEN(UCRED.size)  # exactly: nothing else has room, so no descriptor comes in
@@ -48,17 +46,10 @@ class NoRoomLeft(OSError):
         self.size = size
 
 
-class Credentials(NamedTuple):
-    """struct ucred."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-def peer_credentials(sock: socket.socket) -> Credentials:
-    """Who called connect(2), frozen at that moment. Source: unix(7), SO_PEERCRED."""
-    return Credentials(*UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)))
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """The pid, uid and gid of who called connect(2), frozen at that moment. Source: unix(7), SO_PEERCRED."""
+    pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    return pid, uid, gid
 
 
 def _option_bytes(sock: socket.socket, option: int, size: int) -> bytes:
@@ -123,11 +114,6 @@ def hear_urgent(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
-def ask_credentials(sock: socket.socket) -> None:
-    """Have every message carry its sender's credentials; accepted sockets inherit it from a listener."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-
-
 def unread_bytes(sock: socket.socket) -> int:
     """Memory, in bytes, of what the peer has not read yet: 0 when it has read all. Source: unix(7), SIOCOUTQ."""
     buffer = bytearray(4)
@@ -145,8 +131,8 @@ def waiting_bytes(sock: socket.socket) -> int:
 def only_bytes_wait(sock: socket.socket) -> bool:
     """Whether the socket's queue holds few bytes and no descriptor: then closing the socket takes no time.
 
-    Nothing is read, and no more than _LOOKED_AT bytes are looked at. False where that is not sure. Needs
-    `ask_credentials` and `hear_urgent`.
+    Nothing is read, and no more than _LOOKED_AT bytes are looked at. False where that is not sure. Needs SO_PASSCRED
+    and `hear_urgent`.
     """
     waiting = waiting_bytes(sock)
     if not 0 < waiting <= _LOOKED_AT:

@@ -15,12 +15,12 @@ import socket
 import termios
 from typing import NamedTuple
 
-from fdbroker.kernel import libc
 from fdbroker.kernel.namespaces import CLONE, KCMP_FILES, PIDFD_GET_INFO, QUESTIONS
 from fdbroker.kernel.received import SO_PASSRIGHTS
 from fdbroker.kernel.seccomp import pyseccomp
 from fdbroker.terms import NEW_NAMESPACE_TYPES
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What Python and the C library do in any process.
 _RUNTIME = """
     brk munmap mremap madvise futex rt_sigreturn rt_sigaction rt_sigprocmask sigaltstack exit exit_group
@@ -159,7 +159,7 @@ NARROWED: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
         "socketpair": (0, (socket.AF_UNIX,)),
         "socket": (0, (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)),
         "ioctl": _ioctls("namespaces"),
-        "prctl": (0, (libc.PR_SET_PDEATHSIG,)),
+        "prctl": (0, (_PR_SET_PDEATHSIG,)),
         "kcmp": (2, (KCMP_FILES,)),  # whose threads have one table of descriptors: living.py
     },
     "witness": {},

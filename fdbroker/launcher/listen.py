@@ -14,7 +14,7 @@ import socket
 import stat
 
 from fdbroker.errors import EX_CONFIG, EX_UNAVAILABLE, FdbrokerError
-from fdbroker.kernel import sockets
+from fdbroker.kernel import received
 from fdbroker.policy.files import untrusted
 from fdbroker.terms import INVALID_ID
 
@@ -47,7 +47,7 @@ class Listener:
         self._identity = _identity(path) if path else None
         sock.setblocking(False)  # for the opener, which may not do that itself
         # inherited by accepted sockets, so set before the first client can send anything
-        sockets.ask_credentials(sock)
+        received.ask_credentials(sock)
 
     def remove(self) -> None:
         """Unlink the path if it is still the socket that we bound."""

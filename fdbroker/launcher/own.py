@@ -1,4 +1,4 @@
-"""What the launcher keeps for itself, once all serve: it reads the policy and NSS again, and no more.
+"""What the launcher has at its start, and keeps once all serve: it reads the policy and NSS again, and no more.
 
 Runs in: launcher, as root.
 """
@@ -8,9 +8,17 @@ from __future__ import annotations
 import os
 import sys
 
-from fdbroker.kernel import confine, landlock
+from fdbroker.kernel import capabilities, landlock
+from fdbroker.kernel.confine import Order, confine
 from fdbroker.launcher import filters
 from fdbroker.policy.files import policy_files
+
+
+def effective() -> frozenset[str]:
+    """The capabilities of a process of ours that are effective in this thread. Source: proc_pid_status(5)."""
+    with open("/proc/thread-self/status", "rb") as status:
+        bits = next(int(line[7:], 16) for line in status if line.startswith(b"CapEff:"))
+    return frozenset(name for name, number in capabilities.NUMBERS.items() if bits >> number & 1)
 
 
 def confine_launcher(policy: str, bound_path: str) -> bool:
@@ -26,5 +34,5 @@ def confine_launcher(policy: str, bound_path: str) -> bool:
         files.append((os.path.dirname(bound_path), landlock.REMOVE_FILE))
     # needs() lists the folders of /dev and reads no node
     files.append(("/dev", landlock.READ_DIR))
-    ids = os.getuid(), os.getgid(), tuple(os.getgroups())
-    return confine.confine(confine.Confinement(*ids, frozenset(), tuple(files), filters.compile_launchers(), 0))
+    order = Order("launcher", os.getuid(), os.getgid(), os.getgroups(), [], files, {}, 0, 0)
+    return confine(order, filters.compile_launchers())

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, assert_never
 
 from fdbroker import errors
 from fdbroker.errors import FdbrokerError, Finding, PolicyError
-from fdbroker.kernel import capabilities
 from fdbroker.launcher import ends, listen, own, start
 from fdbroker.launcher.broken import Refuser
 from fdbroker.launcher.ends import ChildRefused, ServiceFailed
@@ -132,7 +131,7 @@ class Launcher:
         self._databases = names.databases()
         with self._signals.breaking_off():
             self._loaded, self._given = checked_policy(self._options.policy)
-        missing = sorted((self._given.capabilities | (self._given.worker or frozenset())) - capabilities.effective())
+        missing = sorted((self._given.capabilities | (self._given.worker or frozenset())) - own.effective())
         if missing:
             hint = ": see /usr/share/doc/fdbroker/namespaces.conf" if self._given.worker is not None else ""
             raise CapabilitiesMissing(f"the policy needs {', '.join(missing)}, which this service may not have{hint}")
@@ -145,7 +144,7 @@ class Launcher:
             raise ServiceFailed("there is no journal, and standard error is /dev/null: nothing would be recorded")
         if not listener.asked_credentials:
             say("who connected already is disconnected: add PassCredentials=yes to the socket's unit", priority=4)
-        if not capabilities.effective() >= start.WITNESS_NEEDS:
+        if not own.effective() >= start.WITNESS_NEEDS:
             say("without CAP_SYS_PTRACE nobody is shown to be an administrator: reload with SIGHUP", priority=4)
         options, journal = self._options, self._journal.sock
         policy = to_bytes(self._in_force(self._loaded.policy))

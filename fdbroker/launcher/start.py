@@ -16,10 +16,11 @@ import sys
 import time
 from typing import NamedTuple
 
-from fdbroker.kernel import capabilities, landlock, lifeline, orders
+from fdbroker.kernel import landlock, lifeline, orders
+from fdbroker.kernel.confine import Order
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.sealed import sealed_memfd
-from fdbroker.launcher import state
+from fdbroker.launcher import own, state
 from fdbroker.launcher.filters import compile_filter
 from fdbroker.launcher.needs import Needs
 from fdbroker.limits import launcher as limits
@@ -176,7 +177,7 @@ def start_children(
             children.append(_child("namespaces", started, to_worker))
         kept = _Kept(need.capabilities, need.groups, need.files)
         to_witness, witness_end = pair()
-        held = capabilities.effective()
+        held = own.effective()
         started = _start(
             "witness", (os.getuid(), os.getgid()), {"launcher": witness_end.fileno()}, _Kept(WITNESS_NEEDS & held)
         )
@@ -226,7 +227,7 @@ def _folders() -> list[str]:
 def _start(name: str, ids: tuple[int, int], descriptors: dict[str, int], kept: _Kept) -> subprocess.Popen[bytes]:
     stores = name == "inbox" and bool(kept.files)
     filter_fd = compile_filter("inbox-store" if stores else name)
-    order = orders.Order(
+    order = Order(
         f"{name} worker" if name == "namespaces" else name,
         *ids,
         sorted(kept.groups),

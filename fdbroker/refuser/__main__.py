@@ -44,7 +44,7 @@ def refuse_all(listener: socket.socket, closing: Jobs) -> None:
                 sockets.hang_up(sock)
             sockets.hear_urgent(sock)  # else what came with an urgent byte is not seen
             if _has_more(sock):
-                closing.put(_account(sockets.peer_credentials(sock).uid), sock.close)
+                closing.put(_account(sockets.peer_credentials(sock)[1]), sock.close)
             else:
                 sock.close()
     except OSError as error:  # nobody waits any more

@@ -13,7 +13,7 @@ import time
 import pytest
 from harness import ALICE, BOB, CAROL, EVERYONE_NULL, Raw, as_user, ask, ip, outcome, own_network, private_dev, running
 
-from fdbroker.kernel import sockets
+from fdbroker.kernel import received, sockets
 from fdbroker.kernel.received import receive_with_sender
 from fdbroker.limits import every as limits
 
@@ -48,7 +48,7 @@ def test_none_is_ever_kept(dev):
 def test_where_the_kernel_does_not_refuse_there_is_no_room_for_them():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
-        sockets.ask_credentials(ours)
+        received.ask_credentials(ours)
         null = os.open("/dev/null", os.O_RDONLY)
         try:
             socket.send_fds(theirs, [b"x"], [null] * 253)

@@ -25,7 +25,7 @@ from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.service import Inbox
 from fdbroker.inbox.store import Store
 from fdbroker.inbox.topics import Topics
-from fdbroker.kernel import sockets
+from fdbroker.kernel import received
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
 from fdbroker.kernel.sealed import sealed_memfd
@@ -79,7 +79,7 @@ class Opener:
 
     def client(self, allowed=NOTHING):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        sockets.ask_credentials(theirs)
+        received.ask_credentials(theirs)
         ours.settimeout(30)
         socket.send_fds(self.sock, [self.came(allowed)], [theirs.fileno()])
         theirs.close()
@@ -906,7 +906,7 @@ def test_connections_may_come_in_another_order_than_they_were_accepted():
         ends = []
         for message in (early, late):
             ours, theirs = socket.socketpair()
-            sockets.ask_credentials(theirs)
+            received.ask_credentials(theirs)
             socket.send_fds(opener.sock, [message], [theirs.fileno()])
             theirs.close()
             ours.settimeout(30)

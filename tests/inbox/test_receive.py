@@ -14,7 +14,7 @@ from lingering import Lingering
 from fdbroker.inbox.client import Client, User
 from fdbroker.inbox.receive import Receiver
 from fdbroker.inbox.rights import Rights, Sender
-from fdbroker.kernel import sockets
+from fdbroker.kernel import received, sockets
 from fdbroker.kernel.jobs import Jobs
 from fdbroker.limits import every as limits
 
@@ -25,7 +25,7 @@ LINGER_S = 2
 def pair():
     """A client that may send, its other end, and who reads it where few numbers are free."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    sockets.ask_credentials(ours)
+    received.ask_credentials(ours)
     client = Client(1, Sender(5, 5, 5, "", 5), ours, User(5, Rights(), 0))
     client.member.send = frozenset({"x"})
     receiver = Receiver(Jobs(8, 8))

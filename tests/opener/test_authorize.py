@@ -10,7 +10,7 @@ import pytest
 
 from fdbroker.errors import ClientNotReading, QuotaExceeded, RateLimited
 from fdbroker.inbox.attached import drain
-from fdbroker.kernel import sockets
+from fdbroker.kernel import received
 from fdbroker.limits import every as limits
 from fdbroker.opener.authorize import Account, Connection, Flight, authorize_connection, authorize_grants
 from fdbroker.policy.decide import View
@@ -129,7 +129,7 @@ def test_a_connection_that_ends_with_something_unread_still_counts(world):
 def test_what_a_client_has_sent_counts_until_it_is_read_if_it_may_be_slow_to_close(world, descriptors):
     """The inbox reads it; bytes alone are not waited for, for an inbox without a descriptor for its copy reads none."""
     one, client = world.connect(5)
-    sockets.ask_credentials(one.sock)
+    received.ask_credentials(one.sock)
     socket.send_fds(client, [b"x" * 1000], [0] * descriptors)
     one.close()
     assert (one.lingers(), len(one.account.connections)) == (bool(descriptors), descriptors)

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from fdbroker.kernel import sockets
+from fdbroker.kernel import received
 from fdbroker.limits import every as limits
 from fdbroker.opener import close as close_module
 from fdbroker.opener.authorize import Account, Connection, Flight
@@ -102,7 +102,7 @@ def test_refused_clients_leave_nothing_for_the_loop_to_close():
         null = stack.enter_context(open(os.devnull))
         for index, (ours, theirs) in enumerate(pairs):
             stack.enter_context(theirs)
-            sockets.ask_credentials(ours)
+            received.ask_credentials(ours)
             numbers = array.array("i", [null.fileno() if index else slow])
             theirs.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
         os.close(slow)
@@ -124,7 +124,7 @@ def test_what_has_bytes_alone_is_closed_at_once_even_while_its_owner_waits(waiti
     first, ours = socket.socketpair(), socket.socketpair()
     with other, first[1], ours[1]:
         for sock in (first[0], ours[0]):
-            sockets.ask_credentials(sock)
+            received.ask_credentials(sock)
         socket.send_fds(first[1], [b"x"], [slow])
         os.close(slow)
         ours[1].sendall(waiting)
@@ -142,7 +142,7 @@ def test_a_client_that_left_its_refusal_unread_needs_no_thread(waiting):
     """The kernel says ECONNRESET then, once: in a storm of connections each would have had to wait for a thread."""
     closing = Closing()
     ours, theirs = socket.socketpair()
-    sockets.ask_credentials(ours)
+    received.ask_credentials(ours)
     theirs.sendall(waiting)
     ours.sendall(b"refused")
     theirs.close()
@@ -166,7 +166,7 @@ def test_messages_of_many_senders_are_read_away_together(root):
     closing = Closing()
     ours, theirs = socket.socketpair()
     ours = Counting(fileno=ours.detach())
-    sockets.ask_credentials(ours)
+    received.ask_credentials(ours)
     theirs.setblocking(False)
     count = 0
     with theirs, contextlib.suppress(BlockingIOError):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdbroker.errors import Denied, LinkViolation, OpenFailed
-from fdbroker.kernel.sockets import SCM_MAX_FD
+from fdbroker.kernel.received import SCM_MAX_FD
 from fdbroker.limits import every as limits
 from fdbroker.terms import Namespace, Socket, Uplink
 from fdbroker.wire import link, worker
