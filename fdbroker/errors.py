@@ -29,7 +29,6 @@ from fdbroker.refusals import (
     NoSuchResource,
     NotWhatItWas,
     OpenFailed,
-    PolicyBroken,
     QuotaExceeded,
     RateLimited,
     Refused,
@@ -120,6 +119,19 @@ class RestartNeeded(FdbrokerError):
     """A new policy needs a right that the opener gave up when it started; the old policy stays in force."""
 
     exit_code = EX_CONFIG
+
+
+class PolicyBroken(Refused):
+    """The broker's policy has an error, so it lets nobody in. The connection is closed after this answer."""
+
+    wire_name, errno, exit_code = "PolicyBroken", errno.EAGAIN, EX_TEMPFAIL
+    cause = "policy broken"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the broker's policy has an error, so it lets nobody in: an admin finds the error with "
+            "`fdbroker policy check` and `journalctl -u fdbroker`, and mends it; then try again"
+        )
 
 
 class PolicyError(FdbrokerError):

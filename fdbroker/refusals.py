@@ -149,16 +149,3 @@ class ClientNotReading(Refused):
 
     def __init__(self) -> None:
         super().__init__("too many grants wait unread; the connection is closed")
-
-
-class PolicyBroken(Refused):
-    """The broker's policy has an error, so it lets nobody in. The connection is closed after this answer."""
-
-    wire_name, errno, exit_code = "PolicyBroken", errno.EAGAIN, EX_TEMPFAIL
-    cause = "policy broken"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the broker's policy has an error, so it lets nobody in: an admin finds the error with "
-            "`fdbroker policy check` and `journalctl -u fdbroker`, and mends it; then try again"
-        )

@@ -164,11 +164,6 @@ class DeviceRule(NamedTuple):
     where: str
     labels: tuple[str, ...] = ()
 
-    @property
-    def text(self) -> str:
-        """What it names, in a few words."""
-        return self.pattern
-
 
 class Uplink(NamedTuple):
     """How a new net namespace is connected: to `bridge`, with an address of `address` ("10.88.0.0/24").
@@ -198,11 +193,6 @@ class NamespaceRule(NamedTuple):
     where: str
     labels: tuple[str, ...] = ()
 
-    @property
-    def text(self) -> str:
-        """What it names, in a few words."""
-        return f"{','.join(self.types)}:{self.name or ('new' if self.create else 'pid:*')}"
-
 
 class SocketRule(NamedTuple):
     """An allow rule for sockets in the net namespaces whose name the glob `namespace` matches.
@@ -218,11 +208,6 @@ class SocketRule(NamedTuple):
     where: str
     labels: tuple[str, ...] = ()
 
-    @property
-    def text(self) -> str:
-        """What it names, in a few words."""
-        return f"socket:net:{self.namespace}"
-
 
 class TopicRule(NamedTuple):
     """An allow rule for messages: `verb` is one of TOPIC_VERBS, `pattern` a glob of topic names."""
@@ -232,11 +217,6 @@ class TopicRule(NamedTuple):
     source: str
     where: str
     labels: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """What it names, in a few words."""
-        return f"{self.verb}:{self.pattern}"
 
 
 Rule = DeviceRule | NamespaceRule | SocketRule | TopicRule

@@ -27,7 +27,7 @@ from fdbroker.policy.files import distrusted
 from fdbroker.policy.lint import warnings
 from fdbroker.policy.load import in_order
 from fdbroker.policy.ranges import known_owner
-from fdbroker.policy.rules import all_rules
+from fdbroker.policy.rules import all_rules, rule_text
 from fdbroker.policy.schema import json_schema
 from fdbroker.terms import ACCESS_NAMES, Device, Namespace, Resource, Subject, TopicUse
 from fdbroker.typed import parse_asked
@@ -210,7 +210,9 @@ def _print(resource: Resource | TopicUse, one: Explanation, name: str, why: str 
     for rule in one.rules[1:]:
         show.line(f"  also {rule.where} ({rule.source})")
     for near in one.near:
-        show.line(f"  near: {near.rule.where} {near.rule.text} ({near.rule.source}): {show.typable(near.missing)}")
+        show.line(
+            f"  near: {near.rule.where} {rule_text(near.rule)} ({near.rule.source}): {show.typable(near.missing)}"
+        )
     if one.change:
         show.line(f"  to allow it: {show.typable(one.change)}")
     if one.now:

@@ -2,7 +2,7 @@
 
 Runs in: opener, inbox, refuser, and programs of users (`client/closing.py`). An attacker controls how long a job of its
 own takes, and how many it has. The jobs of one owner are done one after the other, and those of several owners in turn,
-so a slow owner holds up itself alone. What is put here may hold the very thing that another job waits for.
+so a slow owner holds up itself alone. One job can be what another one waits for: Jobs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Jobs:
         self._stuck_max = stuck_max
         self._threads = 0
         self._idle = 0  # threads that wait for a running job to become a stuck one
-        self.waiting: dict[int, deque[Job]] = {}  # that have not begun, by owner; the first that is not busy is next
+        self.waiting: dict[int, deque[Job]] = {}  # that have not begun, by owner; the owners take turns in this order
         self._running: dict[int, tuple[int, float]] = {}  # by thread: whose job, since when
-        # re-entrant: an object whose end puts a job may end anywhere; who needs a lock beside it takes this one
+        # re-entrant: a finalizer can put a job anywhere; whoever needs a lock beside it takes this one
         self.lock = threading.Condition(threading.RLock())
 
     def put(self, owner: int, *jobs: Job) -> None:
@@ -73,7 +73,10 @@ class Jobs:
         return old[: self._stuck_max]
 
     def _next(self) -> int | None:
-        """The next owner that waits, and whose jobs that run, if any, are all stuck; None without room for a job."""
+        """The next owner whose job may begin; None if there is none, or no room.
+
+        That is one of which no job runs. While jobs are stuck, it is also one of which all that run are stuck.
+        """
         running = [owner for owner, _ in self._running.values()]
         if len(running) < self._threads_max:
             for owner in self.waiting:

@@ -36,7 +36,7 @@ class Link:
         return self._sock.fileno()
 
     def poll(self, epoll: select.epoll, *, read: bool = True, write: bool = False) -> None:
-        """Have `epoll` tell when there is something to `read`, or room for what waits, or with `write` room at all."""
+        """Register for EPOLLIN if `read`, and for EPOLLOUT if messages wait or `write` is set."""
         events = (select.EPOLLIN if read else 0) | (select.EPOLLOUT if write or self._waiting else 0)
         if events != self._events:
             (epoll.register if self._events is None else epoll.modify)(self._sock.fileno(), events)

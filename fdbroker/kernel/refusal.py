@@ -11,21 +11,18 @@ import socket
 from functools import lru_cache
 
 from fdbroker.kernel import sockets
-from fdbroker.refusals import PolicyBroken, QuotaExceeded
+from fdbroker.refusals import Refused
 
 
 @lru_cache(maxsize=16)
-def _refused(name: str, limit: str, maximum: int) -> bytes:
+def _refused(name: str, *parameters: tuple[str, str | int]) -> bytes:
     """Encoded once: in a storm of connections each costs no more than it must."""
-    parameters = {"limit": limit, "maximum": maximum} if limit else {}
-    return (
-        json.dumps({"error": f"io.fdbroker.Broker.{name}", "parameters": parameters}, separators=(",", ":")).encode()
-        + b"\0"
-    )
+    error = {"error": f"io.fdbroker.Broker.{name}", "parameters": dict(parameters)}
+    return json.dumps(error, separators=(",", ":")).encode() + b"\0"
 
 
-def say_refusal(sock: socket.socket, refusal: QuotaExceeded | PolicyBroken) -> None:
+def say_refusal(sock: socket.socket, refusal: Refused) -> None:
     """Tell a client that is not let in, as far as it listens; its protocol is not known yet, so in Varlink."""
-    limit, maximum = (refusal.limit, refusal.maximum) if isinstance(refusal, QuotaExceeded) else ("", 0)
+    parameters = [(name, getattr(refusal, attribute)) for attribute, name, _ in refusal.said]
     with contextlib.suppress(OSError):
-        sockets.send(sock, _refused(refusal.wire_name, limit, maximum))
+        sockets.send(sock, _refused(refusal.wire_name, *parameters))

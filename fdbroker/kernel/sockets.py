@@ -147,8 +147,8 @@ def only_bytes_wait(sock: socket.socket) -> bool:
 def drop_bytes(sock: socket.socket) -> bool:
     """Read away the bytes that have come, up to the first descriptor: whether nothing is left.
 
-    For a connection that was hung up and that nobody else reads: what is looked at is then what is read. At most _READS
-    reads of _READ bytes. Needs `hear_urgent`.
+    For a connection that was hung up: nobody else reads it, so the bytes that are peeked at are those that are read. At
+    most _READS reads of _READ bytes. Needs `hear_urgent`.
     """
     # else each byte of another sender is a message of its own, and there can be thousands
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)

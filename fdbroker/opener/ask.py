@@ -151,7 +151,7 @@ class Asking:
         """That is done with; a refusal's index is one of what the worker was asked for."""
         opening = self._asked.pop(number)[0]
         with contextlib.suppress(ValueError):
-            self._unsent.remove(number)  # else there would be nothing to wait for but room
+            self._unsent.remove(number)  # otherwise `poll` would go on asking for EPOLLOUT
         if refusal is not None:
             missing, index = [*opening.missing()], refusal.index or 0
             if index >= len(missing):

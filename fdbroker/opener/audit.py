@@ -26,7 +26,7 @@ class Audit:
     def __init__(self, journal: socket.socket | None, keeper: Link) -> None:
         self._records = Records(journal)
         self._keeper = keeper
-        self._owed: deque[dict[str, str]] = deque()  # as many as the requests that were being recorded have resources
+        self._owed: deque[dict[str, str]] = deque()  # one at most for each resource of what was being recorded
         # grants as they were written last, by connection: most programs are granted the same again
         self._prepared: dict[tuple[int, Grant, int], bytes] = {}
 

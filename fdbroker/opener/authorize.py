@@ -14,7 +14,7 @@ from itertools import islice
 from fdbroker.bucket import Bucket
 from fdbroker.kernel import processes, sockets
 from fdbroker.limits import opener as limits
-from fdbroker.opener.views import Permit
+from fdbroker.opener.views import Permit, Seen
 from fdbroker.policy.decide import View, decide
 from fdbroker.refusals import ClientNotReading, Denied, LinkViolation, QuotaExceeded, RateLimited
 from fdbroker.terms import Resource, Subject
@@ -40,7 +40,7 @@ class Account:
     def __init__(self, maxima: Mapping[str, int], now_s: float) -> None:
         self.connections: set[Connection] = set()  # with those that we have ended and the client has not read
         self.unread: set[Connection] = set()  # those that may have grants unread
-        self.unread_most = 0  # so many are unread in these at most, as it was when each was looked at last
+        self.unread_most = 0  # upper bound of the grants unread in these: exact when each was asked last
         self.namespaces: tuple[int, ...] = ()  # inode numbers of those made for it that may be living
         self.bucket = Bucket(maxima["burst"], now_s)
         self.records = Bucket(maxima["record_burst"], now_s)
@@ -72,7 +72,7 @@ class Account:
 class Flight:
     """All descriptors that were sent and not read: the kernel sends none to anybody at RLIMIT_NOFILE of them.
 
-    A part of `most` is kept for owners of whom none is unread. Source: unix(7), ETOOMANYREFS.
+    A part of `most` is kept for owners without unread descriptors. Source: unix(7), ETOOMANYREFS.
     """
 
     def __init__(self, most: int, reserved: int = limits.DESCRIPTORS_RESERVED) -> None:
@@ -81,7 +81,7 @@ class Flight:
         self.held = 0  # by requests that wait: of each resource the node, and what is opened
         self.closing = 0  # given to threads to be closed, and how many of these they have closed
         self.closed = 0
-        self.count = 0  # as it was when each connection was looked at last: never too few
+        self.count = 0  # upper bound: exact when each connection was asked last
         self.unread: set[Connection] = set()
         self._looked_s = 0.0
 
@@ -132,18 +132,17 @@ class Connection:
     """One client: its number, our copy of its socket, and who it is. Owns the socket until `close`."""
 
     __slots__ = (
-        *("_count", "_queued", "account", "flight", "let_in_s", "number", "permits", "recorded", "sent", "sock"),
+        *("_count", "_queued", "account", "flight", "let_in_s", "number", "recorded", "sent", "sock"),
         *("state", "subject", "view"),
     )
 
     def __init__(
-        self, number: int, sock: socket.socket, subject: Subject, seen: View, account: Account, flight: Flight
+        self, number: int, sock: socket.socket, subject: Subject, seen: Seen, account: Account, flight: Flight
     ) -> None:
         self.number = number
         self.sock = sock
         self.subject = subject
         self.view = seen  # it is judged by
-        self.permits: dict[Resource, Permit] = {}  # by that view
         self.account = account
         self.state = "idle"  # as link.TURNS has it
         self.recorded = False  # whether a record of it has been counted
@@ -157,10 +156,6 @@ class Connection:
     def turn(self, event: str) -> None:
         """Something happens on it. Raises LinkViolation when that is out of turn."""
         self.state = turned(self.number, self.state, event)
-
-    def judge_by(self, seen: View, permits: dict[Resource, Permit]) -> None:
-        """By this view from now on, and by what is kept of it, for whomever."""
-        self.view, self.permits = seen, permits
 
     def note_sent(self, size: int, grants: int) -> None:
         """A message of `size` bytes with `grants` descriptors has left."""
@@ -296,9 +291,9 @@ def authorize_administrator(connection: Connection) -> None:
 
 def authorize_resources(connection: Connection, resources: Sequence[Resource]) -> list[Permit]:
     """What allows each resource. Raises Denied for the first that nothing allows."""
-    permits = []
+    permits, kept = [], connection.view.permits
     for index, resource in enumerate(resources):
-        permit = connection.permits.get(resource)
+        permit = kept.get(resource)
         if permit is None:
             rules, by = decide(connection.view, resource)
             if by is not None:
@@ -307,8 +302,8 @@ def authorize_resources(connection: Connection, resources: Sequence[Resource]) -
                 raise Denied("no rule allows it", index=index)
             permit = Permit(resource, rules)
             if len(resource.text) <= _KEPT_CHARACTERS:
-                if len(connection.permits) >= limits.KEPT_VALUES:
-                    connection.permits.clear()
-                connection.permits[resource] = permit
+                if len(kept) >= limits.KEPT_VALUES:
+                    kept.clear()
+                kept[resource] = permit
         permits.append(permit)
     return permits

@@ -49,7 +49,7 @@ class Closing:
             sock.close()
 
     def leave(self, listener: socket.socket) -> None:
-        """Close a listening socket, which is taken: with its last copy goes what waiting clients have sent."""
+        """Close a listening socket, which is taken: the last copy takes along what waiting clients have sent."""
         self._jobs.put(OTHERS, listener.close)
 
     @property

@@ -35,8 +35,8 @@ _LINGER_S = 1.0
 _STALL_S = limits.STALL_UNITS * limits.UNIT_US / 1e6
 # The keeper hears that several owners have work so often that it counts all the time.
 _CONTEST_S = limits.CONTEST_SECONDS / 4
-# Connections of which the keeper has yet to say what is to become of them: together they wake it once. Whoever is
-# turned away may be slow to close, so there are not many of them.
+# At most so many accepted connections await the keeper's answer, which one message wakes for all of them. Each may be
+# slow to close, if it is turned away.
 _KNOCKING = 32
 _WHOSE = "its process has ended, or /proc hides it, and its uid alone does not say whose it is"
 _to_keeper = keeper.OPENER_TO_KEEPER.encode
@@ -210,7 +210,7 @@ class Door:
             if len(subject.gids) >= limits.GROUPS_PER_CONNECT:
                 weight = len(subject.gids) // limits.GROUPS_PER_CONNECT
                 self._keeper.send(_to_keeper(keeper.Weighs(number, weight)))
-            seen = self.views.of(subject._replace(foreign=False)).view
+            seen = self.views.of(subject._replace(foreign=False))
             account = self.accounts.of(subject.owner, seen.limits, time.monotonic())
             if len(account.connections) >= seen.limits["connections"]:  # but for those that have been read meanwhile
                 self._look(subject.owner)
@@ -234,7 +234,7 @@ class Door:
 
         Without room in the inbox's link the client is held, and told of again later; none is let in meanwhile.
         """
-        seen, permits = self.views.of(subject)
+        seen = self.views.of(subject)
         sockets.hear_urgent(sock)
         message = came(number, subject, self.views)
         self._keeper.send(message)
@@ -248,9 +248,7 @@ class Door:
             self._unidentified(number, sock, error, subject)
             return
         account = self.accounts.of(subject.owner, seen.limits, time.monotonic())
-        connection = Connection(number, sock, subject, seen, account, self.accounts.flight)
-        connection.judge_by(seen, permits)
-        self._connections[number] = connection
+        self._connections[number] = Connection(number, sock, subject, seen, account, self.accounts.flight)
 
     def _left(self) -> int:
         """How many connections more there are descriptors for. Those that knock are not counted; `accept` does that."""
@@ -322,7 +320,7 @@ class Door:
             self._held = None
         for waiting in (self._knocking, self._waiting):
             while waiting:
-                self._closing.hang_up(waiting.popitem()[1][0], OTHERS)  # by whichever thread: nobody waits for it
+                self._closing.hang_up(waiting.popitem()[1][0], OTHERS)  # the service ends: the owner does not matter
         self._paused_until_s = 0.0
 
 

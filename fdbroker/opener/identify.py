@@ -46,9 +46,9 @@ class Identifier:
     def _owner(self, sock: socket.socket, subject: Subject) -> int:
         """The owner of a uid that no database knows: the user in whose slice its process is, else OTHERS.
 
-        A container which root started, too: root's own account is not for others to use up. Raises WhoseUnknown when
-        nothing can be read of that process: nobody gets rid of a deny rule for its user by that. Before Linux 6.5 the
-        kernel does not say which process it was, and it is OTHERS.
+        It is OTHERS for what runs in root's slice, too, as a container of root's does: such programs must not use up
+        root's account. Raises WhoseUnknown when nothing can be read of that process: nobody gets rid of a deny rule for
+        its user by that. Before Linux 6.5 the kernel does not say which process it was, and it is OTHERS.
         """
         pidfd = sockets.peer_pidfd(sock)
         if pidfd is None:

@@ -116,8 +116,8 @@ def answer(opening: Opening, nodes: Nodes, audit: Audit) -> Generator[int, None,
     """Grant everything that is asked for, or nothing. Returns None when the reply has left, else how to refuse.
 
     Gives WORKER, TURN or THREAD, and goes on when that is done: what is `missing` is there, others have had their turn,
-    `open_nodes` has run in a thread. A refusal of the worker's is thrown in. When the client is gone, the caller closes
-    this; it closes `opening` afterwards in any case.
+    `open_nodes` has run in a thread. The caller throws a worker's refusal into this generator, and closes it if the
+    client has left. In every case the caller closes `opening` afterwards.
     """
     connection, resources, count = opening.connection, opening.resources, len(opening.resources)
     found, grants, descriptors = opening.found, opening.grants, opening.descriptors
@@ -175,7 +175,7 @@ def answer(opening: Opening, nodes: Nodes, audit: Audit) -> Generator[int, None,
 def _authorize_again(opening: Opening) -> None:
     """Another policy may have come while this waited. Raises _Withdrawn.
 
-    What was found and made so far was by rules that must still be there, and by ways that nobody is denied now.
+    What was found and made so far must still be allowed by an equal rule, and no name on its way may be denied now.
     """
     if opening.connection.view is opening.view:
         return
@@ -194,7 +194,7 @@ def _authorize_again(opening: Opening) -> None:
 
 
 def _allows(rule: Rule) -> Rule:
-    """What it says, wherever that stands and for whomever."""
+    """The rule without its place in the file and without its subject, to compare two."""
     return rule._replace(source="", where="")
 
 

@@ -40,7 +40,6 @@ from fdbroker.wire.connections import Use
 
 _RETRY_MS = limits.JOURNAL_RETRY_MS
 _OWED_S = _RETRY_MS / 1000
-_END_MS = 1000 * limits.DRAIN_SECONDS
 _to_inbox, _to_launcher = link.OPENER_TO_INBOX.encode, link.OPENER_TO_LAUNCHER.encode
 _to_keeper = keeper.OPENER_TO_KEEPER.encode
 
@@ -86,13 +85,15 @@ class Opener:
         except ConnectionError:
             if not self._door.closed:
                 raise
-            # the inbox has drained, and what was to be said was for a client that it has closed since
+            # the inbox has drained and closed its end: what was to be said was for a client that has left
         finally:
             for opening in (*self._later, *self._opened):
                 opening.steps.close()
         room = select.poll()
         room.register(self._keeper.fileno(), select.POLLOUT)
-        while self._keeper.waiting and room.poll(_END_MS):  # the last refusals, for it ends after us
+        end_s = time.monotonic() + limits.DRAIN_SECONDS
+        while self._keeper.waiting and (left_s := end_s - time.monotonic()) > 0:  # the last refusals: it ends after us
+            room.poll(left_s * 1000)
             self._keeper.flush()
 
     def _serve(self) -> None:
@@ -318,7 +319,7 @@ class Opener:
     def _read_launcher(self) -> bool:
         """Do what the launcher says; false when it is gone, which ends the service."""
         if self._spare >= 0:
-            os.close(self._spare)  # a place for the policy, however many descriptors clients make us hold
+            os.close(self._spare)  # so that a policy's memfd can be received at RLIMIT_NOFILE
         self._spare = -1
         try:
             received = self._launcher.receive_with_descriptors(1)
@@ -368,7 +369,7 @@ class Opener:
         self._inbox.send(message)
         self._keeper.send(message)
         for connection in self._connections.values():
-            connection.judge_by(*self._views.of(connection.subject))
+            connection.view = self._views.of(connection.subject)
             message = came(connection.number, connection.subject, self._views)
             self._inbox.send(message)
             self._keeper.send(message)

@@ -5,7 +5,7 @@ Runs in: opener. An attacker controls which of its user's uids, groups and label
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cached_property
 
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import View
@@ -29,13 +29,15 @@ class Permit:
         self.grant: Grant | None = None
 
 
-class Seen(NamedTuple):
-    """What a subject may do, and what is kept of that (`authorize.py`)."""
+class Seen(View):
+    """What a subject may do, and what was decided by it lately, for all about whom the policy says the same."""
 
-    view: View
-    permits: dict[Resource, Permit]
+    @cached_property
+    def permits(self) -> dict[Resource, Permit]:
+        """By what was asked for (`authorize.py`)."""
+        return {}
 
 
 def views(policy: Policy) -> Views[Seen]:
     """Those of one policy, as the opener judges by them."""
-    return Views(policy, lambda made: Seen(made, {}))
+    return Views(policy, Seen._make)

@@ -74,7 +74,7 @@ def from_bytes(data: bytes) -> Policy:
     except (AttributeError, RecursionError) as error:
         raise ValueError(f"no compiled policy: {error}") from None
     if to_bytes(policy) != data:
-        raise ValueError("no compiled policy: it would be written in another way")
+        raise ValueError("no compiled policy: `to_bytes` would write it differently")
     return policy
 
 

@@ -92,7 +92,7 @@ def view(policy: Policy, subject: Subject) -> View:
 
 
 def rules_of(policy: Policy, subject: Subject) -> tuple[Rule, ...]:
-    """The rules for a subject's user and groups, and everyone's, each once, for whatever label and even for nobody."""
+    """The rules for a subject's user and groups, and everyone's, each once, whatever the label or the uid."""
     rules = list(policy.by_uid.get(subject.uid, ()))
     for gid in _named(policy.by_gid, subject):
         rules += policy.by_gid[gid]
@@ -109,7 +109,7 @@ def is_administrator(policy: Policy, subject: Subject) -> bool:
 
 
 def _named(by: Iterable[int], subject: Subject) -> list[int]:
-    """Which of these groups the subject is in; it takes as long as there are these, for a subject can be in 65,536."""
+    """Which of these groups the subject is in. Walks the policy's groups: a subject can be in 65,536."""
     return sorted(gid for gid in by if gid in subject.gids and gid not in NOBODY)
 
 

@@ -15,7 +15,7 @@ from fdbroker.policy.compiled import Policy
 from fdbroker.policy.fit import PTS_MAJORS, Facts, misfit
 from fdbroker.policy.globs import within
 from fdbroker.policy.paths import matcher
-from fdbroker.policy.rules import all_rules
+from fdbroker.policy.rules import all_rules, rule_text
 from fdbroker.terms import NOBODY, DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, TopicRule
 
 
@@ -128,7 +128,7 @@ def _shadowed(policy: Policy) -> Iterator[Finding]:
         for rule in rules:
             by = next((deny for deny in denies if _covers(deny, rule)), None)
             if by:
-                yield _finding(rule.where, f"{rule.text} for {rule.source} is denied whole at {by.where}")
+                yield _finding(rule.where, f"{rule_text(rule)} for {rule.source} is denied whole at {by.where}")
 
 
 def _covers(deny: DenyRule, rule: Rule) -> bool:

@@ -47,7 +47,7 @@ class Views(Generic[_Made]):
             if len(self._by_view) >= _KEPT:
                 self._by_view.clear()
             made = view(self.policy, subject)
-            # every field of it: two that differ in one that comes later must not be one either
+            # every field, so that one which comes later cannot be forgotten here
             what = tuple([tuple(one.items()) if isinstance(one, dict) else one for one in made])
             kept = self._by_view.get(what)
             if kept is None:

@@ -132,7 +132,7 @@ class Maybe(NamedTuple):
 
 
 class Some(NamedTuple):
-    """At least `least` and at most `most` values, as `make` makes them of those: a tuple, a list."""
+    """At least `least` and at most `most` values; `make` builds what they are read as: a tuple, a list."""
 
     field: Field
     most: int
@@ -223,11 +223,6 @@ class Kept:
             inner.end()
             self._keep(value, data)
         return value
-
-    @property
-    def kept(self) -> int:
-        """How many values are remembered."""
-        return len(self._values)
 
     def _keep(self, value: Any, data: bytes) -> bytes:
         if len(data) <= limits.KEPT_BYTES:

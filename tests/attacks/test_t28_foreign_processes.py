@@ -32,7 +32,7 @@ from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.close import Closing
 from fdbroker.opener.open import Nodes
 from fdbroker.opener.request import WORKER, Opening, answer
-from fdbroker.policy.decide import View
+from fdbroker.opener.views import Seen
 from fdbroker.terms import Grant, Namespace, NamespaceRule, Subject
 from fdbroker.wire.worker import Ask, Wanted
 
@@ -210,7 +210,7 @@ def _connection(sent, rule):
         1,
         _Socket(sent),
         subject,
-        View((), (rule,), (), (), MAXIMA, administrator=False),
+        Seen((), (rule,), (), (), MAXIMA, administrator=False),
         Account(MAXIMA, 0.0),
         Flight(100),
     )

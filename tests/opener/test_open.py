@@ -18,7 +18,7 @@ from fdbroker.opener import request
 from fdbroker.opener.authorize import Account, Connection, Flight
 from fdbroker.opener.close import Closing
 from fdbroker.opener.open import THREAD, TURN, WORKER, Nodes
-from fdbroker.opener.views import Permit
+from fdbroker.opener.views import Permit, Seen
 from fdbroker.policy.decide import View
 from fdbroker.policy.fit import DANGEROUS_CLASSES
 from fdbroker.terms import DenyRule, Device, DeviceRule, Grant, Namespace, NamespaceRule, Subject
@@ -190,7 +190,7 @@ def test_after_a_reload_the_way_to_a_node_and_the_rule_of_what_was_made_are_judg
         ends = socket.socketpair()
         subject = Subject(5, frozenset(), 5, 1, "", "", foreign=True, owner=5)
         connection = Connection(1, ends[0], subject, before, Account(maxima, 0.0), Flight(100))
-        connection.judge_by(before, {ASKED: Permit(ASKED, (rule,)), new: Permit(new, (made_by,))})
+        connection.view = _judged_by(before, {ASKED: Permit(ASKED, (rule,)), new: Permit(new, (made_by,))})
         opening = request.Opening(connection, [ASKED, new], Closing())
         audit = mock.Mock()
         steps = request.answer(opening, nodes, audit)
@@ -199,7 +199,7 @@ def test_after_a_reload_the_way_to_a_node_and_the_rule_of_what_was_made_are_judg
         with mock.patch.object(open_module, "sleeps", return_value=True):
             assert next(steps) == THREAD
         opening.open_nodes(nodes)
-        connection.judge_by(view, {ASKED: Permit(ASKED, (ours,)), new: Permit(new, (theirs,))})
+        connection.view = _judged_by(view, {ASKED: Permit(ASKED, (ours,)), new: Permit(new, (theirs,))})
         try:
             next(steps)
         except StopIteration as end:
@@ -217,6 +217,13 @@ def test_after_a_reload_the_way_to_a_node_and_the_rule_of_what_was_made_are_judg
     assert refused(after, rule, made_by._replace(where="f:9", source="group x")) == ([], "")
 
 
+def _judged_by(view, permits):
+    """A view of its own by which that was decided."""
+    seen = Seen(*view)
+    seen.permits.update(permits)
+    return seen
+
+
 def test_each_new_namespace_counts_as_a_record(nodes):
     """They are asked for in the same words, and each has a record of its own."""
     rule, new = NamespaceRule(("uts",), "", False, True, None, "everyone", "f:2", ()), Namespace("uts")
@@ -225,7 +232,7 @@ def test_each_new_namespace_counts_as_a_record(nodes):
     subject = Subject(5, frozenset(), 5, 1, "", "", foreign=True, owner=5)
     seen, account = SEEN._replace(limits=maxima), Account(maxima, 0.0)
     connection = Connection(1, ends[0], subject, seen, account, Flight(100))
-    connection.judge_by(seen, {new: Permit(new, (rule,))})
+    connection.view = _judged_by(seen, {new: Permit(new, (rule,))})
     opening = request.Opening(connection, [new] * 5, Closing())
     with mock.patch.object(request.time, "monotonic", return_value=0.0):
         steps = request.answer(opening, nodes, mock.Mock())

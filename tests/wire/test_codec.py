@@ -6,6 +6,7 @@ The property holds for each message of each table between our processes: a new r
 from __future__ import annotations
 
 import struct
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -111,24 +112,43 @@ def test_a_text_that_may_be_cut_loses_its_end():
     assert field.read(codec.Cursor(field.write("ää"))) == "ä\N{REPLACEMENT CHARACTER}"
 
 
-def test_so_many_values_are_kept_and_then_all_are_forgotten():
-    field = codec.Kept(codec.Text(0xFFFF))
-    for index in range(limits.KEPT_VALUES):
-        field.write(str(index))
-    assert field.kept == limits.KEPT_VALUES
-    assert field.read(codec.Cursor(field.write("0"))) == "0"
-    assert field.kept == limits.KEPT_VALUES
+class Counted(codec.Text):
+    """A text whose values are counted as they are made of bytes."""
+
+    made: ClassVar[list[str]] = []
+
+    def read(self, cursor):
+        self.made.append(super().read(cursor))
+        return self.made[-1]
+
+
+@pytest.fixture
+def counted():
+    """A field whose values are kept, and those that were not kept when they were read."""
+    Counted.made.clear()
+    return codec.Kept(Counted(0xFFFF)), Counted.made
+
+
+def test_so_many_values_are_kept_and_then_all_are_forgotten(counted):
+    field, made = counted
+    texts = [str(index) for index in range(limits.KEPT_VALUES)]
+    for text in texts * 2:
+        assert field.read(codec.Cursor(codec.Text(9).write(text))) == text
+    assert made == texts
     field.write("one more")
-    assert field.kept == 1
+    assert field.read(codec.Cursor(field.write("0"))) == "0"
+    assert made == texts  # what was written is kept as well
+    assert field.read(codec.Cursor(codec.Text(9).write("1"))) == "1"
+    assert made == [*texts, "1"]
 
 
-def test_a_value_of_so_many_bytes_is_kept_and_none_that_is_longer():
-    field = codec.Kept(codec.Text(0xFFFF))
-    field.write("x" * (limits.KEPT_BYTES - 2))
-    assert field.kept == 1
-    longer = "x" * (limits.KEPT_BYTES - 1)
-    assert field.read(codec.Cursor(field.write(longer))) == longer
-    assert field.kept == 1
+def test_a_value_of_so_many_bytes_is_kept_and_none_that_is_longer(counted):
+    field, made = counted
+    for size, times in ((limits.KEPT_BYTES - 2, 1), (limits.KEPT_BYTES - 1, 3)):
+        for _ in range(3):
+            field.read(codec.Cursor(codec.Text(0xFFFF).write("x" * size)))
+        assert len(made) == times
+        made.clear()
 
 
 def test_a_kept_value_is_still_the_one_that_was_asked_for():
