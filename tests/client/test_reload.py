@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from harness import ALICE, BOB, EVERYONE_NULL, Raw, as_user, command, running
+from harness import ALICE, BOB, EVERYONE_NULL, MEM, Raw, as_user, command, node, outcome, running
 
 import fdbroker.aio
 from fdbroker.errors import PolicyError
@@ -47,8 +47,54 @@ def by_asyncio(address):
     return asyncio.run(ask())
 
 
+# two policies that allow the same to nobody: the node and the topic of each. What a service may open at all is the same.
+TWO = (("/dev/lab/a", "news"), ("/dev/lab/b", "weather"))
+
+
+def allowing(path, topic):
+    return f"""version: 1
+topics: {{news: {{}}, weather: {{}}}}
+everyone: {{devices: [{{path: {path}, access: rw, class: mem}}], send: [{topic}]}}
+users: {{{ALICE}: {{devices: [{{path: "/dev/lab/*", access: rw, class: mem}}]}}}}
+"""
+
+
+def opened(client):
+    return [path for path, _ in TWO if outcome(client.open(path, access="rw")) == "granted"]
+
+
+def sent(client):
+    send = [(topic, {"topic": topic, "payload": "eA=="}) for _, topic in TWO]
+    return [topic for topic, said in send if outcome(client.call("io.fdbroker.Inbox.Send", said)) == "granted"]
+
+
+def listed(client):
+    offers = client.call("io.fdbroker.Broker.List")["parameters"]["resources"]
+    return [one["resource"]["device"] for one in offers]
+
+
+@pytest.mark.parametrize("by", [lambda address: command(address, "reload")[0], by_sync], ids=["command", "library"])
+@pytest.mark.parametrize("first", [opened, sent, listed], ids=["opener", "inbox", "keeper"])
+def test_the_first_request_afterwards_is_judged_by_the_new_policy(dev, first, by):
+    """By each of the three: what a rule of it allows is granted, and nothing that the policy before it allowed.
+
+    For a client that was connected already, whose request is the first of all, and for one that connects now.
+    """
+    for path, _ in TWO:
+        node(path, MEM["zero"], 0o666)
+    with running(allowing(*TWO[0])) as broker, Raw(broker.socket) as before:
+        assert [opened(before), sent(before), listed(before)] == [["/dev/lab/a"], ["news"], ["/dev/lab/a"]]
+        for path, topic in TWO[::-1] * 3:
+            broker.policy.write_text(allowing(path, topic))
+            assert not by(broker.socket)
+            assert first(before) == [topic if first is sent else path]
+            with Raw(broker.socket) as after:
+                for client in (after, before):
+                    assert [opened(client), sent(client), listed(client)] == [[path], [topic], [path]]
+
+
 def test_the_command_ends_when_the_new_policy_is_in_force(dev):
-    """And not before: the next request is judged by it."""
+    """Whoever may administer: its number is the one that the command names."""
     with running(EVERYONE_NULL + ADMINISTRATOR) as broker:
         for number, uid in ((2, 0), (3, BOB)):
             broker.policy.write_text(EVERYONE_NULL + ADMINISTRATOR + f"# {number}\n")
