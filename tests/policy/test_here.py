@@ -119,6 +119,31 @@ def test_the_cure_is_one_that_works(monkeypatch):
         assert f"`setfacl -m u:{NAMELESS}:rw {where}/socket`" in here.connect(NAMELESS, frozenset())
 
 
+def test_explain_says_whether_the_user_can_connect_and_how_it_could(dev):
+    """`policy explain`, beside what the rules say: the line, and `cannotConnect` with --json, are true and name a cure."""
+    node("/dev/x/node", MEM["zero"], 0o666)
+    with running('version: 1\neveryone: {devices: [{path: /dev/x/node, class: mem, device: "1:5"}]}\n') as broker:
+
+        def explained(*options):
+            words = ("policy", "explain", "--policy", str(broker.policy), "--user", "daemon", *options, "/dev/x/node")
+            return command(broker.socket, *words)
+
+        assert "cannot connect" not in explained()[1]
+        assert json.loads(explained("--json")[1])[0]["cannotConnect"] == ""
+        os.chmod(broker.socket, 0o660)
+        os.chown(broker.socket, 0, 29)
+        why = f"{broker.socket} is for the group audio: `usermod -aG audio daemon`, and log in again"
+        assert not as_user(1, [], try_to_connect, broker.socket)
+        code, out, err = explained()
+        assert (code, err) == (0, "")  # a rule allows it
+        assert out.splitlines()[-1] == f"daemon cannot connect: {why}"
+        code, out, _ = explained("--json")
+        (said,) = json.loads(out)
+        assert (code, said["decision"], said["cannotConnect"]) == (0, "allow", why)
+        assert as_user(1, [29], try_to_connect, broker.socket)
+        assert "cannot connect" not in explained("--groups", "audio")[1]
+
+
 POLICY = """version: 1
 everyone:
   devices:
