@@ -164,24 +164,28 @@ class Launcher:
     def _refuse_until_mended(self, listener: socket.socket, broken: FdbrokerError) -> bool:
         """Have everybody who connects told that the policy cannot be used, until it can: then true.
 
+        The files are looked at before somebody is told so, and at a SIGHUP.
         Returns False when told to stop; raises what is wrong BROKEN_SECONDS after the last client.
         """
         say(f"nobody is served until this is mended:\n{broken}", priority=3)
         self._notify.tell(STATUS="The policy cannot be used, and nobody is served: fdbroker policy check")
         with Refuser(listener) as refuser:
             while refuser.wait(self._signals.fileno()):
-                if any(number != signal.SIGHUP for number in self._signals.read()):
+                signals = self._signals.read()
+                if any(number != signal.SIGHUP for number in signals):
                     return False
-                if not refuser.is_asked():
+                asked = refuser.is_asked()
+                if not asked and not signals:
                     continue
                 self._notify.tell(EXTEND_TIMEOUT_USEC=3_000_000 * limits.BROKEN_SECONDS)  # sd_notify(3)
                 try:
                     self._check()
                 except FdbrokerError as error:
-                    if str(error) != str(broken):
+                    if signals or str(error) != str(broken):
                         say(f"this is to be mended:\n{error}", priority=3)
                     broken = error
-                    refuser.go_on()
+                    if asked:
+                        refuser.go_on()
                 else:
                     return True
         if not isinstance(broken, PolicyError | CapabilitiesMissing):

@@ -121,6 +121,32 @@ def test_it_ends_a_while_after_the_last_client(activated):
     assert activated.text().count("unknown key 'broken'") == 2  # at the start and at the end, not for each client
 
 
+def test_a_reload_meanwhile_looks_at_the_files_and_nobody_has_to_ask(activated):
+    """By SIGHUP: what is still wrong is said, also when it was said before; a mended policy is served."""
+
+    def reload_until(text, count):
+        end_s = time.monotonic() + PATIENCE_S
+        while activated.text().count(text) < count:
+            assert time.monotonic() < end_s, activated.text()
+            assert activated.process.poll() is None, activated.text()
+            # more often than BROKEN_SECONDS: then it would look of itself
+            activated.process.send_signal(signal.SIGHUP)
+            time.sleep(1)
+
+    activated.start(BROKEN)
+    assert "PolicyBroken" in _refused(activated.address)
+    reload_until("unknown key 'broken'", 2)
+    activated.policy.write_text(BROKEN.replace("broken", "other"))
+    reload_until("unknown key 'other'", 1)
+    assert "PolicyBroken" in _refused(activated.address)
+    activated.policy.write_text(EVERYONE_NULL)
+    reload_until("serving with", 1)
+    assert as_user(ALICE, [], ask, activated.address, "/dev/null") == "granted"
+    activated.process.terminate()
+    assert activated.process.wait(PATIENCE_S) == 0
+    assert "Traceback" not in activated.text()
+
+
 def test_it_can_be_stopped_meanwhile(activated):
     activated.start(BROKEN)
     assert "PolicyBroken" in _refused(activated.address)
