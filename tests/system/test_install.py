@@ -70,7 +70,9 @@ def test_program(installed):
     site, *paths, version = found.stdout.splitlines()
     assert site == "False"
     assert paths[-1].startswith(f"{folder}/opt/fdbroker/lib/")
-    assert all(path.startswith("/usr/lib/python3") for path in paths[:-1]), paths
+    library = sysconfig.get_path("stdlib")
+    assert paths[1:-1] == [library, f"{library}/lib-dynload"], paths
+    assert paths[0].endswith(".zip"), paths
     assert fdbroker.__version__ in version
 
 

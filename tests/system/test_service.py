@@ -154,6 +154,23 @@ def test_confined(facts, name):
     assert status["Seccomp"] == "2"
 
 
+@pytest.mark.parametrize("name", ["opener", "keeper", "inbox", "witness"])
+def test_started_isolated(facts, name):
+    """Each child has the standard library, one folder behind it, and nothing that `site` would run or add."""
+    *words, code = facts["confinement"]["started"][name]
+    assert words == ["/opt/fdbroker/bin/python3", "-I", "-S", "-B", "-c"]
+    folder = r"'/opt/fdbroker/lib/python3\.\d+/site-packages'"
+    assert re.match(rf"import sys; sys\.path \+= \[{folder}\]; from fdbroker\.{name}\.__main__ import main; ", code)
+
+
+def test_nothing_is_run_by_site(facts):
+    """The unit's program starts so, too: what was planted for `site` is run by that interpreter without -S alone."""
+    found = facts["confinement"]
+    assert found["started"]["launcher"][:4] == ["/opt/fdbroker/bin/python3", "-IS", "/usr/bin/fdbroker", "serve"]
+    assert "planted: " in found["site"]
+    assert "planted: " not in found["said"]
+
+
 def test_landlocked(facts):
     """The unit does not keep the processes from confining themselves: none says that it is without Landlock."""
     assert "Landlock" not in facts["confinement"]["said"]

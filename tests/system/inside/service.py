@@ -41,6 +41,7 @@ CLIENT = (Path(__file__).parent / "client.py").read_text()
 MAY_CONNECT = grp.getgrnam("fdbroker").gr_gid
 NODE_GROUP = 4100  # owns a node, in one step
 
+PLANTED = "import sys; sys.stderr.write('planted: ' + sys.executable + chr(10))\n"  # what `site` would run
 RULES = f"""\
 version: 1
 groups:
@@ -92,6 +93,10 @@ def reload_until(text: str) -> dict[str, Any]:
 
 def installed() -> dict[str, Any]:
     again = run(Path(__file__).parents[3] / "scripts/install")
+    (packages,) = Path("/opt/fdbroker/lib").glob("python3*/site-packages")
+    for place in (packages, Path(f"/usr/local/lib/{packages.parent.name}/dist-packages")):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "planted.pth").write_text(PLANTED)
     folders = {name: os.stat(name) for name in ("/run/fdbroker", "/etc/fdbroker", "/etc/fdbroker/policy.d")}
     return {
         "again": again.returncode,
@@ -162,7 +167,10 @@ def journal() -> dict[str, Any]:
 
 
 def confinement() -> dict[str, Any]:
+    words = {name: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for name, pid in processes().items()}
     return {
+        "started": {name: found[:6] for name, found in words.items()},
+        "site": run(PYTHON, "-I", "-c", "").stderr,
         "processes": {name: status_of(pid) for name, pid in processes().items()},
         "said": "\n".join(said()),
         "uids": {name: pwd.getpwnam(f"fdbroker-{name}").pw_uid for name in ("opener", "keeper", "inbox")},
