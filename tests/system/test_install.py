@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from harness import cannot
 
 import fdbroker
 
@@ -92,6 +95,41 @@ def test_environment_has_lists_of_its_files():
     for name in ("fdbroker", "python-prctl", "pyseccomp", "PyYAML", "msgspec", "click", "rich"):
         (found,) = metadata.distributions(name=name, path=[LIBRARIES])
         assert found.read_text("RECORD"), name
+
+
+PIP = "23.0.1"  # of Debian 12; the last one that installs by setup.py
+
+
+def _built(where: Path, words: list[str], requirement: str) -> list[str]:
+    """Which lists of its files python-prctl has, once these words of pip's have built it in an environment at `where`."""
+    environment = {**os.environ, "PIP_NO_CACHE_DIR": "1"}  # else it may be there as a wheel
+    subprocess.run([os.path.realpath(sys.executable), "-m", "venv", where], check=True)
+    python = where / "bin/python"
+    pip = [python, "-m", "pip"]
+    version = subprocess.run([*pip, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
+    wanted = [] if version == PIP else [[*pip, "install", "--quiet", f"pip=={PIP}"]]
+    for command in (*wanted, [*pip, "uninstall", "--quiet", "--yes", "wheel"], [python, *words, requirement]):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            cannot(f"{command} failed, without a network perhaps: {done.stderr}")
+    (packages,) = (where / "lib").glob("python3*/site-packages")
+    (found,) = metadata.distributions(name="python-prctl", path=[str(packages)])
+    return [name for name in ("RECORD", "installed-files.txt") if found.read_text(name)]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="pip of Debian 12 needs its Python, 3.11")
+def test_environment_of_debian_12_has_a_list_of_what_was_built_from_source(tmp_path):
+    """By the words of scripts/setup, where pip has neither `wheel` nor a wheel that it has built before.
+
+    Without one of these words that very environment comes without the list.
+    """
+    setup = (CHECKOUT / "scripts/setup").read_text()
+    (line,) = re.findall(r"^ *\.venv/bin/python (-m pip install .*) --editable", setup, re.MULTILINE)
+    (requirement,) = [one for one in metadata.requires("fdbroker") or [] if one.startswith("python-prctl")]
+    words = line.split()
+    assert _built(tmp_path / "ours", words, requirement) == ["RECORD"]
+    words.remove("--use-pep517")
+    assert _built(tmp_path / "without", words, requirement) == ["installed-files.txt"]
 
 
 @pytest.fixture(scope="module")
