@@ -45,6 +45,32 @@ def test_the_children_have_exactly_what_they_need(dev):
         os.close(leak)
 
 
+# a shell that has left something open, as it starts the service
+LEAKING = """
+import os, resource, sys
+leak = os.open("/etc/passwd", os.O_RDONLY)
+for number in (60, 700):
+    os.dup2(leak, number)
+os.close(leak)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from fdbroker.cli import main
+sys.exit(main())
+"""
+
+
+def test_what_the_service_was_started_with_reaches_no_child(dev):
+    """Also above the soft limit, where it had been opened before that limit was set."""
+    policy = EVERYONE_NULL.replace("{devices:", "{namespaces: [{type: uts, create: true}], devices:")
+    with running(policy, program=("-c", LEAKING)) as broker:
+        assert set(broker.pids) == {"launcher", "opener", "keeper", "inbox", "witness", "namespaces", "worker"}
+        found = {
+            name: [what for what in descriptors_of(pid).values() if what == "/etc/passwd"]
+            for name, pid in broker.pids.items()
+        }
+        assert len(found.pop("launcher")) == 2
+        assert not any(found.values()), found
+
+
 def _flags(pid, number):
     """How it was opened: proc_pid_fdinfo(5)."""
     lines = Path(f"/proc/{pid}/fdinfo/{number}").read_text().splitlines()
