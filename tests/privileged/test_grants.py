@@ -232,6 +232,30 @@ def test_links_of_roots_below_dev_are_followed_and_no_others(dev):
             assert os.fstat(client.descriptors[0]).st_rdev == MEM["zero"]
 
 
+def test_a_window_has_no_class_and_the_refusal_says_what_to_write(root):
+    """Of the machine's own /dev/pts: a rule with a class gives none, and one with what the refusal says gives it."""
+    master, slave = os.openpty()
+    window = os.ttyname(slave)
+    rule = 'version: 1\neveryone: {{devices: [{{path: "/dev/pts/*", access: rw, {}, dangerous: true}}]}}\n'
+    try:
+        with running(rule.format("class: tty")) as broker, Raw(broker.socket) as client:
+            reply = client.open(window, access="rw")
+            assert outcome(reply) == "NotWhatItWas"
+            why = reply["parameters"]["reason"]
+            assert why.startswith("its class is unknown, not tty: the kernel names none for /dev/pts; write `device:")
+            listed = client.call("io.fdbroker.Broker.List")["parameters"]["resources"]
+            assert window not in [one["resource"]["device"] for one in listed]
+            written = why.split("`")[1]
+        with running(rule.format(written)) as broker, Raw(broker.socket) as client:
+            reply = client.open(window, access="rw")
+            assert (outcome(reply), reply["parameters"]["grants"][0]["rdev"]) == ("granted", f"136:{window[9:]}")
+            os.write(client.descriptors[0], b"shown\n")
+            assert os.read(master, 100) == b"shown\r\n"
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
 def test_a_reload_takes_effect_between_two_requests_and_a_bad_one_does_not(broker):
     with Raw(broker.socket) as client:
         assert outcome(client.open("/dev/null")) == "granted"
