@@ -1,4 +1,4 @@
-"""T56: what sleeps in the kernel holds up others: closing what a user has sent takes as long as that user likes."""
+"""T56: what sleeps in the kernel holds up others: opening a device, or closing what a user has sent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import traceback
 from functools import partial
 
 import floods
+import fuse
 import pytest
-from harness import ALICE, BOB, as_user, ask, descriptors_of, running, status_of
+from harness import ALICE, BOB, Raw, as_user, ask, descriptors_of, folder, outcome, running, status_of
 from lingering import Lingering
 
 from fdbroker.limits import every as limits
@@ -168,6 +169,39 @@ def _judge(broker, process):
     longest_s = as_user(BOB, [], _longest_s, broker.socket)
     assert longest_s < LINGER_S / 2
     assert int(status_of(broker.pids[process])["Threads"]) > 1, "nothing was slow"
+
+
+def _capabilities(pid):
+    """What is effective in each thread of a process."""
+    return {int(name): int(status_of(f"{pid}/task/{name}")["CapEff"], 16) for name in os.listdir(f"/proc/{pid}/task")}
+
+
+def test_while_an_opening_sleeps_its_thread_alone_has_the_capability_and_all_others_are_served(dev):
+    """A thread raises it for itself: the loop, which reads what the others say meanwhile, has none in force."""
+    rules = """
+  - {path: /dev/null, access: rw, class: mem, device: "1:3"}
+  - {path: /dev/slow/node, access: rw, class: misc, device: "10:229"}
+  - {path: /dev/missing, access: rw}
+"""
+    with folder() as where, fuse.held(where, "/dev/slow") as node:
+        with running(f"version: 1\neveryone:\n  devices:{rules}") as broker, Raw(broker.socket) as client:
+            opener = broker.pids["opener"]
+            for _ in range(3):
+                node.hold()
+                client.send_call("io.fdbroker.Broker.Open", {"resources": [{"device": node.path, "access": "rw"}]})
+                thread = node.by()
+                assert thread not in (0, opener)
+                for _ in range(10):
+                    found = _capabilities(opener)
+                    assert found.pop(thread) == 1 << 1  # CAP_DAC_OVERRIDE
+                    assert opener in found
+                    assert not any(found.values())
+                    assert ask(broker.socket, "/dev/null", access="rw") == "granted"
+                node.go_on()
+                assert outcome(client.reply()) == "granted"
+                assert not any(_capabilities(opener).values())
+            node.hold()  # where something else is missing, it is looked at and not opened
+            assert outcome(client.open(node.path, "/dev/missing", access="rw")) == "NoSuchResource"
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
