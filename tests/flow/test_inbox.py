@@ -29,6 +29,7 @@ from fdbroker.kernel import received
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import Records
 from fdbroker.kernel.sealed import sealed_memfd
+from fdbroker.kernel.sockets import unread_bytes
 from fdbroker.offers import Offer
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.terms import Device, Topic, User
@@ -675,6 +676,8 @@ def test_half_of_a_new_policy_is_not_in_force(stored_inbox):
         opener.allowed.by_number[1] = Rights(frozenset({"mail"}), frozenset(), 1000, 1000, 0, 100, 10_000)
         first, *rest = opener.use(1, POLICY._replace(topics=(mail,), users=users), (1, 2))
         opener.send(first)
+        while unread_bytes(opener.sock):  # else a client that is ready can come before it
+            time.sleep(0.01)
         client.sendall(send)
         other.sendall(INFO)
         for part in rest:
