@@ -10,8 +10,6 @@ import contextlib
 import errno
 import os
 import stat
-from collections import deque
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from fdbroker.kernel.openat import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
@@ -29,7 +27,7 @@ _LINKS = 40  # as many as the kernel follows: path_resolution(7)
 class Node(NamedTuple):
     """A node that was found: `descriptor` (O_PATH, owned by the caller), and the facts about it.
 
-    `names` are where links led on the way, and its own name, without the path that was asked for.
+    `names` are the paths where links led, the last of them its own; none if there was no link on the way.
     """
 
     descriptor: int
@@ -95,50 +93,29 @@ class Finder:
         return Node(descriptor, status, Facts(names[-1], kind, *device), tuple(names[1:]))
 
     def _follow(self, path: str) -> tuple[int, list[str]]:
-        """The node at `path`, found name by name: a link counts only when root owns it and it stays below /dev.
+        """The node at `path`, found name by name; at each link the walk begins anew at the path where that leads.
 
-        The names are the path, where each link leads, and the node's own one.
+        A link counts only when root owns it and it stays below /dev. The paths are all that were walked: the one asked
+        for first, the node's own one last.
         """
-        passed = [path]
-        names = deque(path.split("/")[2:])
-        folders = [self._dev]
-        way: list[str] = []
-        links = 0
-        with contextlib.ExitStack() as owned:
-            while names:
-                name = names.popleft()
-                if name in ("", "."):
-                    continue
-                if name == "..":
-                    if not way:
-                        raise NotWhatItWas("a link leads out of /dev")
-                    folders.pop()
-                    way.pop()
-                    continue
-                found = openat2(folders[-1], name, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
-                status = os.fstat(found)
-                is_link = stat.S_ISLNK(status.st_mode)
-                if not names and not is_link:
-                    return found, [*passed, "/dev/" + "/".join([*way, name])]
-                owned.callback(os.close, found)
-                if not is_link:
-                    folders.append(found)
-                    way.append(name)
-                    continue
-                links += 1
-                if links > _LINKS:
-                    raise NotWhatItWas("too many links")
-                if status.st_uid != 0:
-                    raise NotWhatItWas(f"the link {name} does not belong to root")
-                target = os.readlink("", dir_fd=found)
-                if target.startswith("/"):
-                    if not target.startswith("/dev/"):
-                        raise NotWhatItWas("a link leads out of /dev")
-                    target = target[len("/dev/") :]
-                    folders, way = [self._dev], []
-                names.extendleft(reversed(target.split("/")))
-                passed.append("/dev/" + "/".join(_plain([*way, *names])))
-        raise NotWhatItWas("a link leads to a folder")
+        walked = [path]
+        while len(walked) <= _LINKS + 1:
+            names, folder = walked[-1].split("/")[2:], self._dev
+            with contextlib.ExitStack() as owned:
+                for place, name in enumerate(names):
+                    found = openat2(folder, name, os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
+                    status = os.fstat(found)
+                    is_link = stat.S_ISLNK(status.st_mode)
+                    if place == len(names) - 1 and not is_link:
+                        return found, walked
+                    folder = found
+                    owned.callback(os.close, folder)
+                    if is_link:
+                        if status.st_uid != 0:
+                            raise NotWhatItWas(f"the link {name} does not belong to root")
+                        walked.append(_led(names[:place], os.readlink("", dir_fd=found), names[place + 1 :]))
+                        break
+        raise NotWhatItWas("too many links")
 
     def device(self, kind: int, rdev: int, *, keep: bool = True) -> tuple[str, str, str]:
         """Number, class and name of a device, as Facts has them; a thread beside others must not `keep` anything.
@@ -177,12 +154,23 @@ def _class(folder: int) -> str:
     return os.readlink("subsystem", dir_fd=folder).rpartition("/")[2]
 
 
-def _plain(names: Iterable[str]) -> list[str]:
-    """The components of a path without empty ones, `.` and `..`."""
-    plain: list[str] = []
-    for name in names:
+def _led(way: list[str], target: str, rest: list[str]) -> str:
+    """The path that a link to `target` stands for: it is in the folder `way` below /dev, and `rest` is asked for in it.
+
+    Raises NotWhatItWas when that is not below /dev.
+    """
+    if target.startswith("/"):
+        if not target.startswith("/dev/"):
+            raise NotWhatItWas("a link leads out of /dev")
+        way, target = [], target[len("/dev/") :]
+    names = [*way]
+    for name in (*target.split("/"), *rest):
         if name == "..":
-            del plain[-1:]
+            if not names:
+                raise NotWhatItWas("a link leads out of /dev")
+            names.pop()
         elif name not in ("", "."):
-            plain.append(name)
-    return plain
+            names.append(name)
+    if not names:
+        raise NotWhatItWas("a link leads to a folder")
+    return f"/dev/{'/'.join(names)}"
