@@ -17,4 +17,4 @@ def test_the_attacks_of_many_uids_with_the_units_descriptors(vm: Callable[..., A
     found = vm("owners.py")["owners"]
     assert found["descriptors"] == 65536
     assert found["code"] == 0, found["said"]
-    assert " passed" in found["said"]
+    assert "6 passed" in found["said"]  # unread grants, held descriptors; as 99, 700 and 2,000 uids

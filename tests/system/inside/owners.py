@@ -40,7 +40,7 @@ def owners() -> dict[str, Any]:
             "--show-capture=no",
             TESTS,
             "-k",
-            "(unread or held) and not 8192 and 700",
+            "(unread or held) and not 8192",
             "--durations=0",
         ],
         capture_output=True,
