@@ -22,12 +22,15 @@ from harness import (
     GROUP,
     LIBC,
     RATES,
+    Raw,
     as_user,
     ask,
     command,
+    outcome,
     replaced_file,
     running,
 )
+from slices import own_slices
 from subordinate import Many, being
 
 from fdbroker.limits import every as limits
@@ -79,6 +82,85 @@ def test_all_uids_of_a_user_have_its_connections_together(dev):
         record = next(one for one in broker.records("turned-away"))
         assert (int(record["FDBROKER_UID"]) >= FIRST, record["FDBROKER_OWNER"]) == (True, str(MALLORY))
         assert record["FDBROKER_CAUSE"] == "limit connections"
+
+
+@pytest.fixture
+def slices(dev):
+    with own_slices() as made:
+        yield made
+
+
+def _slice(uid):
+    """Where a rootless container of that user is."""
+    return f"user.slice/user-{uid}.slice/user@{uid}.service/user.slice/c1.scope"
+
+
+def test_a_uid_of_no_database_has_the_connections_of_the_user_in_whose_slice_it_is(slices):
+    """ALICE has two; four processes of as many uids in her slice get the others, and then she has none left."""
+    with running(EVERYONE_NULL + "limits: {connections: 4}\n") as broker, Many(broker.socket) as many:
+        own = [many.connect(ALICE) for _ in range(2)]
+        for sock in own:
+            with being(ALICE):
+                assert _let_in(sock)
+        let_in = []
+        with slices.within(_slice(ALICE)):
+            for number in range(4):
+                sock = many.connect(900_000 + number)
+                with being(900_000 + number):
+                    let_in.append(_let_in(sock))
+        assert let_in == [True, True, False, False]
+        assert as_user(ALICE, [], ask, broker.socket, "/dev/null") == "QuotaExceeded"
+        assert as_user(BOB, [], ask, broker.socket, "/dev/null") == "granted"
+        # elsewhere such a uid is nobody's, and has nothing to do with hers
+        for place in ("", "system.slice/c1.service", _slice(BOB)):
+            with slices.within(place):
+                assert as_user(900_000, [], ask, broker.socket, "/dev/null") == "granted"
+        records = broker.records("turned-away")
+        assert {one["FDBROKER_OWNER"] for one in records} == {str(ALICE)}
+        assert {one["FDBROKER_UID"] for one in records} >= {"900002", str(ALICE)}
+
+
+def _ask_often(address):
+    """Until it is refused: how often it was granted, and what came then."""
+    with Raw(address) as client:
+        for number in range(20):
+            answer = outcome(client.open("/dev/null"))
+            if answer != "granted":
+                return [number, answer]
+            os.close(client.take())
+    return [number, answer]
+
+
+@pytest.mark.parametrize("second", [900_001, ALICE], ids=["another such uid", "the user"])
+def test_a_uid_of_no_database_asks_at_the_rate_of_the_user_in_whose_slice_it_is(slices, second):
+    with running(EVERYONE_NULL + "limits: {requests_per_second: 1, burst: 10}\n") as broker:
+        with slices.within(_slice(ALICE)):
+            began_s = time.monotonic()
+            granted, end = as_user(900_000, [], _ask_often, broker.socket)
+            assert (granted >= 10, end) == (True, "RateLimited")
+            more, end = as_user(second, [], _ask_often, broker.socket)
+            assert end == "RateLimited"
+            assert granted + more <= 10 + time.monotonic() - began_s
+        for uid in (BOB, 900_000):
+            assert as_user(uid, [], _ask_often, broker.socket)[0] >= 10
+
+
+@pytest.mark.parametrize("named", [f"users: [{ALICE}]", f"groups: [{GROUP}]"], ids=["the user", "a group it is in"])
+def test_a_deny_rule_for_a_user_holds_for_a_uid_of_no_database_in_its_slice(slices, named):
+    """Else a container would be the way around it: its uids need not be subordinate ones, when root has made it."""
+    group = Path("/etc/group").read_text() + f"fdbroker-test-group:x:{GROUP}:fdbroker-test-{ALICE}\n"
+    with replaced_file("/etc/group", group):
+        with running(EVERYONE_NULL + f"deny: [{{{named}, devices: [/dev/null]}}]\n") as broker:
+            found = {}
+            for place in (_slice(ALICE), f"user.slice/user-{ALICE}.slice", "", _slice(BOB), _slice(0), "system.slice"):
+                with slices.within(place):
+                    found[place] = as_user(900_000, [], ask, broker.socket, "/dev/null")
+            assert list(found.values()) == ["Denied", "Denied", "granted", "granted", "granted", "granted"], found
+            denied, granted = broker.records("refused"), broker.records("granted")
+            assert {one["FDBROKER_OWNER"] for one in denied} == {str(ALICE)}
+            assert all("a deny rule for" in one["FDBROKER_REASON"] for one in denied)
+            # root's account is not for others to use up
+            assert [one["FDBROKER_OWNER"] for one in granted] == ["others", str(BOB), "others", "others"]
 
 
 def _asks(address):

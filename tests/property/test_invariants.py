@@ -35,6 +35,7 @@ PATHS = st.lists(
     st.sampled_from(["a", "ab", "b", "abc", "x1", "..", ".", "", "tty0", "mem"]), min_size=1, max_size=3
 ).map(lambda names: "/dev/" + "/".join(names))
 IDS = st.sampled_from([0, 1, 2, 3, 65534, 0xFFFFFFFF])
+RANGES = st.tuples(IDS, IDS).map(sorted).map(tuple)  # of uids: the first and the last
 
 
 @given(st.binary(max_size=200))
@@ -198,6 +199,18 @@ OTHER_RULES = st.one_of(
     ),
 )
 ANY_RULES = st.one_of(RULES, OTHER_RULES)
+DENY_RULES = st.builds(
+    DenyRule,
+    st.lists(st.sampled_from(["/dev/a", "/dev/*"]), min_size=1, max_size=2).map(tuple),
+    st.lists(OTHER_RULES, max_size=2).map(tuple),
+    st.frozensets(IDS),
+    st.frozensets(IDS),
+    st.booleans(),
+    st.just("x"),
+    st.just("f:3"),
+    GLOBS,
+    st.lists(RANGES, max_size=2).map(tuple),
+)
 POLICIES = st.builds(
     Policy,
     st.frozensets(IDS),
@@ -206,26 +219,22 @@ POLICIES = st.builds(
     st.dictionaries(IDS, st.lists(ANY_RULES, max_size=3).map(tuple), max_size=3),
     st.dictionaries(IDS, st.lists(ANY_RULES, max_size=3).map(tuple), max_size=3),
     st.lists(ANY_RULES, max_size=2).map(tuple),
-    st.lists(
-        st.builds(
-            DenyRule,
-            st.lists(st.sampled_from(["/dev/a", "/dev/*"]), min_size=1, max_size=2).map(tuple),
-            st.lists(OTHER_RULES, max_size=2).map(tuple),
-            st.frozensets(IDS),
-            st.frozensets(IDS),
-            st.booleans(),
-            st.just("x"),
-            st.just("f:3"),
-            GLOBS,
-        ),
-        max_size=2,
-    ).map(tuple),
+    st.lists(DENY_RULES, max_size=2).map(tuple),
     st.dictionaries(IDS, st.just({"burst": 7}), max_size=2),
     st.dictionaries(IDS, st.just({"burst": 9}), max_size=2),
     st.just({}),
 )
 SUBJECTS = st.builds(
-    Subject, IDS, st.frozensets(IDS, max_size=4), IDS, st.integers(1, 9), st.just("x"), LABELS, st.booleans()
+    Subject,
+    IDS,
+    st.frozensets(IDS, max_size=4),
+    IDS,
+    st.integers(1, 9),
+    st.just("x"),
+    LABELS,
+    st.booleans(),
+    st.just(""),
+    IDS,
 )
 
 
@@ -248,6 +257,19 @@ def test_a_policy_survives_its_way_to_the_opener(policy):
     assert from_bytes(to_bytes(policy)) == policy
 
 
+def _is_named(deny, subject):
+    """Whether a deny rule is for a subject, whatever its label: itself, its owner, a group, or a range of uids."""
+    uids = {subject.uid, subject.owner}
+    groups = subject.gids - {65534, 0xFFFFFFFF}
+    ranged = any(subject.uid in range(first, last + 1) for first, last in deny.ranges)
+    return deny.everyone or ranged or bool(uids & deny.uids or groups & deny.gids)
+
+
+@given(DENY_RULES, SUBJECTS)
+def test_a_deny_rule_is_for_those_that_it_names_and_for_nobody_else(deny, subject):
+    assert deny.names(subject) == _is_named(deny, subject)
+
+
 @settings(max_examples=400)
 @given(POLICIES, SUBJECTS, PATHS, st.sampled_from(["ro", "wo", "rw"]))
 def test_what_is_allowed_is_allowed_by_a_rule_for_that_subject_and_denied_by_none(policy, subject, path, access):
@@ -266,7 +288,7 @@ def test_what_is_allowed_is_allowed_by_a_rule_for_that_subject_and_denied_by_non
         assert rule.access in ("rw", access)
         assert labels.allowing(rule.labels, subject.label)
     for deny in policy.deny:
-        concerned = deny.everyone or subject.uid in deny.uids or groups & deny.gids
+        concerned = _is_named(deny, subject)
         concerned = concerned and labels.denying(deny.labels, subject.label)
         assert not concerned or not any(matcher(pattern).fullmatch(path) for pattern in deny.patterns)
 
