@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import prctl
 import pytest
-from harness import ALICE, CLONE_NEWUSER, EVERYONE_NULL, LIBC, Raw, running
+from harness import ALICE, BOB, CLONE_NEWUSER, EVERYONE_NULL, LIBC, Raw, as_user, outcome, replaced_file, running
+from messaging import SEND, Subscriber
+from slices import own_slices
 
 from fdbroker.kernel import processes
 
@@ -155,3 +158,87 @@ def test_a_session_is_the_whole_line_that_root_alone_can_make(tmp_path, lines, u
         assert processes.place(proc, 7) == (uid, session)
     finally:
         os.close(proc)
+
+
+MESSAGES = """
+version: 1
+topics: {inbox: {deliver: [journal, subscribers]}}
+everyone: {send: [inbox], subscribe: [inbox]}
+"""
+HERS = f"user.slice/user-{ALICE}.slice"
+DELEGATED = f"{HERS}/user@{ALICE}.service"
+SUBORDINATE, NOBODYS = 200_000, 900_000  # one of ALICE's, and one in no database
+
+
+@pytest.fixture
+def slices(dev):
+    with own_slices() as made, replaced_file("/etc/subuid", f"{ALICE}:{SUBORDINATE}:65536\n"):
+        yield made
+
+
+def _send(address, text, group=""):
+    """Send a message, after going to a control group; what came of it."""
+    if group:
+        os.makedirs(group, exist_ok=True)
+        with contextlib.suppress(PermissionError):
+            Path(f"{group}/cgroup.procs").write_text("0")
+    with Raw(address) as client:
+        return [outcome(client.call(SEND, {"topic": "inbox", "payload": text})), _group()]
+
+
+def _group():
+    """The last part of the control group that this process is in."""
+    return Path("/proc/self/cgroup").read_text().rstrip("\n").rpartition("/")[2]
+
+
+def _sessions(broker, subscriber, text):
+    """What message and record have as the session of who sent that text; for both it is the same."""
+    message = subscriber.message()
+    assert message["payload"] == text
+    (record,) = [one for one in broker.records() if one.get("FDBROKER_PAYLOAD") == text]
+    assert record.get("FDBROKER_SESSION") == message.get("session")
+    return message.get("session")
+
+
+def test_the_session_of_a_message_is_its_senders_own(slices):
+    """Who became somebody else in a session, as with su(1), is not the user of that session."""
+    scope = f"{HERS}/session-c7.scope"
+    with running(MESSAGES) as broker, Subscriber(broker.socket, "inbox") as subscriber:
+        for number, (place, uid, session) in enumerate(
+            (
+                (scope, ALICE, "c7"),
+                (scope, BOB, None),
+                (scope, 0, None),
+                (scope, SUBORDINATE, None),  # although she is the owner
+                (scope, NOBODYS, None),  # likewise, by this very slice
+                ("user.slice/user-0.slice/session-1.scope", 0, "1"),
+                ("user.slice/user-0.slice/session-1.scope", ALICE, None),
+                (f"{scope}/below", ALICE, None),
+                (HERS, ALICE, None),
+                ("user.slice/session-c7.scope", ALICE, None),
+                (f"system.slice/{HERS}/session-c7.scope", ALICE, None),
+                ("", ALICE, None),
+            )
+        ):
+            with slices.within(place):
+                assert as_user(uid, [], _send, broker.socket, str(number))[0] == "granted"
+            assert _sessions(broker, subscriber, str(number)) == session, (place, uid)
+
+
+@pytest.mark.parametrize("name", ["session-c7.scope", f"{HERS}/session-c7.scope", "user.slice/session-c7.scope"])
+def test_a_scope_that_a_user_makes_where_it_may_is_no_session(slices, name):
+    """ALICE makes one in what is delegated to her, and goes there; into a real one of root's she cannot go."""
+    real = slices.root / HERS / "session-c7.scope"
+    with running(MESSAGES) as broker, Subscriber(broker.socket, "inbox") as subscriber:
+        with slices.within(f"{HERS}/session-c7.scope"):
+            pass
+        with slices.within(DELEGATED):
+            delegated = slices.root / DELEGATED
+            for path in (delegated, delegated / "cgroup.procs", delegated / "cgroup.subtree_control"):
+                os.chown(path, ALICE, ALICE)
+            forged = as_user(ALICE, [], _send, broker.socket, "forged", str(delegated / name))
+            assert forged == ["granted", "session-c7.scope"]
+            assert _sessions(broker, subscriber, "forged") is None
+            real = as_user(ALICE, [], _send, broker.socket, "real", str(real))
+            assert real == ["granted", f"user@{ALICE}.service"]
+            assert _sessions(broker, subscriber, "real") is None

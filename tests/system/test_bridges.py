@@ -57,6 +57,23 @@ def test_a_message_sent_from_one_login_session_appears_on_the_bus_of_another(fac
     assert sender != receiver
 
 
+def test_the_session_of_a_message_and_of_its_record_is_its_senders_own(facts):
+    """Not that of who became another user in it, and not one that a user has made in what is delegated to it."""
+    found = facts["placed"]
+    assert [one["code"] for one in found["done"]] == [0, 0], found
+    kinds = {text.partition(" ")[0]: (text.partition(" ")[2], *said) for text, said in found["messages"].items()}
+    session, uid, said = kinds["own"]
+    assert (uid, said) == (MEMBER, session)
+    session, uid, said = kinds["root"]
+    assert (uid, said) == (0, session)
+    assert kinds["another"] == (session, MEMBER, "")
+    place, uid, said = kinds["forged"]
+    assert (uid, said) == (MEMBER, "")
+    assert place.startswith(f"/user.slice/user-{MEMBER}.slice/user@{MEMBER}.service/")
+    assert place.endswith("/session-9.scope")
+    assert found["records"] == found["messages"]
+
+
 def test_the_bridge_is_started_again_when_its_bus_was(facts):
     """It ends when the bus does, with a code after which systemd tries again."""
     assert facts["bus_ends"]["restarts"] in ("NRestarts=1", "NRestarts=2")

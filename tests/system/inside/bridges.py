@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from steps import MEMBER, OTHER, as_user, exposure, make_node, outcome, report, run, show, wait_for
+from steps import MEMBER, OTHER, as_user, exposure, make_node, outcome, records, report, run, show, wait_for
 
 DESKTOP = Path("/run/desktop.py")  # a copy: the checkout may be root's alone
 PYTHON = "/opt/fdbroker/bin/python3"
@@ -22,9 +22,9 @@ SESSION = Path("/run/session")  # in which session it runs
 UNITS = ("fdbroker-dbus@lab.service", "fdbroker-evdev@lab.service")
 POLICY = f"""\
 version: 1
-topics: {{notifications: {{}}, sessions: {{}}, keys: {{}}}}
+topics: {{notifications: {{}}, sessions: {{}}, keys: {{}}, places: {{deliver: [journal, subscribers]}}}}
 users:
-  {MEMBER}: {{send: [notifications]}}
+  {MEMBER}: {{send: [notifications, places]}}
   {OTHER}: {{subscribe: [notifications]}}
   fdbroker-dbus: {{send: [sessions]}}
   fdbroker-evdev: {{send: [keys], devices: [{{path: /dev/lab/zero, class: mem, device: "1:5"}}]}}
@@ -62,7 +62,7 @@ def started() -> dict[str, Any]:
     make_node("/dev/lab/zero", 1, 5)
     run("systemctl", "start", "fdbroker.socket", "systemd-logind.service", check=True)
     with open("/run/received", "w") as out:
-        words = ("fdbroker", "subscribe", "--json", "notifications", "sessions", "keys")
+        words = ("fdbroker", "subscribe", "--json", "notifications", "sessions", "keys", "places")
         listening.append(subprocess.Popen(words, stdout=out, text=True))
 
     def heard() -> bool:
@@ -139,6 +139,44 @@ def notified() -> dict[str, Any]:
     }
 
 
+# In a control group of its own making, which has the name of a session, in what is delegated to its user.
+FORGED = """
+group=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/session-9.scope
+mkdir "$group"
+echo 0 >"$group/cgroup.procs"
+fdbroker send places "forged $(sed -n s/^0:://p /proc/self/cgroup)"
+"""
+OWN = """
+fdbroker send places "own $XDG_SESSION_ID"
+exec systemd-run --user --wait --pipe --collect --quiet --property=Delegate=yes sh -ec "$0"
+"""
+AWAY = """
+fdbroker send places "root $XDG_SESSION_ID"
+exec "$@" fdbroker send places "another $XDG_SESSION_ID"
+"""
+
+
+def placed() -> dict[str, Any]:
+    """Messages out of a session: its user's, one of what that user forges there, and of who is another one there."""
+    own = ("--wait", "--pipe", "sh", "-ec", OWN, FORGED)
+    another = as_user(MEMBER, [grp.getgrnam("fdbroker").gr_gid])
+    away = ("sh", "-ec", AWAY, "sh", *another)
+    done = [outcome(run(*in_session(MEMBER, "lab-own", *own))), outcome(run(*in_session(0, "lab-away", *away)))]
+    if any(one["code"] for one in done):
+        return {"done": done}
+    wait_for("the messages", lambda: len([one for one in received() if one["topic"] == "places"]) == 4)
+    return {
+        "done": done,
+        "messages": {
+            one["payload"]: (one["uid"], one.get("session", "")) for one in received() if one["topic"] == "places"
+        },
+        "records": {
+            one["FDBROKER_PAYLOAD"]: (int(one["FDBROKER_UID"]), one.get("FDBROKER_SESSION", ""))
+            for one in records("FDBROKER_TOPIC=places")
+        },
+    }
+
+
 def bus_ends() -> dict[str, Any]:
     """The bridge ends with its bus, and its service manager starts it again."""
     before = other("systemctl", "--user", "show", "fdbroker-notify", "--property=MainPID").stdout
@@ -169,4 +207,4 @@ def stopped() -> dict[str, Any]:
     return show("Result", "ActiveState", unit="fdbroker-dbus@lab")
 
 
-report([started, verified, signals, notified, bus_ends, no_input_device, security, stopped])
+report([started, verified, signals, notified, placed, bus_ends, no_input_device, security, stopped])
