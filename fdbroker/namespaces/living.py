@@ -16,16 +16,17 @@ import time
 from collections.abc import Iterator
 
 from fdbroker.kernel import namespaces
-from fdbroker.kernel.namespaces import CLONE
 from fdbroker.limits import namespaces as limits
+from fdbroker.terms import NEW_NAMESPACE_TYPES
 from fdbroker.wire.worker import Ask
 
 _OTHERS_S = limits.LIVING_OTHERS_MS / 1000
 _TRIES, _TRY_S = 20, 0.001
-_LINKS = (*CLONE, "time_for_children")
+# User and pid namespaces are never made here: one that has the number by now is another one.
+_LINKS = (*NEW_NAMESPACE_TYPES, "time_for_children")
 _ENDED = (FileNotFoundError, ProcessLookupError)
 # what has no path of a file system, and no other kind of it than namespaces
-_NSFS = re.compile(rf"(?:{'|'.join(CLONE)}):\[([0-9]+)\]")
+_NSFS = re.compile(rf"(?:{'|'.join(NEW_NAMESPACE_TYPES)}):\[([0-9]+)\]")
 
 
 class _Unseen(Exception):

@@ -107,6 +107,29 @@ def test_one_of_somebody_elses_with_the_same_number_does_not_count(network):
         os.waitpid(child, 0)
 
 
+def test_a_user_namespace_of_the_owners_with_the_same_number_does_not_count(root):
+    """The kernel gives numbers again, of whatever type: each container that was started anew cost its user a place."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setresuid(ALICE, ALICE, ALICE)
+        assert harness.LIBC.unshare(harness.CLONE_NEWUSER | namespaces.CLONE["uts"]) == 0
+        for kind in ("user", "uts"):
+            os.open(f"/proc/self/ns/{kind}", os.O_RDONLY)
+        os.write(writing, b"x")
+        signal.pause()
+    try:
+        assert os.read(reading, 1) == b"x"
+        numbers = {kind: os.stat(f"/proc/{child}/ns/{kind}").st_ino for kind in ("user", "uts")}
+        assert living.living(ask(numbers["uts"], ALICE), time.monotonic() + 60) == {numbers["uts"]}
+        assert living.living(ask(numbers["user"], ALICE), time.monotonic() + 60) == set()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+
+
 @contextlib.contextmanager
 def sleeping(*uids, count=1, holds=()):
     """So many processes with these real, effective and saved uids: their pids."""
