@@ -9,7 +9,9 @@ import select
 import signal
 import threading
 import time
+from pathlib import Path
 
+import floods
 import pytest
 from harness import (
     ALICE,
@@ -21,8 +23,10 @@ from harness import (
     become_root_of_user_namespace,
     descriptors_of,
     outcome,
+    replaced_file,
     running,
 )
+from stopping import container, stopped
 from subordinate import crowd
 
 from fdbroker.errors import OpenFailed
@@ -36,6 +40,7 @@ version: 1
 limits: {{{RATES}, unread_grants: 1024}}
 everyone: {{namespaces: [{{type: uts, create: true}}, {{type: [net, uts], of: caller}}], devices: [{{path: /dev/null}}]}}
 """
+MANY = "limits: {namespaces: 64, "
 NEW = {"namespace": {"type": "uts", "create": True}}
 
 
@@ -276,6 +281,89 @@ def test_looking_at_what_an_owner_holds_takes_a_fifth_of_a_cpu(dev, keep, last):
         assert (set(found[:2]), set(found[2:])) == ({"granted"}, {last})
         assert used < 0.35
         assert as_user(BOB, [], _ask_all, broker.socket) == ["granted", "granted"]
+
+
+UIDS = 70  # of one user: many more than the worker has places
+CROWD = range(60_000, 60_000 + 2 * limits.NAMESPACE_REQUESTS)  # of users, each an owner, so that some may be too quick
+PLACES = limits.NAMESPACE_REQUESTS - 4  # for new namespaces, never all of them: namespaces/test_queue.py
+ABROAD = POLICY.replace("[{type: uts", "[{type: mnt, create: true}, {type: uts").replace("limits: {", MANY)
+
+
+@contextlib.contextmanager
+def asked(broker, first, count):
+    """Of a container whose users have all asked, before the worker may go on; it goes on at the end at the latest."""
+
+    def asks(address):
+        with Raw(address) as client:
+            return [outcome(client.open("/dev/null")) for _ in range(20)]
+
+    os.kill(broker.pids["worker"], signal.SIGSTOP)
+    try:
+        with container(broker.socket, first, count) as made:
+            assert as_user(BOB, [], asks, broker.socket) == ["granted"] * 20  # what was sent before has come by now
+            yield made
+    finally:
+        os.kill(broker.pids["worker"], signal.SIGCONT)
+
+
+def _waits(broker, *, stops):
+    """How long BOB waits for a new namespace behind those of CROWD, and how many of their children were stopped at once."""
+    reading, writing = os.pipe()
+    found, most = [], 0
+    thread = threading.Thread(target=lambda: found.append(as_user(BOB, [], _ask_and_wait, broker.socket, 1, writing)))
+    with asked(broker, CROWD[0], len(CROWD)) as attack:
+        thread.start()
+        assert select.select([reading], [], [], 60)[0]
+        if stops:
+            attack.stop_all()
+        began_s = time.monotonic()
+        os.kill(broker.pids["worker"], signal.SIGCONT)
+        while thread.is_alive():
+            most = max(most, len(stopped(broker.pids["worker"])))
+            thread.join(0.02)
+        took_s = time.monotonic() - began_s
+    os.close(reading)
+    os.close(writing)
+    return found[0][0], took_s, most
+
+
+@pytest.mark.timing
+def test_a_place_that_a_stopped_child_has_is_free_after_half_a_second_for_those_who_wait(dev):
+    """NAMESPACE_STOPPED_MS, not NAMESPACE_SECONDS, where other owners have all places for new ones, and stop all there.
+
+    It is BOB's turn after two or three of these; each would be four seconds and more without that.
+    """
+    lines = "".join(f"u{uid}:x:{uid}:{uid}::/:/usr/sbin/nologin\n" for uid in CROWD)
+    with replaced_file("/etc/passwd", Path("/etc/passwd").read_text() + lines), running(ABROAD) as broker:
+        quiet = [_waits(broker, stops=False) for _ in range(3)]
+        assert {answer for answer, _, _ in quiet} == {"granted"}
+        for _ in range(5):  # a child that was quicker than who stops it has left a place
+            answer, took_s, most = _waits(broker, stops=True)
+            print(f"BOB waits {took_s:.2f} s, {answer}, of stopped ones at once {most}; else {max(quiet)[1]:.2f} s")
+            if most >= PLACES:
+                break
+        assert most == PLACES
+        assert answer == "granted"
+        assert took_s - max(quiet)[1] < limits.NAMESPACE_SECONDS / 2
+
+
+def test_a_user_that_stops_the_children_of_all_its_uids_has_one_place_and_others_are_served_at_once(dev):
+    """One of them is stopped at a time, for half a second; before it is killed BOB is answered."""
+    with replaced_file("/etc/subuid", floods.SUBUID), running(ABROAD) as broker:
+        worker = broker.pids["worker"]
+        with asked(broker, floods.FIRST, UIDS) as attack:
+            attack.stop_all()
+            os.kill(worker, signal.SIGCONT)
+            seen, meanwhile, end_s = set(), 0, time.monotonic() + 60
+            while meanwhile < 3:
+                assert time.monotonic() < end_s, f"{len(seen)} were stopped, and BOB served {meanwhile} times meanwhile"
+                before = stopped(worker)
+                assert len(before) <= 1
+                if before - seen:
+                    seen |= before
+                    assert as_user(BOB, [], _ask_all, broker.socket) == ["granted", "granted"]
+                    meanwhile += stopped(worker) == before
+                time.sleep(0.01)
 
 
 class _StoppedThere(answer._Work):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import select
 import signal
 import socket
 import statistics
@@ -21,10 +23,12 @@ from harness import (
     EVERYONE_NULL,
     GROUP,
     LIBC,
+    PATIENCE_S,
     RATES,
     Raw,
     as_user,
     ask,
+    become_root_of_user_namespace,
     command,
     outcome,
     replaced_file,
@@ -161,6 +165,62 @@ def test_a_deny_rule_for_a_user_holds_for_a_uid_of_no_database_in_its_slice(slic
             assert all("a deny rule for" in one["FDBROKER_REASON"] for one in denied)
             # root's account is not for others to use up
             assert [one["FDBROKER_OWNER"] for one in granted] == ["others", str(BOB), "others", "others"]
+
+
+NEW = {"namespace": {"type": "uts", "create": True}}
+
+
+def _make_and_hold(address, count, saying, told):
+    """Ask for so many new ones in a user namespace of its own, say how each ended, and hold them until told."""
+    become_root_of_user_namespace()
+    with Raw(address) as client:
+        os.write(saying, json.dumps([outcome(client.ask(NEW)) for _ in range(count)]).encode())
+        os.read(told, 1)
+
+
+class _Holder:
+    """A process of a uid that has asked for so many new namespaces; `answers` says how each ended."""
+
+    def __init__(self, address, uid, count):
+        (said, saying), (told, self.telling) = os.pipe(), os.pipe()
+        self.thread = threading.Thread(
+            target=as_user, args=(uid, [], _make_and_hold, address, count, saying, told), daemon=True
+        )
+        self.thread.start()
+        assert select.select([said], [], [], PATIENCE_S)[0]
+        self.answers = json.loads(os.read(said, 1000))
+        for number in (said, saying, told):
+            os.close(number)
+
+    def end(self):
+        """It ends, and nothing of what it has made is left."""
+        if self.thread.is_alive():
+            os.write(self.telling, b"x")
+            self.thread.join()
+            os.close(self.telling)
+
+
+def test_all_uids_of_a_user_have_its_living_namespaces_together(dev):
+    """Three: one uid holds two of them, the next one the third, and no other one gets any until one of these ends."""
+    policy = (
+        f"version: 1\nlimits: {{{RATES}, namespaces: 3}}\neveryone: {{namespaces: [{{type: uts, create: true}}]}}\n"
+    )
+    with running(policy) as broker, contextlib.ExitStack() as stack:
+
+        def holder(uid):
+            made = _Holder(broker.socket, uid, 2)
+            stack.callback(made.end)
+            return made
+
+        first, *others = [holder(uid) for uid in (FIRST, FIRST + 1, FIRST + 2, FIRST + 65_535, MALLORY, BOB)]
+        assert first.answers == ["granted", "granted"]
+        assert others[0].answers == ["granted", "QuotaExceeded"]
+        assert [one.answers for one in others[1:-1]] == [["QuotaExceeded", "QuotaExceeded"]] * 3
+        assert others[-1].answers == ["granted", "granted"]
+        first.end()
+        assert holder(FIRST + 2).answers == ["granted", "granted"]
+        assert holder(FIRST + 3).answers == ["QuotaExceeded", "QuotaExceeded"]
+        assert {one["FDBROKER_OWNER"] for one in broker.records("refused")} == {str(MALLORY)}
 
 
 def _asks(address):
