@@ -39,7 +39,6 @@ FAMILIES = ("inet", "inet6")
 SOCKET_TYPES = ("stream", "dgram")
 PID_MAX = 4_194_304  # PID_MAX_LIMIT: linux/threads.h
 PORT_MAX = 65_535
-TOPIC_VERBS = ("send", "subscribe")
 
 
 class Device(NamedTuple):
@@ -209,55 +208,7 @@ class SocketRule(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-class TopicRule(NamedTuple):
-    """An allow rule for messages: `verb` is one of TOPIC_VERBS, `pattern` a glob of topic names."""
-
-    verb: str
-    pattern: str
-    source: str
-    where: str
-    labels: tuple[str, ...] = ()
-
-
-Rule = DeviceRule | NamespaceRule | SocketRule | TopicRule
-
-
-class Topic(NamedTuple):
-    """A topic of the policy: `deliver` says by which handlers, `maximum_bytes` how long a message may be.
-
-    `keep_s`: for how many seconds the queue keeps a message. `everyone`: a rule lets all users subscribe.
-    """
-
-    name: str
-    deliver: tuple[str, ...]
-    maximum_bytes: int
-    keep_s: int = 0
-    everyone: bool = False
-
-
-class User(NamedTuple):
-    """A user that the policy, or the machine's databases, name: the positions of the topics it may subscribe to."""
-
-    uid: int
-    name: str
-    topics: frozenset[int]
-
-
-class TopicUse(NamedTuple):
-    """What a client wants with a topic, for the record: `verb` is one of TOPIC_VERBS, `topic` what the client wrote."""
-
-    verb: str
-    topic: str
-
-    @property
-    def access(self) -> str:
-        """As for a device: to send is to write."""
-        return "wo" if self.verb == "send" else "ro"
-
-    @property
-    def text(self) -> str:
-        """The verb and the topic."""
-        return f"{self.verb}:{self.topic}"
+Rule = DeviceRule | NamespaceRule | SocketRule
 
 
 class DenyRule(NamedTuple):

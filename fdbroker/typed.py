@@ -12,13 +12,12 @@ from fdbroker.terms import (
     PID_MAX,
     PORT_MAX,
     SOCKET_TYPES,
-    TOPIC_VERBS,
     Device,
     Namespace,
     Resource,
     Socket,
-    TopicUse,
 )
+from fdbroker.topics import TOPIC_VERBS, TopicUse
 
 _FORMS = (
     "a resource is a path below /dev, net:NAME, TYPE:pid:PID, TYPE:new or socket:net:NAME; "

@@ -17,8 +17,9 @@ from fdbroker.cli.commands import DEFAULT_STATE, app
 from fdbroker.inbox import topics
 from fdbroker.limits import every as limits
 from fdbroker.policy import names
-from fdbroker.policy.compile import failed_tests, load_policy
+from fdbroker.policy.compile import load_policy
 from fdbroker.policy.schema import json_schema
+from fdbroker.policy.tried import failed_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

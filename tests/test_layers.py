@@ -15,6 +15,7 @@ PACKAGE = Path(fdbroker.__file__).parent
 RANKS = {
     "__init__": 0,
     "terms": 0,
+    "topics": 0,
     "refusals": 0,
     "limits": 0,
     "errors": 1,

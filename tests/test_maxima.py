@@ -66,8 +66,10 @@ from fdbroker.policy import files, load, paths, spelling
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.decide import View
-from fdbroker.terms import OTHERS, Device, DeviceRule, Grant, Namespace, SocketRule, Subject, Topic, TopicUse
-from fdbroker.terms import User as Known
+from fdbroker.policy.messages import messages
+from fdbroker.terms import OTHERS, Device, DeviceRule, Grant, Namespace, SocketRule, Subject
+from fdbroker.topics import Topic, TopicUse
+from fdbroker.topics import User as Known
 from fdbroker.wire import keeper, link, lists, resources, worker
 from fdbroker.wire.audit import Record, fields
 from fdbroker.wire.connections import Came
@@ -189,7 +191,7 @@ def test_a_listing(monkeypatch, tmp_path):
     def listed(count):
         rule = SocketRule("a", ("inet",), ("stream",), tuple(range(1, count)), "everyone", "f:1")
         maxima = dict(MAXIMA)
-        seen = View((), (rule,), (), (), maxima, administrator=False)
+        seen = View((), (rule,), (), maxima, administrator=False)
         subject = Subject(UID, frozenset(), UID, 1, "", "", foreign=True)
         asked = Connection(1, subject, seen, Bucket(maxima["burst"], 0.0))
         lister = listing.Lister(None, -1)
@@ -549,7 +551,7 @@ def test_a_payload_in_a_memfd(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text("version: 1\ntopics: {x: {}}\n")
     made, ledger = Topics(Records(None)), Ledger(Jobs(8))
-    made.use(load_policy(str(path), trusted=False).policy.topics)
+    made.use(messages(load_policy(str(path), trusted=False).policy).topics)
     sender = Member(Sender(5, 5, 5, "", 5))
     made.allow(sender, MAY)
 
@@ -636,7 +638,7 @@ def test_rows_that_a_message_has_for_nothing(store):
 def test_a_message_is_kept_for_so_long_where_a_topic_says_nothing(monkeypatch, tmp_path, store):
     path = tmp_path / "policy.yaml"
     path.write_text("version: 1\ntopics: {mail: {deliver: [queue]}}\n")
-    (topic,) = load_policy(str(path), trusted=False).policy.topics
+    (topic,) = messages(load_policy(str(path), trusted=False).policy).topics
     assert topic.keep_s == limits.KEEP_SECONDS
     clock = Clock()
     for module in (topics, store_module):

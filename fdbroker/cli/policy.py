@@ -19,7 +19,7 @@ from fdbroker.cli.usable import usable
 from fdbroker.cli.words import Group, split_access
 from fdbroker.errors import PolicyError
 from fdbroker.policy import names
-from fdbroker.policy.compile import Loaded, failed_tests, load_policy
+from fdbroker.policy.compile import Loaded, load_policy
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.decide import well_formed
 from fdbroker.policy.explain import Explanation, explain
@@ -29,7 +29,9 @@ from fdbroker.policy.load import in_order
 from fdbroker.policy.ranges import known_owner
 from fdbroker.policy.rules import all_rules, rule_text
 from fdbroker.policy.schema import json_schema
-from fdbroker.terms import ACCESS_NAMES, Device, Namespace, Resource, Subject, TopicUse
+from fdbroker.policy.tried import failed_tests
+from fdbroker.terms import ACCESS_NAMES, Device, Namespace, Resource, Subject
+from fdbroker.topics import TopicUse
 from fdbroker.typed import parse_asked
 from fdbroker.wire.journal import escaped
 

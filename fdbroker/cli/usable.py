@@ -11,7 +11,8 @@ import os
 from fdbroker.kernel import namespaces
 from fdbroker.kernel.namespaces import Caller, NotANamespace
 from fdbroker.kernel.pinned import Process
-from fdbroker.terms import Namespace, Resource, Subject, TopicUse
+from fdbroker.terms import Namespace, Resource, Subject
+from fdbroker.topics import TopicUse
 from fdbroker.wire.worker import UNUSABLE
 
 _EVERYTHING = (1 << 64) - 1

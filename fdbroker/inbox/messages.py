@@ -18,7 +18,7 @@ from fdbroker.inbox.topics import Topics
 from fdbroker.inbox.turns import Turns, clock
 from fdbroker.kernel.link import Link
 from fdbroker.limits import inbox as limits
-from fdbroker.terms import TopicUse
+from fdbroker.topics import TopicUse
 from fdbroker.wire import lists
 
 _BYTES_PER_UNIT = limits.BYTES_PER_UNIT

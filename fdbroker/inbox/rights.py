@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import View, covers
 from fdbroker.policy.literals import is_literal
+from fdbroker.policy.messages import MessageView, covers, message_view, messages
 from fdbroker.policy.paths import literal
 from fdbroker.policy.views import Views
-from fdbroker.terms import TOPIC_VERBS, Topic, TopicUse
+from fdbroker.topics import TOPIC_VERBS, Topic, TopicUse
 
 
 class Sender(NamedTuple):
@@ -45,14 +45,15 @@ class Rights(NamedTuple):
 
 def rights_by(policy: Policy) -> Views[Rights]:
     """The rights of each subject."""
-    return Views(policy, lambda seen: message_rights(seen, policy.topics))
+    topics = messages(policy).topics
+    return Views(policy, message_view, lambda seen: message_rights(seen, topics))
 
 
-def message_rights(seen: View, topics: Sequence[Topic]) -> Rights:
-    """What a view of the policy allows."""
+def message_rights(seen: MessageView, topics: Sequence[Topic]) -> Rights:
+    """What the policy allows."""
     named = {topic.name: None for topic in topics}
     allowed: dict[str, set[str]] = {verb: set() for verb in TOPIC_VERBS}
-    for rule in seen.topics:
+    for rule in seen.rules:
         # most rules name one topic: to judge each topic by each of them took a fifth of a second for 256
         names = named.keys() & {literal(rule.pattern)} if is_literal(rule.pattern) else named
         allowed[rule.verb].update(name for name in names if covers(rule, TopicUse(rule.verb, name)))

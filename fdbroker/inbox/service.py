@@ -22,6 +22,7 @@ from fdbroker.limits import inbox as limits
 from fdbroker.limits.opener import DRAIN_SECONDS, UNIT_US
 from fdbroker.offers import Offer
 from fdbroker.policy.compiled import Policy
+from fdbroker.policy.messages import messages
 from fdbroker.renewal import Renewal
 from fdbroker.wire import admin, findings, link, lists
 from fdbroker.wire.connections import Came, Use
@@ -175,8 +176,10 @@ class Inbox(Clients):
 
     def _use(self, policy: Policy) -> None:
         """Judge by that policy whoever comes from now on."""
-        self._policy, self._rights = policy, rights_by(policy)
-        self._topics.use(policy.topics, policy.users)
+        said = messages(policy)
+        self._policy = policy._replace(messages=said)
+        self._rights = rights_by(self._policy)
+        self._topics.use(said.topics, said.users)
 
     def _came(self, came: Came, descriptors: list[int] | None) -> None:
         self._renewal.came()

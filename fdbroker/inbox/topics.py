@@ -29,7 +29,8 @@ from fdbroker.kernel.records import NotRecorded, Records
 from fdbroker.limits import inbox as limits
 from fdbroker.limits.keeper import AUDIT_REPEAT_SECONDS
 from fdbroker.limits.opener import JOURNAL_RETRY_MS, NAME_BYTES
-from fdbroker.terms import INVALID_ID, UNMAPPED_ID, Topic, User, owner_text
+from fdbroker.terms import INVALID_ID, UNMAPPED_ID, owner_text
+from fdbroker.topics import Topic, User
 from fdbroker.wire import varlink
 
 _MESSAGES, _BYTES = limits.SUBSCRIBER_MESSAGES, limits.SUBSCRIBER_BYTES

@@ -19,11 +19,12 @@ from fdbroker.keeper.refusals import Refusals
 from fdbroker.kernel.link import Link
 from fdbroker.nodes.find import Finder
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import View
+from fdbroker.policy.decide import View, view
 from fdbroker.policy.views import Views
 from fdbroker.refusals import Denied, LinkViolation, RateLimited, Refused
 from fdbroker.renewal import Renewal
-from fdbroker.terms import Subject, TopicUse
+from fdbroker.terms import Subject
+from fdbroker.topics import TopicUse
 from fdbroker.wire import connections, keeper, link, lists
 from fdbroker.wire.audit import Record
 from fdbroker.wire.launcher import KEEPER_TO_LAUNCHER, LAUNCHER_TO_KEEPER, Given
@@ -46,7 +47,7 @@ class Keeper:
         self._launcher = launcher
         self._opener = opener
         self._inbox = inbox
-        self._views = Views(policy, _just_the_view)
+        self._views = Views(policy, view, _just_the_view)
         self._renewal = Renewal(launcher)
         self._connections: dict[int, Connection] = {}
         self._ended: dict[int, Connection] = {}  # the last of them
@@ -214,7 +215,7 @@ class Keeper:
         if not self._renewal.knows(number):
             self._read_launcher()  # which has sent it to us before
         policy = self._renewal.use(number, count)
-        self._views, self._entry.maxima = Views(policy, _just_the_view), policy.limits
+        self._views, self._entry.maxima = Views(policy, view, _just_the_view), policy.limits
         self._lister.list_again()
 
     def _hear_all(self) -> None:

@@ -17,13 +17,15 @@ from fdbroker.errors import FdbrokerError, Finding, PolicyError, RestartNeeded
 from fdbroker.kernel.devices import nodes_matching
 from fdbroker.kernel.landlock import READ_DIR, READ_FILE, WRITE_FILE
 from fdbroker.limits import opener as limits
-from fdbroker.policy.compile import Loaded, failed_tests, load_policy
+from fdbroker.policy.compile import Loaded, load_policy
 from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.fit import number_fits
 from fdbroker.policy.literals import is_literal
-from fdbroker.policy.rules import all_rules
+from fdbroker.policy.messages import messages
+from fdbroker.policy.rules import resource_rules
 from fdbroker.policy.spelling import literal_folder
-from fdbroker.terms import DeviceRule, NamespaceRule, Rule, SocketRule, TopicRule
+from fdbroker.policy.tried import failed_tests
+from fdbroker.terms import DeviceRule, NamespaceRule, Rule, SocketRule
 from fdbroker.wire.launcher import Given
 
 _MODE_BITS = {"ro": 4, "wo": 2, "rw": 6}
@@ -73,7 +75,7 @@ def needs(policy: Policy, idle: Iterable[Rule] = ()) -> Needs:
     A node that its group or everybody may open needs no capability. A rule that matches nothing yet does: nobody
     knows the mode of a node that comes later.
     """
-    rules = dict.fromkeys((*all_rules(policy), *idle))
+    rules = dict.fromkeys((*resource_rules(policy), *idle))
     capabilities: set[str] = set()
     groups: set[int] = set()
     files: dict[str, int] = {}
@@ -81,8 +83,6 @@ def needs(policy: Policy, idle: Iterable[Rule] = ()) -> Needs:
     worker: set[str] | None = None
     removing = _devtmpfs()
     for rule in rules:
-        if isinstance(rule, TopicRule):
-            continue
         if not isinstance(rule, DeviceRule):
             wanted = _of_worker(rule)
             worker = wanted if worker is None else worker | wanted
@@ -99,7 +99,7 @@ def needs(policy: Policy, idle: Iterable[Rule] = ()) -> Needs:
                 reasons.append(f"{need}: {rule.where} {rule.pattern}")
         for path in _places(rule.pattern, found, removing):
             files[path] = files.get(path, 0) | _RIGHTS[rule.access] | READ_DIR
-    stored = [topic.name for topic in policy.topics if "queue" in topic.deliver]
+    stored = [topic.name for topic in messages(policy).topics if "queue" in topic.deliver]
     reasons += [f"a folder for stored messages: topic {name}" for name in stored]
     files["/proc"] = READ_FILE  # identify: a client's comm and user namespace
     if "CAP_DAC_OVERRIDE" in capabilities:

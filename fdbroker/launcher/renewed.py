@@ -6,14 +6,17 @@ there at the start, or at a reload.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from fdbroker.errors import Finding, PolicyError
 from fdbroker.launcher.needs import check_size
 from fdbroker.policy.compile import Loaded, compile_again
 from fdbroker.policy.compiled import Policy
+from fdbroker.policy.messages import messages
 from fdbroker.policy.recipients import with_recipients
-from fdbroker.terms import Rule
+
+_R = TypeVar("_R")
 
 
 def renewed(path: str, loaded: Loaded) -> tuple[Loaded, str]:
@@ -26,8 +29,9 @@ def renewed(path: str, loaded: Loaded) -> tuple[Loaded, str]:
     unknown: list[Finding] = []
     found = compile_again(loaded, unknown)
     why = [*map(str, unknown), "what is allowed to these names, nobody has"] if unknown else []
+    said = messages(found.policy)._replace(topics=messages(before).topics)
     policy = found.policy._replace(
-        digest=before.digest, generation=before.generation, loaded_us=before.loaded_us, topics=before.topics
+        digest=before.digest, generation=before.generation, loaded_us=before.loaded_us, messages=said
     )
     try:
         policy = with_recipients(policy, path)
@@ -44,18 +48,19 @@ def renewed(path: str, loaded: Loaded) -> tuple[Loaded, str]:
 
 def _no_more(before: Policy, now: Policy) -> Policy:
     """The later policy, of whose permissions only those are left that the one before has as well."""
+    was, said = messages(before), messages(now)
     return now._replace(
         administrator_uids=before.administrator_uids & now.administrator_uids,
         administrator_gids=before.administrator_gids & now.administrator_gids,
         by_uid=_by_both(before.by_uid, now.by_uid),
         by_gid=_by_both(before.by_gid, now.by_gid),
-        users=before.users,
+        messages=said._replace(
+            by_uid=_by_both(was.by_uid, said.by_uid), by_gid=_by_both(was.by_gid, said.by_gid), users=was.users
+        ),
     )
 
 
-def _by_both(
-    before: Mapping[int, tuple[Rule, ...]], now: Mapping[int, tuple[Rule, ...]]
-) -> dict[int, tuple[Rule, ...]]:
+def _by_both(before: Mapping[int, Iterable[_R]], now: Mapping[int, Iterable[_R]]) -> dict[int, tuple[_R, ...]]:
     allowed = {number: frozenset(rules) for number, rules in before.items()}
     return {
         number: tuple(rule for rule in rules if rule in allowed[number])

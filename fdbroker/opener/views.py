@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import View
+from fdbroker.policy.decide import View, view
 from fdbroker.policy.views import Views
 from fdbroker.terms import Grant, Resource, Rule
 
@@ -40,4 +40,4 @@ class Seen(View):
 
 def views(policy: Policy) -> Views[Seen]:
     """Those of one policy, as the opener judges by them."""
-    return Views(policy, Seen._make)
+    return Views(policy, view, Seen._make)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fdbroker.errors import Finding, PolicyError
 from fdbroker.limits import policy as limits
 from fdbroker.limits.inbox import MESSAGE_BYTES
 from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import decide, view
 from fdbroker.policy.globs import dangerous_rule
 from fdbroker.policy.literals import is_literal
 from fdbroker.policy.load import Digest, Node, close, hinted, in_order, load
@@ -30,7 +29,6 @@ from fdbroker.terms import (
     NOBODY,
     OWN_TERMINAL,
     SOCKET_TYPES,
-    TOPIC_VERBS,
     DenyRule,
     DeviceRule,
     NamespaceRule,
@@ -38,12 +36,12 @@ from fdbroker.terms import (
     Rule,
     SocketRule,
     Subject,
-    Topic,
-    TopicRule,
-    TopicUse,
     Uplink,
 )
+from fdbroker.topics import TOPIC_VERBS, Messages, Topic, TopicRule, TopicUse
 from fdbroker.typed import parse_asked
+
+_R = TypeVar("_R")
 
 # What a class's devices can do at all, where that is less than everything. Source: the drivers' file_operations.
 CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
@@ -120,23 +118,6 @@ def compile_again(loaded: Loaded, findings: list[Finding]) -> Loaded:
     return work.result()._replace(documents=loaded.documents)
 
 
-def failed_tests(loaded: Loaded) -> list[Finding]:
-    """The policy's own tests that do not come out as they say."""
-    findings = []
-    for test in loaded.tests:
-        allowed = bool(decide(view(loaded.policy, test.subject), test.resource).rules)
-        if allowed != test.allowed:
-            findings.append(
-                test.place.finding(
-                    "this test fails",
-                    "allow" if test.allowed else "deny",
-                    "allow" if allowed else "deny",
-                    f"try `fdbroker policy explain` for uid {test.subject.uid} and {test.resource.text}",
-                )
-            )
-    return findings
-
-
 class _Compiler:
     """`before` is what came of the same trees the last time, None for new ones."""
 
@@ -148,6 +129,9 @@ class _Compiler:
         self.by_uid: dict[int, list[Rule]] = {}
         self.by_gid: dict[int, list[Rule]] = {}
         self.everyone: list[Rule] = []
+        self.topics_by_uid: dict[int, list[TopicRule]] = {}
+        self.topics_by_gid: dict[int, list[TopicRule]] = {}
+        self.topics_of_everyone: list[TopicRule] = []
         self.deny: list[DenyRule] = []
         self.idle: list[Rule] = []
         self.topics: dict[str, Topic] = {}
@@ -166,14 +150,19 @@ class _Compiler:
                 frozenset(self.administrators[0]),
                 frozenset(self.administrators[1]),
                 self.limits,
-                {uid: tuple(rules) for uid, rules in self.by_uid.items()},
-                {gid: tuple(rules) for gid, rules in self.by_gid.items()},
+                _tuples(self.by_uid),
+                _tuples(self.by_gid),
                 tuple(self.everyone),
                 tuple(self.deny),
                 self.uid_limits,
                 self.gid_limits,
                 self.everyone_limits,
-                tuple(self.topics.values()),
+                Messages(
+                    tuple(self.topics.values()),
+                    by_uid=_tuples(self.topics_by_uid),
+                    by_gid=_tuples(self.topics_by_gid),
+                    everyone=tuple(self.topics_of_everyone),
+                ),
                 owners=self.owners,
             ),
             tuple(self.tests),
@@ -191,18 +180,21 @@ class _Compiler:
             gid = self.id(place, "group")
             source = f"group {name}"
             if gid is None:
-                self.entry(entry, source, [], {})  # for what else is wrong in it
+                self.entry(entry, source, [], [], {})  # for what else is wrong in it
             else:
-                self.entry(entry, source, self.by_gid.setdefault(gid, []), self.gid_limits.setdefault(gid, {}), gid)
+                rules, said = self.by_gid.setdefault(gid, []), self.topics_by_gid.setdefault(gid, [])
+                self.entry(entry, source, rules, said, self.gid_limits.setdefault(gid, {}), gid)
         for name, (place, entry) in parts["users"].value.items() if "users" in parts else ():
             uid = self.id(place, "user")
             source = f"user {name}"
             if uid is None:
-                self.entry(entry, source, [], {})
+                self.entry(entry, source, [], [], {})
             else:
-                self.entry(entry, source, self.by_uid.setdefault(uid, []), self.uid_limits.setdefault(uid, {}))
+                rules, said = self.by_uid.setdefault(uid, []), self.topics_by_uid.setdefault(uid, [])
+                self.entry(entry, source, rules, said, self.uid_limits.setdefault(uid, {}))
         if "everyone" in parts:
-            self.entry(parts["everyone"], "everyone", self.everyone, self.everyone_limits)
+            said = self.topics_of_everyone
+            self.entry(parts["everyone"], "everyone", self.everyone, said, self.everyone_limits)
         for name, (place, entry) in parts["topics"].value.items() if "topics" in parts else ():
             self.topic(name, place, entry)
         for node in document.items("deny"):
@@ -233,7 +225,13 @@ class _Compiler:
     # ---- rules
 
     def entry(
-        self, entry: Node, source: str, rules: list[Rule], maxima: dict[str, int], gid: int | None = None
+        self,
+        entry: Node,
+        source: str,
+        rules: list[Rule],
+        said: list[TopicRule],
+        maxima: dict[str, int],
+        gid: int | None = None,
     ) -> None:
         if "limits" in entry.value:
             maxima |= _plain(entry.value["limits"])
@@ -241,7 +239,7 @@ class _Compiler:
         compiled += [(node, self.namespace(node, source)) for node in entry.items("namespaces")]
         compiled += [(node, self.socket(node, source)) for node in entry.items("sockets")]
         for verb in TOPIC_VERBS:
-            rules += [self.topic_rule(verb, node, source) for node in entry.items(verb)]
+            said += [self.topic_rule(verb, node, source) for node in entry.items(verb)]
         for node, rule in compiled:
             if node.get("membership") == "nss" and gid is not None:
                 # the database's word: the rule goes to its members of this moment, one by one
@@ -442,6 +440,10 @@ class _Compiler:
         if isinstance(resource, TopicUse):
             self.named_topics.append(node.value["open"]._replace(value=resource.topic))
         return resource
+
+
+def _tuples(lists: dict[int, list[_R]]) -> dict[int, tuple[_R, ...]]:
+    return {number: tuple(items) for number, items in lists.items()}
 
 
 def _plain(node: Node) -> dict[str, int]:

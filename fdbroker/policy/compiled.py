@@ -10,14 +10,16 @@ import json
 from typing import Any, NamedTuple
 
 from fdbroker.policy.owners import Owners
-from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Topic, TopicRule, Uplink, User
+from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Uplink
 
-_KINDS: dict[str, Any] = {"device": DeviceRule, "namespace": NamespaceRule, "socket": SocketRule, "topic": TopicRule}
+_KINDS: dict[str, Any] = {"device": DeviceRule, "namespace": NamespaceRule, "socket": SocketRule}
 
 
 class Policy(NamedTuple):
     """The whole policy. `by_uid` and `by_gid` give the rules of a user or group; limits by name.
 
+    Who has rules for topics alone is named there, too, without a rule. What the policy says about topics is in
+    `messages`, for messages.py to read; here it is left as it travels.
     `digest` says from which files it was made, `generation` how often one was loaded, `loaded_us` when: microseconds
     since 1970.
     """
@@ -32,8 +34,7 @@ class Policy(NamedTuple):
     uid_limits: dict[int, dict[str, int]]
     gid_limits: dict[int, dict[str, int]]
     everyone_limits: dict[str, int]
-    topics: tuple[Topic, ...] = ()
-    users: tuple[User, ...] = ()
+    messages: Any = ((), (), {}, {}, ())
     owners: Owners = Owners()
     digest: str = ""
     generation: int = 1
@@ -80,7 +81,7 @@ def from_bytes(data: bytes) -> Policy:
 
 def _policy(parts: Any) -> Policy:
     uids, gids, limits, by_uid, by_gid, for_everyone, deny, uid_limits, gid_limits, everyone_limits, *rest = parts
-    topics, users, (known, owned), digest, generation, loaded_us = rest
+    messages, (known, owned), digest, generation, loaded_us = rest
 
     def rules(items: list[list[Any]]) -> tuple[Any, ...]:
         return tuple(_rule(*item) for item in items)
@@ -102,8 +103,7 @@ def _policy(parts: Any) -> Policy:
         {int(uid): maxima for uid, maxima in uid_limits.items()},
         {int(gid): maxima for gid, maxima in gid_limits.items()},
         everyone_limits,
-        tuple(Topic(name, tuple(deliver), *rest) for name, deliver, *rest in topics),
-        tuple(User(uid, name, frozenset(positions)) for uid, name, positions in users),
+        messages,
         Owners(frozenset(known), tuple((first, last, owner) for first, last, owner in owned)),
         *(digest, generation, loaded_us),
     )

@@ -9,9 +9,9 @@ user and for all groups of the subject, as far as they are for its label.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fdbroker.policy import labels
 from fdbroker.policy.compiled import Policy
@@ -30,15 +30,14 @@ from fdbroker.terms import (
     Socket,
     SocketRule,
     Subject,
-    TopicRule,
-    TopicUse,
 )
+
+_R = TypeVar("_R")
 
 
 class _Said(NamedTuple):
     devices: tuple[DeviceRule, ...]
     others: tuple[NamespaceRule | SocketRule, ...]
-    topics: tuple[TopicRule, ...]
     deny: tuple[DenyRule, ...]
     limits: dict[str, int]
     administrator: bool
@@ -68,35 +67,45 @@ class Decision(NamedTuple):
     denied_by: DenyRule | None
 
 
-_NOTHING = View((), (), (), (), {}, administrator=False)
+_NOTHING = View((), (), (), {}, administrator=False)
 
 
 def view(policy: Policy, subject: Subject) -> View:
     """What the policy says about `subject`. A uid that is unmapped or unset gets nothing, not even everyone's."""
     if subject.uid in NOBODY:
         return _NOTHING._replace(limits=policy.limits)
-    maxima = [policy.everyone_limits, *(policy.gid_limits[gid] for gid in _named(policy.gid_limits, subject))]
     deny = tuple(rule for rule in policy.deny if rule.names(subject) and labels.denying(rule.labels, subject.label))
+    each = [rule for rule in rules_of(policy, subject) if labels.allowing(rule.labels, subject.label)]
+    devices = tuple(rule for rule in each if isinstance(rule, DeviceRule))
+    others = tuple(rule for rule in each if not isinstance(rule, DeviceRule))
+    return View(devices, others, deny, limits_of(policy, subject), is_administrator(policy, subject))
+
+
+def limits_of(policy: Policy, subject: Subject) -> dict[str, int]:
+    """The limits of a subject: the user's own, else the greatest of its groups' and everyone's, else the policy's."""
+    maxima = [policy.everyone_limits, *(policy.gid_limits[gid] for gid in _named(policy.gid_limits, subject))]
     limits = dict(policy.limits)
     for name in limits:
         overrides = [maximum[name] for maximum in maxima if name in maximum]
         if overrides:
             limits[name] = max(overrides)
     # the owner's: with other limits for its subordinate uids, a user could choose
-    limits |= policy.uid_limits.get(subject.uid if subject.owner == OTHERS else subject.owner, {})
-    each = [rule for rule in rules_of(policy, subject) if labels.allowing(rule.labels, subject.label)]
-    devices = tuple(rule for rule in each if isinstance(rule, DeviceRule))
-    others = tuple(rule for rule in each if isinstance(rule, NamespaceRule | SocketRule))
-    topics = tuple(rule for rule in each if isinstance(rule, TopicRule))
-    return View(devices, others, topics, deny, limits, is_administrator(policy, subject))
+    return limits | policy.uid_limits.get(subject.uid if subject.owner == OTHERS else subject.owner, {})
 
 
 def rules_of(policy: Policy, subject: Subject) -> tuple[Rule, ...]:
     """The rules for a subject's user and groups, and everyone's, each once, whatever the label or the uid."""
-    rules = list(policy.by_uid.get(subject.uid, ()))
-    for gid in _named(policy.by_gid, subject):
-        rules += policy.by_gid[gid]
-    return tuple(dict.fromkeys((*rules, *policy.everyone)))
+    return rules_for(subject, policy.by_uid, policy.by_gid, policy.everyone)
+
+
+def rules_for(
+    subject: Subject, by_uid: Mapping[int, Sequence[_R]], by_gid: Mapping[int, Sequence[_R]], everyone: Sequence[_R]
+) -> tuple[_R, ...]:
+    """Of these rules, those for a subject's user and groups, and everyone's, each once."""
+    rules = list(by_uid.get(subject.uid, ()))
+    for gid in _named(by_gid, subject):
+        rules += by_gid[gid]
+    return tuple(dict.fromkeys((*rules, *everyone)))
 
 
 def is_administrator(policy: Policy, subject: Subject) -> bool:
@@ -113,7 +122,7 @@ def _named(by: Iterable[int], subject: Subject) -> list[int]:
     return sorted(gid for gid in by if gid in subject.gids and gid not in NOBODY)
 
 
-def well_formed(resource: Resource | TopicUse) -> bool:
+def well_formed(resource: Resource) -> bool:
     """Whether a rule can name this at all: the plain spelling of a path, or a name that a file can have."""
     match resource:
         case Device(path):
@@ -122,11 +131,9 @@ def well_formed(resource: Resource | TopicUse) -> bool:
             return not name or (type_ == "net" and is_namespace_name(name))
         case Socket(namespace):
             return is_namespace_name(namespace)
-        case TopicUse(_, topic):
-            return is_namespace_name(topic)
 
 
-def covers(rule: Rule, resource: Resource | TopicUse) -> bool:
+def covers(rule: Rule, resource: Resource) -> bool:
     """Whether an allow rule names this, with that access."""
     match rule, resource:
         case DeviceRule(), Device(path, access):
@@ -144,12 +151,10 @@ def covers(rule: Rule, resource: Resource | TopicUse) -> bool:
                 and (not port or port in rule.ports)
                 and matcher(rule.namespace).fullmatch(namespace) is not None
             )
-        case TopicRule(), TopicUse(verb, topic):
-            return verb == rule.verb and matcher(rule.pattern).fullmatch(topic) is not None
     return False
 
 
-def denying_rule(seen: View, resource: Resource | TopicUse) -> DenyRule | None:
+def denying_rule(seen: View, resource: Resource) -> DenyRule | None:
     """The first deny rule that names this, with whatever access."""
     if isinstance(resource, Device):
         return next(iter(seen.denied_paths.matching(resource.path)), None)
@@ -165,19 +170,12 @@ def denying_rule(seen: View, resource: Resource | TopicUse) -> DenyRule | None:
     return None
 
 
-def decide(seen: View, resource: Resource | TopicUse) -> Decision:
+def decide(seen: View, resource: Resource) -> Decision:
     """Judge what is asked as text. No system call is made on a path that no rule names."""
     if not well_formed(resource):
         return Decision((), None)
     denied_by = denying_rule(seen, resource)
     if denied_by is not None:
         return Decision((), denied_by)
-    rules: tuple[Rule, ...]
-    match resource:
-        case Device(path):
-            rules = tuple(seen.by_path.matching(path))
-        case TopicUse():
-            rules = seen.topics
-        case _:
-            rules = seen.others
+    rules: Iterable[Rule] = seen.by_path.matching(resource.path) if isinstance(resource, Device) else seen.others
     return Decision(tuple([rule for rule in rules if covers(rule, resource)]), None)

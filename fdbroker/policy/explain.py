@@ -15,10 +15,12 @@ from typing import NamedTuple
 from fdbroker.policy import names
 from fdbroker.policy.compile import CLASS_ACCESS
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import Decision, View, covers, decide, denying_rule, rules_of, view, well_formed
+from fdbroker.policy.decide import View, denying_rule, rules_of, view
 from fdbroker.policy.fit import Facts, dangerous_node, is_device, misfit
 from fdbroker.policy.globs import as_glob, dangerous_name
 from fdbroker.policy.lint import Look, as_keys
+from fdbroker.policy.messages import AnyRule, Asked, Verdict, covers, judge, message_view, messages, topic_rules
+from fdbroker.policy.messages import names as can_be_named
 from fdbroker.policy.paths import matcher
 from fdbroker.policy.rules import all_rules
 from fdbroker.terms import (
@@ -30,13 +32,11 @@ from fdbroker.terms import (
     DeviceRule,
     Namespace,
     NamespaceRule,
-    Resource,
-    Rule,
     Socket,
     SocketRule,
     Subject,
-    TopicUse,
 )
+from fdbroker.topics import TopicUse
 
 _KINDS = {Device: "path", Namespace: "namespace", Socket: "socket", TopicUse: "topic"}
 _NEAR_MOST = 3
@@ -46,7 +46,7 @@ _ALIKE_LEAST = 0.6  # difflib's own idea of close
 class Near(NamedTuple):
     """A rule that almost allows it: what is missing, and the change that would do."""
 
-    rule: Rule
+    rule: AnyRule
     missing: str
     change: str
 
@@ -59,7 +59,7 @@ class Explanation(NamedTuple):
     """
 
     allowed: bool
-    rules: tuple[Rule, ...]
+    rules: tuple[AnyRule, ...]
     denied_by: DenyRule | None
     reason: str
     near: tuple[Near, ...]
@@ -68,18 +68,16 @@ class Explanation(NamedTuple):
     refused: str | None = None
 
 
-def explain(
-    policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str, look: Look | None = None
-) -> Explanation:
+def explain(policy: Policy, subject: Subject, resource: Asked, user: str, look: Look | None = None) -> Explanation:
     """Judge as the opener would, and say why. `user` is the subject's name, or its number, in the text.
 
     `look` describes the node that a device's path leads to now, None when it is not known.
     """
     seen = view(policy, subject)
-    decision = decide(seen, resource)
+    decision = judge(policy, subject, resource)
     node = look.facts if look else None
-    if isinstance(resource, TopicUse) and resource.topic not in {topic.name for topic in policy.topics}:
-        return _denied(policy, subject, resource, user, Decision((), None), None)
+    if isinstance(resource, TopicUse) and not _has_topic(policy, resource):
+        return _denied(policy, subject, resource, user, Verdict(()), None)
     if not decision.rules:
         return _denied(policy, subject, resource, user, decision, node)
     first = decision.rules[0]
@@ -94,6 +92,10 @@ def explain(
     return explained._replace(now=now, refused=refused)
 
 
+def _has_topic(policy: Policy, use: TopicUse) -> bool:
+    return any(topic.name == use.topic for topic in messages(policy).topics)
+
+
 def _there(node: Facts | None) -> str:
     """A description of the node in a few words."""
     if node is None:
@@ -103,7 +105,7 @@ def _there(node: Facts | None) -> str:
     return f"it is {node.number}, class {node.kernel_class or 'unknown'}"
 
 
-def _refused(seen: View, decision: Decision, look: Look) -> str:
+def _refused(seen: View, decision: Verdict, look: Look) -> str:
     """The reason for which the opener would refuse the node that a path leads to now, or ""."""
     by = next((rule for name in look.names[1:] if (rule := denying_rule(seen, Device(name, "ro")))), None)
     if by is not None:
@@ -114,11 +116,11 @@ def _refused(seen: View, decision: Decision, look: Look) -> str:
     return "" if "" in reasons else reasons[0]
 
 
-def _with_label(rule: Rule) -> str:
+def _with_label(rule: AnyRule) -> str:
     return f" with the label {' or '.join(rule.labels)}" if rule.labels else ""
 
 
-def _condition(rule: Rule) -> str:
+def _condition(rule: AnyRule) -> str:
     """What else must hold when it is opened."""
     match rule:
         case DeviceRule():
@@ -136,9 +138,9 @@ def _condition(rule: Rule) -> str:
 def _denied(
     policy: Policy,
     subject: Subject,
-    resource: Resource | TopicUse,
+    resource: Asked,
     user: str,
-    decision: Decision,
+    decision: Verdict,
     node: Facts | None,
 ) -> Explanation:
     new_rule = _new_rule(resource, user, node)
@@ -146,14 +148,14 @@ def _denied(
     if subject.uid in NOBODY:
         reason = f"uid {subject.uid} stands for users that the kernel cannot map: nothing is for it"
         change = "run the program as a user of this machine, or in a user namespace whose ids are mapped"
-    elif not well_formed(resource) and isinstance(resource, Device):
+    elif not can_be_named(resource) and isinstance(resource, Device):
         reason = "no rule can name this path: it is not the plain spelling of a path below /dev"
         plain = resource.path.isprintable()
         change = f"ask for the path without {'.., ., // or a slash at its end' if plain else 'what cannot be printed'}"
-    elif isinstance(resource, TopicUse) and resource.topic not in {topic.name for topic in policy.topics}:
+    elif isinstance(resource, TopicUse) and not _has_topic(policy, resource):
         reason = "the policy has no such topic"
         change = "declare it under `topics:`, and allow it"
-    elif not well_formed(resource):
+    elif not can_be_named(resource):
         reason = "no rule can name this: it is not the name that a file in /run/netns can have"
         change = "ask for a name that `ip netns list` shows"
     elif decision.denied_by is not None:
@@ -161,7 +163,7 @@ def _denied(
         unknown = ", which it could be, for its label is not known" if rule.labels and not subject.label else ""
         reason = f"{rule.where} denies it to {rule.source}{unknown}, and a deny rule wins"
         change = f"narrow or remove the deny rule at {rule.where}"
-        if not decide(view(policy._replace(deny=()), subject), resource).rules:
+        if not judge(policy._replace(deny=()), subject, resource).rules:
             change += f", and {near[0].change if near else new_rule}"
     elif (never := _never(resource, node)) is not None:
         reason, change = never
@@ -177,7 +179,7 @@ def _denied(
     return Explanation(False, (), decision.denied_by, reason, near, change, now)
 
 
-def _never(resource: Resource | TopicUse, node: Facts | None) -> tuple[str, str] | None:
+def _never(resource: Asked, node: Facts | None) -> tuple[str, str] | None:
     """The reason for which no rule can allow the node that is there now, and what to do instead."""
     if not isinstance(resource, Device) or node is None or not is_device(node):
         return None
@@ -189,12 +191,12 @@ def _never(resource: Resource | TopicUse, node: Facts | None) -> tuple[str, str]
     return f"a device of class {node.kernel_class} can be opened {most} only", f"ask for {most}"
 
 
-def _new_rule(resource: Resource | TopicUse, user: str, node: Facts | None) -> str:
+def _new_rule(resource: Asked, user: str, node: Facts | None) -> str:
     key, text = _as_rule(resource, node)
     return f"add under users: `{_quoted(user)}: {{{key}: [{text}]}}`"
 
 
-def _as_rule(resource: Resource | TopicUse, node: Facts | None) -> tuple[str, str]:
+def _as_rule(resource: Asked, node: Facts | None) -> tuple[str, str]:
     """The narrowest rule for the resource: its key, and its item of the list. `node` is the one that is there now."""
     match resource:
         case Device(path, access):
@@ -222,11 +224,12 @@ def _quoted(text: str) -> str:
     return text if plain else "'" + text.replace("'", "''") + "'"
 
 
-def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user: str, new_rule: str) -> list[Near]:
+def _near(policy: Policy, subject: Subject, resource: Asked, user: str, new_rule: str) -> list[Near]:
     """The rules that almost allow it, nearest first; `new_rule` is the change where none of them is one to change."""
     seen = view(policy, subject)
-    mine: set[Rule] = {*seen.devices, *seen.others, *seen.topics}
-    but_for_label = {rule for rule in rules_of(policy, subject) if rule.labels} - mine
+    mine: set[AnyRule] = {*seen.devices, *seen.others, *message_view(policy, subject).rules}
+    every: tuple[AnyRule, ...] = (*rules_of(policy, subject), *topic_rules(policy, subject))
+    but_for_label = {rule for rule in every if rule.labels} - mine
     found: list[tuple[float, Near]] = []
     for rule in all_rules(policy):
         if rule in but_for_label and covers(rule, resource):
@@ -257,13 +260,13 @@ def _near(policy: Policy, subject: Subject, resource: Resource | TopicUse, user:
     return [near for _, near in sorted(found, key=lambda one: one[0])]
 
 
-def _for_label(rule: Rule, subject: Subject) -> Near:
+def _for_label(rule: AnyRule, subject: Subject) -> Near:
     has = f"this one has {subject.label}" if subject.label else "that of this one is not known"
     missing = f"it is for programs with the label {' or '.join(rule.labels)}, enforced; {has}"
     return Near(rule, missing, f"have the program confined so, or remove `label` at {rule.where}")
 
 
-def _for_others(rule: Rule, user: str, new_rule: str) -> Near:
+def _for_others(rule: AnyRule, user: str, new_rule: str) -> Near:
     kind, _, group = rule.source.partition(" ")
     # usermod(8) takes an account by its name, and groups that the databases have
     account = names.name_of(int(user)) if user.isdecimal() else user
@@ -276,9 +279,7 @@ def _for_others(rule: Rule, user: str, new_rule: str) -> Near:
     return Near(rule, f"it is for {rule.source}{_with_label(rule)}", change)
 
 
-def _near_other(
-    rule: Rule, resource: Resource | TopicUse, user: str, new_rule: str, *, is_mine: bool
-) -> list[tuple[float, Near]]:
+def _near_other(rule: AnyRule, resource: Asked, user: str, new_rule: str, *, is_mine: bool) -> list[tuple[float, Near]]:
     """Whether a rule for namespaces or sockets almost allows one."""
     if covers(rule, resource):
         return [] if is_mine else [(1, _for_others(rule, user, new_rule))]

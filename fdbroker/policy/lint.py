@@ -14,9 +14,11 @@ from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
 from fdbroker.policy.fit import PTS_MAJORS, Facts, misfit
 from fdbroker.policy.globs import within
+from fdbroker.policy.messages import messages
 from fdbroker.policy.paths import matcher
 from fdbroker.policy.rules import all_rules, rule_text
-from fdbroker.terms import NOBODY, DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, TopicRule
+from fdbroker.terms import NOBODY, DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule
+from fdbroker.topics import TopicRule
 
 
 class Look(NamedTuple):
@@ -48,7 +50,7 @@ def warnings(policy: Policy, machine: Machine) -> list[Finding]:
     """All warnings about a policy that has no error."""
     found: dict[Finding, None] = {}
     netns = machine.namespaces()
-    topics = [topic.name for topic in policy.topics]
+    topics = [topic.name for topic in messages(policy).topics]
     looks: dict[str, Look | None] = {}
     for rule in all_rules(policy):
         match rule:
@@ -152,17 +154,16 @@ def _covers(deny: DenyRule, rule: Rule) -> bool:
                 for outer in deny.rules
                 if isinstance(outer, SocketRule)
             )
-    return False
 
 
 def _unconnected(policy: Policy, machine: Machine) -> Iterator[Finding]:
     """Warnings about users with rules, of their own or of a group by the databases, and without a way to connect."""
     first: dict[int, str] = {}
-    for uid, rules in policy.by_uid.items():
+    said, listed = messages(policy), names.Listed()
+    for uid, rules in (*policy.by_uid.items(), *said.by_uid.items()):
         if rules:
             first.setdefault(uid, rules[0].where)
-    listed = names.Listed()
-    for gid, rules in policy.by_gid.items():
+    for gid, rules in (*policy.by_gid.items(), *said.by_gid.items()):
         for uid in listed.members_of(gid) if rules else ():
             first.setdefault(uid, rules[0].where)
     for uid, where in first.items():

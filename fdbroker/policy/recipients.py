@@ -11,8 +11,9 @@ from fdbroker.errors import Finding, PolicyError
 from fdbroker.limits import policy as limits
 from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import covers, rules_of
-from fdbroker.terms import NOBODY, Rule, Subject, TopicRule, TopicUse, User
+from fdbroker.policy.messages import covers, messages, topic_rules
+from fdbroker.terms import NOBODY, Subject
+from fdbroker.topics import TopicRule, TopicUse, User
 
 
 def with_recipients(policy: Policy, path: str) -> Policy:
@@ -22,14 +23,14 @@ def with_recipients(policy: Policy, path: str) -> Policy:
     may subscribe to a topic that is stored, all accounts of people. A rule for a label counts for its users here: only
     their programs with that label can read what is stored.
     """
+    said = messages(policy)
     topics = tuple(
-        topic._replace(everyone=any(covers(rule, TopicUse("subscribe", topic.name)) for rule in policy.everyone))
-        for topic in policy.topics
+        topic._replace(everyone=any(covers(rule, TopicUse("subscribe", topic.name)) for rule in said.everyone))
+        for topic in said.topics
     )
-    policy = policy._replace(topics=topics)
-    uids = {uid for uid, rules in policy.by_uid.items() if _subscribes(rules)}
+    uids = {uid for uid, rules in said.by_uid.items() if _subscribes(rules)}
     listed = names.Listed()
-    for gid, rules in policy.by_gid.items():
+    for gid, rules in said.by_gid.items():
         if _subscribes(rules):
             uids |= listed.members_of(gid)
     if any(topic.everyone and topic.keep_s for topic in topics):
@@ -37,7 +38,7 @@ def with_recipients(policy: Policy, path: str) -> Policy:
     users = []
     for uid in sorted(uids - NOBODY):
         name, (gid, gids) = names.name_of(uid), names.groups_of(uid)
-        rules = rules_of(policy, Subject(uid, gids, gid, 0, "", "", foreign=False))
+        rules = topic_rules(policy, Subject(uid, gids, gid, 0, "", "", foreign=False))
         positions = frozenset(
             index
             for index, topic in enumerate(topics)
@@ -48,8 +49,8 @@ def with_recipients(policy: Policy, path: str) -> Policy:
     if len(users) > limits.USERS:
         expected = f"at most {limits.USERS} users"
         raise PolicyError([Finding(path, 0, 0, "too many may subscribe to topics", expected, f"{len(users)}")])
-    return policy._replace(users=tuple(users))
+    return policy._replace(messages=said._replace(topics=topics, users=tuple(users)))
 
 
-def _subscribes(rules: Iterable[Rule]) -> bool:
-    return any(isinstance(rule, TopicRule) and rule.verb == "subscribe" for rule in rules)
+def _subscribes(rules: Iterable[TopicRule]) -> bool:
+    return any(rule.verb == "subscribe" for rule in rules)

@@ -6,22 +6,26 @@ Runs in: launcher, command line. No attacker controls anything here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.terms import DeviceRule, NamespaceRule, Rule, SocketRule, TopicRule
+from fdbroker.policy.messages import AnyRule, messages
+from fdbroker.terms import DeviceRule, NamespaceRule, Rule, SocketRule
+from fdbroker.topics import TopicRule
 
 
-def all_rules(policy: Policy) -> Iterable[Rule]:
+def resource_rules(policy: Policy) -> Iterable[Rule]:
+    """Every allow rule of a policy but those for topics, each once."""
+    return dict.fromkeys(chain(policy.everyone, *policy.by_uid.values(), *policy.by_gid.values()))
+
+
+def all_rules(policy: Policy) -> Iterable[AnyRule]:
     """Every allow rule of a policy, each once."""
-    seen = set()
-    for rules in (policy.everyone, *policy.by_uid.values(), *policy.by_gid.values()):
-        for rule in rules:
-            if rule not in seen:
-                seen.add(rule)
-                yield rule
+    said = messages(policy)
+    return dict.fromkeys(chain(resource_rules(policy), said.everyone, *said.by_uid.values(), *said.by_gid.values()))
 
 
-def rule_text(rule: Rule) -> str:
+def rule_text(rule: AnyRule) -> str:
     """What an allow rule names, in a few words."""
     match rule:
         case DeviceRule(pattern):

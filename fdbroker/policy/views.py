@@ -6,23 +6,28 @@ Runs in: opener, keeper, inbox. An attacker controls which of its user's uids, g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fdbroker.policy.compiled import Policy
-from fdbroker.policy.decide import View, view
 from fdbroker.terms import NOBODY, OTHERS, Subject, in_ranges
 
 # When there are more, all are made anew. A guess: as many as there are accounts.
 _KEPT = 1024
+_Said = TypeVar("_Said", bound=tuple[Any, ...])
 _Made = TypeVar("_Made")
 
 
 class Views(Generic[_Made]):
-    """Those of one policy; `make` makes of each what is kept. Of a subject's groups only those named matter."""
+    """Those of one policy: what `look` says of a subject, and what is kept of that, which `make` makes.
 
-    def __init__(self, policy: Policy, make: Callable[[View], _Made]) -> None:
+    Of a subject's groups only those that the policy names matter.
+    """
+
+    def __init__(
+        self, policy: Policy, look: Callable[[Policy, Subject], _Said], make: Callable[[_Said], _Made]
+    ) -> None:
         self.policy = policy
-        self._make = make
+        self._look, self._make = look, make
         self._gids = tuple(sorted(policy.gids))
         self._uids = policy.uids | NOBODY | {0}
         self._ranges = tuple(rule.ranges for rule in policy.deny if rule.ranges)
@@ -46,7 +51,7 @@ class Views(Generic[_Made]):
                 self._by_subject.clear()
             if len(self._by_view) >= _KEPT:
                 self._by_view.clear()
-            made = view(self.policy, subject)
+            made = self._look(self.policy, subject)
             # every field, so that one which comes later cannot be forgotten here
             what = tuple([tuple(one.items()) if isinstance(one, dict) else one for one in made])
             kept = self._by_view.get(what)

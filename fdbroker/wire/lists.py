@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fdbroker.limits import opener as limits
 from fdbroker.offers import Offer
-from fdbroker.terms import TOPIC_VERBS, TopicUse
+from fdbroker.topics import TOPIC_VERBS, TopicUse
 from fdbroker.wire import codec, link, resources
 
 # What may happen on one connection, and what state it is in afterwards. Opener and keeper judge the inbox by it, and it

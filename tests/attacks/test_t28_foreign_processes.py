@@ -210,7 +210,7 @@ def _connection(sent, rule):
         1,
         _Socket(sent),
         subject,
-        Seen((), (rule,), (), (), MAXIMA, administrator=False),
+        Seen((), (rule,), (), MAXIMA, administrator=False),
         Account(MAXIMA, 0.0),
         Flight(100),
     )

@@ -32,7 +32,8 @@ from fdbroker.kernel.sealed import sealed_memfd
 from fdbroker.kernel.sockets import unread_bytes
 from fdbroker.offers import Offer
 from fdbroker.policy.compiled import Policy, to_bytes
-from fdbroker.terms import Device, Topic, User
+from fdbroker.terms import Device
+from fdbroker.topics import Messages, Topic, User
 from fdbroker.wire import admin, findings, link, lists, varlink
 from fdbroker.wire.connections import Use
 from fdbroker.wire.launcher import INBOX_TO_LAUNCHER, LAUNCHER_TO_INBOX
@@ -455,7 +456,7 @@ def _send_own_end(opener, client):
 def test_descriptors_have_their_time_whatever_their_message_waits_for(monkeypatch, waits):
     """Connections that had been sent through themselves stayed for minutes: no time began while anything was asked."""
     monkeypatch.setattr(deadlines, "_ATTACHED_S", 1.0)
-    with inbox(policy=POLICY._replace(topics=(PLAIN,))) as opener, opener.client(MAY) as client:
+    with inbox(policy=POLICY._replace(messages=Messages((PLAIN,)))) as opener, opener.client(MAY) as client:
         opener.sock.settimeout(5)
         _send_own_end(opener, client)
         client.close()
@@ -474,7 +475,7 @@ def test_descriptors_have_their_time_whatever_their_message_waits_for(monkeypatc
 def test_who_rests_for_less_than_that_is_served_and_each_such_message_has_a_time_of_its_own(monkeypatch):
     monkeypatch.setattr(deadlines, "_ATTACHED_S", 1.0)
     denied = link.OPENER_TO_INBOX.encode(link.Outcome(1, Denied("x", index=0)))
-    with inbox(policy=POLICY._replace(topics=(PLAIN,))) as opener, opener.client(MAY) as client:
+    with inbox(policy=POLICY._replace(messages=Messages((PLAIN,)))) as opener, opener.client(MAY) as client:
         for _ in range(4):
             _send_own_end(opener, client)
             _rest(opener, 0.4)
@@ -514,7 +515,7 @@ def stored_inbox(tmp_path, monkeypatch):
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **k, check_same_thread=False))
     store = Slow(str(tmp_path / "messages.sqlite"))
-    with inbox(store, POLICY._replace(topics=(STORED, PLAIN))) as opener:
+    with inbox(store, POLICY._replace(messages=Messages((STORED, PLAIN)))) as opener:
         yield opener, store
     store.close()
 
@@ -618,7 +619,7 @@ def test_a_client_that_is_gone_before_the_commit_has_its_message_stored(stored_i
 
 def test_what_came_with_half_a_message_goes_with_its_connection():
     """At once, and not with the next event: nothing else happens here."""
-    with inbox(policy=POLICY._replace(topics=(PLAIN,))) as opener:
+    with inbox(policy=POLICY._replace(messages=Messages((PLAIN,)))) as opener:
         client = opener.client(MAY._replace(send=frozenset({PLAIN.name}), subscribe=frozenset()))
         null = os.open("/dev/null", os.O_RDWR)  # whoever has a copy has the same file
         number = os.fstat(null).st_ino
@@ -674,7 +675,7 @@ def test_half_of_a_new_policy_is_not_in_force(stored_inbox):
         client.sendall(INFO)
         assert "vendor" in replies(client, 1)[0]["parameters"]
         opener.allowed.by_number[1] = Rights(frozenset({"mail"}), frozenset(), 1000, 1000, 0, 100, 10_000)
-        first, *rest = opener.use(1, POLICY._replace(topics=(mail,), users=users), (1, 2))
+        first, *rest = opener.use(1, POLICY._replace(messages=Messages((mail,), users)), (1, 2))
         opener.send(first)
         while unread_bytes(opener.sock):  # else a client that is ready can come before it
             time.sleep(0.01)

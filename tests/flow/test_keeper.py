@@ -24,7 +24,8 @@ from fdbroker.nodes.find import Finder
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
 from fdbroker.refusals import LinkViolation
-from fdbroker.terms import Device, Subject, TopicUse
+from fdbroker.terms import Device, Subject
+from fdbroker.topics import TopicUse
 from fdbroker.wire import keeper, link, lists
 from fdbroker.wire.audit import Record, fields
 from fdbroker.wire.connections import Use

@@ -28,7 +28,8 @@ from fdbroker.opener.open import Nodes
 from fdbroker.opener.service import Opener
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
-from fdbroker.terms import Device, TopicUse
+from fdbroker.terms import Device
+from fdbroker.topics import TopicUse
 from fdbroker.wire import admin, keeper, link, lists
 from fdbroker.wire.audit import Record
 from fdbroker.wire.connections import Use

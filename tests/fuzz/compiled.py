@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fdbroker.policy.compiled import Policy, from_bytes, to_bytes
-from fdbroker.terms import (
-    DenyRule,
-    DeviceRule,
-    NamespaceRule,
-    SocketRule,
-    Topic,
-    TopicRule,
-    Uplink,
-    User,
-)
+from fdbroker.terms import DenyRule, DeviceRule, NamespaceRule, SocketRule, Uplink
+from fdbroker.topics import Messages, Topic, TopicRule, User
 
 WORDS = (
     b"[]",
@@ -41,13 +33,11 @@ def seeds() -> Iterator[bytes]:
     )
     empty = Policy(frozenset(), frozenset(), {}, {}, {}, (), (), {}, {}, {})
     yield to_bytes(empty)
-    yield to_bytes(empty._replace(by_uid={1000: (device, namespace, socket, topic)}, uid_limits={1000: {"burst": 5}}))
-    yield to_bytes(empty._replace(everyone=(topic,), deny=(deny,), by_gid={5: (device,)}, gid_limits={5: {}}))
-    yield to_bytes(
-        empty._replace(
-            topics=(Topic("news", ("queue",), 65536, 60, everyone=True),), users=(User(1000, "bob", frozenset({0})),)
-        )
-    )
+    yield to_bytes(empty._replace(by_uid={1000: (device, namespace, socket)}, uid_limits={1000: {"burst": 5}}))
+    yield to_bytes(empty._replace(everyone=(socket,), deny=(deny,), by_gid={5: (device,)}, gid_limits={5: {}}))
+    topics = (Topic("news", ("queue",), 65536, 60, everyone=True),)
+    said = Messages(topics, (User(1000, "bob", frozenset({0})),), {1000: (topic,)}, {5: ()}, (topic,))
+    yield to_bytes(empty._replace(messages=said, by_uid={1000: ()}))
 
 
 def target(data: bytes) -> None:

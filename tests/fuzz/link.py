@@ -20,7 +20,8 @@ from fdbroker.errors import (
 )
 from fdbroker.limits import every as limits
 from fdbroker.offers import Offer
-from fdbroker.terms import Device, Namespace, Socket, TopicUse, Uplink
+from fdbroker.terms import Device, Namespace, Socket, Uplink
+from fdbroker.topics import TopicUse
 from fdbroker.wire import admin, keeper, link, lists, worker
 from fdbroker.wire.audit import Record, fields
 from fdbroker.wire.connections import Came, Use

@@ -17,13 +17,15 @@ from fdbroker.errors import Finding
 from fdbroker.limits import every as limits
 from fdbroker.policy import compile as compiler
 from fdbroker.policy import names, schema
-from fdbroker.policy.compiled import from_bytes, to_bytes
+from fdbroker.policy.compiled import to_bytes
 from fdbroker.policy.decide import decide, view
 from fdbroker.policy.fit import Facts
 from fdbroker.policy.lint import Look, Machine, warnings
 from fdbroker.policy.load import Node, in_order, parse
+from fdbroker.policy.messages import from_bytes
 from fdbroker.policy.paths import matcher
 from fdbroker.policy.rules import all_rules
+from fdbroker.policy.tried import failed_tests
 from fdbroker.terms import Device, DeviceRule, Subject
 
 _STEP = 400
@@ -187,7 +189,7 @@ def judge_findings(text: str, findings: list[Finding]) -> None:
 def judge_policy(tree: Node, loaded: compiler.Loaded) -> None:
     policy = loaded.policy
     assert from_bytes(to_bytes(policy)) == policy
-    compiler.failed_tests(loaded)
+    failed_tests(loaded)
     for warning in warnings(policy, MACHINE):
         assert warning.line > 0
         assert warning.what

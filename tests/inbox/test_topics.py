@@ -15,7 +15,7 @@ from fdbroker.inbox.store import Store, Stored
 from fdbroker.inbox.topics import Topics
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.limits import every as limits
-from fdbroker.terms import Topic, User
+from fdbroker.topics import Topic, User
 
 TOPICS = (Topic("inbox", ("journal", "subscribers"), 100), Topic("news", ("subscribers",), 65536))
 ALL = Rights(frozenset({"inbox", "news"}), frozenset({"inbox", "news"}), 1000, 1000, 2, 0, 0, 1000, 1000)

@@ -17,7 +17,7 @@ MAXIMA |= {"requests_per_second": 2, "burst": 6}
 
 def connection(number, work):
     subject = Subject(number, frozenset(), number, 1, "", "", foreign=True, owner=number)
-    return Connection(number, subject, View((), (), (), (), MAXIMA, administrator=False), work)
+    return Connection(number, subject, View((), (), (), MAXIMA, administrator=False), work)
 
 
 def test_a_connection_lists_or_watches_and_never_both():

@@ -51,7 +51,7 @@ def world(dev):
             work = self.owners.setdefault(owner, Bucket(MAXIMA["burst"], 0.0))
             uid = owner * 1000 + self.last
             subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=owner)
-            seen = View((rule,), (), (), (), MAXIMA, administrator=False)
+            seen = View((rule,), (), (), MAXIMA, administrator=False)
             connection = Connection(self.last, subject, seen, work)
             connection.state = state
             return connection

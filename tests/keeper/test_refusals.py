@@ -12,7 +12,8 @@ import pytest
 from fdbroker.keeper.refusals import Refusals
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.limits import every as limits
-from fdbroker.terms import Device, Namespace, Socket, Subject, TopicUse
+from fdbroker.terms import Device, Namespace, Socket, Subject
+from fdbroker.topics import TopicUse
 from fdbroker.wire.audit import Record, fields
 
 REPEAT_S = limits.AUDIT_REPEAT_SECONDS

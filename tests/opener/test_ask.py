@@ -54,7 +54,7 @@ class Machine:
             uid, Account({"burst": 10, "connections": 10, "requests_per_second": 10, "record_burst": 10}, 0.0)
         )
         subject = Subject(uid, frozenset(), uid, 1, "", "", foreign=True, owner=uid)
-        view = View((), (RULE, SOCKETS), (), (), LIMITS, administrator=False)
+        view = View((), (RULE, SOCKETS), (), LIMITS, administrator=False)
         made = Opening(Connection(1, ends[0], subject, view, account, Flight(1000)), resources, Closing())
         made.permits = [Permit(one, (SOCKETS if isinstance(one, Socket) else RULE,)) for one in resources]
         self.stack.callback(made.close)

@@ -33,7 +33,7 @@ def world(request):
             made.extend((ours, theirs))
             account = self.accounts.setdefault(owner, Account(MAXIMA, 0.0))
             subject = Subject(owner, frozenset(), owner, 1, "", "", foreign=True, owner=owner)
-            seen = View((), (), (), (), MAXIMA | maxima, administrator=False)
+            seen = View((), (), (), MAXIMA | maxima, administrator=False)
             return Connection(len(made), ours, subject, seen, account, self.flight), theirs
 
     yield World()
@@ -163,7 +163,7 @@ def test_an_account_with_something_in_use_is_not_forgotten():
 def test_the_last_places_are_for_new_owners_and_the_very_last_for_administrators(
     world, connections, left, administrator, limit
 ):
-    seen = View((), (), (), (), MAXIMA | {"connections": 10}, administrator=administrator)
+    seen = View((), (), (), MAXIMA | {"connections": 10}, administrator=administrator)
     for _ in range(connections - 1):
         world.connect(5)
     account = world.accounts.get(5) or Account(MAXIMA, 0.0)

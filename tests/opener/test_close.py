@@ -44,7 +44,7 @@ def lingering():
 def connection():
     ours, theirs = socket.socketpair()
     subject = Subject(5, frozenset(), 5, 1, "", "", foreign=True, owner=5)
-    seen = View((), (), (), (), MAXIMA, administrator=False)
+    seen = View((), (), (), MAXIMA, administrator=False)
     with ours, theirs:
         yield Connection(1, ours, subject, seen, Account(MAXIMA, 0.0), Flight(100))
 

@@ -78,7 +78,7 @@ OURS = {
 
 # Lines of our code in the opener, without blanks, comments and docstrings. The design asks for 1,500, which takes a keeper
 # for what is no part of a request; what is added before that takes something else out.
-LINES = 3_663
+LINES = 3_628
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -154,9 +154,8 @@ def test_the_inbox_loads_msgspec_and_what_judges_by_a_policy_and_nothing_that_co
     assert "msgspec" in inbox
     assert not inbox & {"yaml", "subprocess", "asyncio", "pwd", "grp", "click", "pyseccomp", "site", "runpy"}
     assert not {name for name in inbox if name.startswith(("fdbroker.opener", "fdbroker.launcher", "fdbroker.keeper"))}
-    judges = {
-        f"fdbroker.policy.{name}" for name in ("compiled", "decide", "labels", "literals", "owners", "paths", "views")
-    }
+    names = ("compiled", "decide", "labels", "literals", "messages", "owners", "paths", "views")
+    judges = {f"fdbroker.policy.{name}" for name in names}
     assert {name for name in inbox if name.startswith("fdbroker.policy.")} == judges
 
 

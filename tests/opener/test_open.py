@@ -24,7 +24,7 @@ from fdbroker.policy.fit import DANGEROUS_CLASSES
 from fdbroker.terms import DenyRule, Device, DeviceRule, Grant, Namespace, NamespaceRule, Subject
 
 NOBODYS = os.makedev(240, 7)  # for local use, Documentation/admin-guide/devices.txt: no driver of a distribution's
-SEEN = View((), (), (), (), {}, administrator=False)
+SEEN = View((), (), (), {}, administrator=False)
 ASKED = Device("/dev/mine", "rw")
 
 

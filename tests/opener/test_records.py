@@ -16,7 +16,8 @@ import pytest
 from fdbroker.kernel.link import Link
 from fdbroker.kernel.records import NotRecorded
 from fdbroker.opener.audit import Audit
-from fdbroker.terms import Device, DeviceRule, Grant, Namespace, Socket, Subject, TopicUse
+from fdbroker.terms import Device, DeviceRule, Grant, Namespace, Socket, Subject
+from fdbroker.topics import TopicUse
 from fdbroker.wire import keeper
 from fdbroker.wire.audit import Record, fields
 

@@ -10,11 +10,12 @@ import pytest
 
 from fdbroker.errors import PolicyError
 from fdbroker.inbox.rights import message_rights
-from fdbroker.policy.compile import failed_tests, load_policy
-from fdbroker.policy.compiled import from_bytes, to_bytes
-from fdbroker.policy.decide import decide, view
+from fdbroker.policy.compile import load_policy
+from fdbroker.policy.compiled import to_bytes
 from fdbroker.policy.explain import explain
 from fdbroker.policy.labels import allowing, denying
+from fdbroker.policy.messages import from_bytes, judge, message_view, messages
+from fdbroker.policy.tried import failed_tests
 from fdbroker.terms import Subject
 from fdbroker.typed import parse_asked
 
@@ -65,7 +66,7 @@ def loaded(tmp_path, text):
 
 def allowed(policy, text, label, access="ro"):
     policy = from_bytes(to_bytes(policy))  # as the opener has it
-    return bool(decide(view(policy, subject(label)), parse_asked(text, access)).rules)
+    return bool(judge(policy, subject(label), parse_asked(text, access)).rules)
 
 
 def test_a_rule_that_allows_counts_where_the_profile_surely_confines():
@@ -145,7 +146,7 @@ def test_a_rule_for_members_by_the_database_keeps_its_label(tmp_path):
     rule = "groups: {root: {devices: [{path: /dev/x, label: player, membership: nss}]}}"
     policy = loaded(tmp_path, rule).policy
     for label, expected in (("player (enforce)", True), ("", False)):
-        assert bool(decide(view(policy, subject(label, 0, [])), parse_asked("/dev/x", "ro")).rules) == expected
+        assert bool(judge(policy, subject(label, 0, []), parse_asked("/dev/x", "ro")).rules) == expected
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_a_deny_rule_with_a_label_denies_that_one_and_the_unknown(tmp_path, deni
     assert not allowed(policy, asked, "")
     assert allowed(policy, asked, "other (enforce)")
     assert allowed(policy, asked, "unconfined")
-    assert decide(view(policy, subject("", uid=6)), parse_asked(asked, "ro")).rules
+    assert judge(policy, subject("", uid=6), parse_asked(asked, "ro")).rules
 
 
 def test_with_and_without_a_label_add_up(tmp_path):
@@ -188,14 +189,14 @@ users: {5: {send: [open], subscribe: [open, {topic: closed, label: player}]}}
 def test_rights_on_topics_are_the_labels(tmp_path):
     policy = loaded(tmp_path, TOPICS).policy
     for label, topics in (("player (enforce)", {"open", "closed"}), ("player (complain)", {"open"}), ("", {"open"})):
-        rights = message_rights(view(policy, subject(label)), policy.topics)
+        rights = message_rights(message_view(policy, subject(label)), messages(policy).topics)
         assert (rights.send, rights.subscribe) == ({"open"}, topics)
 
 
 def test_a_message_is_stored_for_the_users_of_a_label(tmp_path):
     """Their programs with it can read it; nobody knows which programs a user will start."""
     policy = loaded(tmp_path, TOPICS).policy
-    assert [(user.uid, user.topics) for user in policy.users] == [(5, {0, 1})]
+    assert [(user.uid, user.topics) for user in messages(policy).users] == [(5, {0, 1})]
 
 
 @pytest.mark.parametrize(

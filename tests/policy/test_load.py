@@ -17,7 +17,8 @@ from yaml.reader import Reader
 from fdbroker.errors import PolicyError
 from fdbroker.limits.opener import POLICY_FINDINGS
 from fdbroker.policy import load
-from fdbroker.policy.compile import failed_tests, load_policy
+from fdbroker.policy.compile import load_policy
+from fdbroker.policy.tried import failed_tests
 
 
 def errors(tmp_path, text):

@@ -10,9 +10,11 @@ from harness import replaced_file
 from fdbroker.errors import PolicyError
 from fdbroker.kernel.landlock import READ_DIR, READ_FILE
 from fdbroker.launcher.needs import check_reload, needs
-from fdbroker.policy.compile import failed_tests, load_policy
-from fdbroker.policy.compiled import from_bytes, to_bytes
+from fdbroker.policy.compile import load_policy
+from fdbroker.policy.compiled import to_bytes
 from fdbroker.policy.decide import decide, view
+from fdbroker.policy.messages import from_bytes
+from fdbroker.policy.tried import failed_tests
 from fdbroker.terms import NAMESPACE_TYPES, NEW_NAMESPACE_TYPES, Subject, Uplink
 from fdbroker.typed import parse
 

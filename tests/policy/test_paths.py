@@ -147,7 +147,7 @@ def test_of_many_rules_only_those_that_can_match_are_tried(monkeypatch):
     names = [f"/dev/ttyUSB{number}" for number in range(1000)] + [f"/dev/snd{number}/*" for number in range(1000)]
     rules = tuple(DeviceRule(name, "rw", "tty", "", True, "everyone", "f:1") for name in names)
     deny = tuple(DenyRule((f"{name}/no",), (), frozenset(), frozenset(), True, "everyone", "f:2") for name in names)
-    seen = View(rules, (), (), deny, {}, administrator=False)
+    seen = View(rules, (), deny, {}, administrator=False)
     tried: list[str] = []
     real = paths.matcher
     monkeypatch.setattr(paths, "matcher", lambda pattern: tried.append(pattern) or real(pattern))

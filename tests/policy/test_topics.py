@@ -6,11 +6,13 @@ import pytest
 
 from fdbroker.errors import PolicyError
 from fdbroker.inbox.rights import message_rights
-from fdbroker.policy.compile import failed_tests, load_policy
-from fdbroker.policy.compiled import from_bytes, to_bytes
-from fdbroker.policy.decide import view
+from fdbroker.policy.compile import load_policy
+from fdbroker.policy.compiled import to_bytes
 from fdbroker.policy.explain import explain
-from fdbroker.terms import Subject, Topic, TopicUse
+from fdbroker.policy.messages import from_bytes, message_view, messages
+from fdbroker.policy.tried import failed_tests
+from fdbroker.terms import Subject
+from fdbroker.topics import Topic, TopicUse
 
 POLICY = """
 version: 1
@@ -38,7 +40,7 @@ def subject(*gids):
 
 
 def test_a_policy_says_which_topics_there_are_and_its_tests_hold(loaded):
-    assert loaded.policy.topics == (
+    assert messages(loaded.policy).topics == (
         Topic("inbox", ("journal", "subscribers"), 65536),
         Topic("news", ("subscribers",), 1000),
     )
@@ -48,11 +50,11 @@ def test_a_policy_says_which_topics_there_are_and_its_tests_hold(loaded):
 
 def test_rights_are_those_of_everyone_and_of_the_groups(loaded):
     policy = loaded.policy
-    rights = message_rights(view(policy, subject(6)), policy.topics)
+    rights = message_rights(message_view(policy, subject(6)), messages(policy).topics)
     assert (rights.send, rights.subscribe, rights.subscriptions) == ({"inbox"}, set(), 3)
-    rights = message_rights(view(policy, subject(50)), policy.topics)
+    rights = message_rights(message_view(policy, subject(50)), messages(policy).topics)
     assert (rights.send, rights.subscribe) == ({"inbox", "news"}, {"inbox", "news"})
-    nobody = message_rights(view(policy, subject(50)._replace(uid=65534)), policy.topics)
+    nobody = message_rights(message_view(policy, subject(50)._replace(uid=65534)), messages(policy).topics)
     assert (nobody.send, nobody.subscribe) == (set(), set())
 
 

@@ -31,7 +31,8 @@ from fdbroker.nodes.find import Finder
 from fdbroker.offers import Offer
 from fdbroker.policy.compile import load_policy
 from fdbroker.policy.compiled import to_bytes
-from fdbroker.terms import Device, Namespace, TopicUse
+from fdbroker.terms import Device, Namespace
+from fdbroker.topics import TopicUse
 from fdbroker.wire import admin, keeper, link, lists, worker
 from fdbroker.wire.audit import Record
 from fdbroker.wire.connections import Use

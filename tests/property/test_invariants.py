@@ -17,14 +17,16 @@ from fdbroker.inbox.rights import message_rights, rights_by
 from fdbroker.limits import every as limits
 from fdbroker.opener.views import views as views_of
 from fdbroker.policy import labels
-from fdbroker.policy.compiled import Policy, from_bytes, to_bytes
+from fdbroker.policy.compiled import Policy, to_bytes
 from fdbroker.policy.decide import decide, view
 from fdbroker.policy.fit import is_dangerous
 from fdbroker.policy.globs import dangerous_name
 from fdbroker.policy.load import parse
+from fdbroker.policy.messages import from_bytes, message_view, messages
 from fdbroker.policy.paths import is_device_path, matcher
 from fdbroker.policy.spelling import glob_error, label_glob_error
 from fdbroker.terms import NAMESPACE_TYPES, DenyRule, Device, DeviceRule, NamespaceRule, SocketRule, Subject, Uplink
+from fdbroker.topics import TOPIC_VERBS, Messages, Topic, TopicRule, User
 from fdbroker.wire import keeper, link, lists, varlink
 from fdbroker.wire.frame import FrameReader
 from fdbroker.wire.journal import encode_fields, escaped
@@ -211,6 +213,26 @@ DENY_RULES = st.builds(
     GLOBS,
     st.lists(RANGES, max_size=2).map(tuple),
 )
+TOPIC_RULES = st.lists(
+    st.builds(TopicRule, st.sampled_from(TOPIC_VERBS), NAMES, st.just("x"), st.just("f:6"), GLOBS), max_size=2
+).map(tuple)
+MESSAGES = st.builds(
+    Messages,
+    st.just((Topic("a", ("subscribers",), 100), Topic("b", ("queue",), 100, 60))),
+    st.just((User(7, "bob", frozenset({1})),)),
+    st.dictionaries(IDS, TOPIC_RULES, max_size=3),
+    st.dictionaries(IDS, TOPIC_RULES, max_size=3),
+    TOPIC_RULES,
+)
+
+
+def _named(policy):
+    """As it is compiled: who has rules for topics alone is named among the others, too."""
+    said = policy.messages
+    by_uid = {**dict.fromkeys(said.by_uid, ()), **policy.by_uid}
+    return policy._replace(by_uid=by_uid, by_gid={**dict.fromkeys(said.by_gid, ()), **policy.by_gid})
+
+
 POLICIES = st.builds(
     Policy,
     st.frozensets(IDS),
@@ -223,7 +245,8 @@ POLICIES = st.builds(
     st.dictionaries(IDS, st.just({"burst": 7}), max_size=2),
     st.dictionaries(IDS, st.just({"burst": 9}), max_size=2),
     st.just({}),
-)
+    MESSAGES,
+).map(_named)
 SUBJECTS = st.builds(
     Subject,
     IDS,
@@ -301,7 +324,7 @@ def test_what_is_made_once_for_many_subjects_is_what_each_would_get(policy, subj
     for subject in subjects:
         alone = view(policy, subject)
         assert views.of(subject) == alone
-        assert rights.of(subject) == message_rights(alone, policy.topics)
+        assert rights.of(subject) == message_rights(message_view(policy, subject), messages(policy).topics)
     for one, other in itertools.combinations(subjects, 2):
         same = view(policy, one) == view(policy, other)
         assert (views.of(one) is views.of(other)) == same

@@ -28,7 +28,8 @@ from fdbroker.kernel.sealed import sealed_memfd
 from fdbroker.limits import every as limits
 from fdbroker.nodes.find import Finder
 from fdbroker.policy.compiled import Policy, to_bytes
-from fdbroker.terms import Device, DeviceRule, TopicUse
+from fdbroker.terms import Device, DeviceRule
+from fdbroker.topics import TopicUse
 from fdbroker.wire import keeper, link, lists
 from fdbroker.wire.connections import Use
 from fdbroker.wire.launcher import KEEPER_TO_LAUNCHER, LAUNCHER_TO_KEEPER, Given

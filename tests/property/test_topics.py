@@ -18,7 +18,7 @@ from fdbroker.inbox.dispatch import Publish
 from fdbroker.inbox.member import Member
 from fdbroker.inbox.rights import Rights, Sender
 from fdbroker.inbox.topics import Topics
-from fdbroker.terms import Topic
+from fdbroker.topics import Topic
 
 MESSAGES, BYTES, LONGEST, SUBSCRIPTIONS = 4, 1400, 300, 2
 NAMES = ("inbox", "news", "mail")

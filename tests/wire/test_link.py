@@ -17,7 +17,8 @@ from fdbroker.errors import (
 )
 from fdbroker.limits import every as limits
 from fdbroker.offers import Offer
-from fdbroker.terms import Device, Topic, TopicUse
+from fdbroker.terms import Device
+from fdbroker.topics import Topic, TopicUse
 from fdbroker.wire import keeper, link, lists
 from fdbroker.wire.audit import Record, fields
 from fdbroker.wire.connections import Use
