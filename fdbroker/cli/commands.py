@@ -252,7 +252,10 @@ def send(topic: str, payload: str | None, to: str | None, address: str | None) -
 @_as_json
 @_socket
 def subscribe(topics: tuple[str, ...], after: int | None, json_: bool, address: str | None) -> None:
-    """Print the messages of these topics as they come, without end; a broker that is restarted is found again."""
+    """Print the messages of these topics as they come, without end; a broker that is restarted is found again.
+
+    A line is the topic, the sender's uid and pid, and the message; --json has all there is.
+    """
     with connect(address) as client:
         try:
             for message in client.subscribe(topics, after=after):
@@ -269,13 +272,16 @@ def subscribe(topics: tuple[str, ...], after: int | None, json_: bool, address: 
 @_as_json
 @_socket
 def receive(keep: bool, json_: bool, address: str | None) -> None:
-    """Print the messages that are stored for you, and, once they are printed, have them removed."""
+    """Print the messages that are stored for you, and, once they are printed, have them removed.
+
+    A line is the topic, the sender's uid and pid, and the message; --json has all there is.
+    """
     with connect(address) as client:
         if keep:
             kept = client.receive(limits.RECEIVED_MESSAGES)
             _show_messages(kept, json_=json_)
             if kept:
-                show.error("these are the oldest; more may be stored: receive without --keep")
+                show.error("these stay; if there are more, they come once these are removed, by receive without --keep")
             return
         messages = client.receive()
         while messages:
