@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from floods import FIRST
 from harness import CLONE_NEWNS, CLONE_NEWUSER, LIBC, MS_BIND, MS_REC, Raw, mount
 
-from fdbroker.kernel import processes
+from fdbroker.kernel import pinned
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _ROOT = FIRST + 60_000  # who the container's root is outside: nothing else on the machine runs with that uid
@@ -106,7 +106,7 @@ def _ask(address: str, uid: int, saying: int) -> None:
 
 def stopped(worker: int) -> set[int]:
     """The pids of what the worker's children have started that is stopped."""
-    return {pid for child in _children(worker) for pid in _children(child) if processes.state(pid) == b"T"}
+    return {pid for child in _children(worker) for pid in _children(child) if pinned.state(pid) == b"T"}
 
 
 def _children(pid: int) -> list[int]:

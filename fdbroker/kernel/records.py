@@ -24,6 +24,14 @@ class NotRecorded(Exception):
     """The record could not be written now; nothing may be granted on it, or said to be delivered."""
 
 
+def _quoted(text: str) -> str:
+    """A text as JSON, without any character that a terminal could take for a command."""
+    quoted = json.encoder.encode_basestring(text)
+    if quoted.isprintable():
+        return quoted
+    return "".join(one if one.isprintable() else json.encoder.encode_basestring_ascii(one)[1:-1] for one in quoted)
+
+
 class Records:
     """Takes `journal`, a connected datagram socket, or None."""
 
@@ -34,21 +42,23 @@ class Records:
         mode = os.fstat(2).st_mode
         self._never_full, self._is_pipe = stat.S_ISREG(mode), stat.S_ISFIFO(mode)
 
-    def _line(self, values: Mapping[str, str]) -> bytes:
-        """ASCII, so that a terminal takes nothing in it for a command; no longer than a writable pipe takes at once.
+    @staticmethod
+    def _line(values: Mapping[str, str]) -> bytes:
+        members = ", ".join([f'"{name}": {_quoted(text)}' for name, text in values.items()])
+        return f"{{{members}}}\n".encode()
 
-        For that the longest values are cut.
-        """
-        line, cut = json.dumps(values), dict(values)
-        while self._is_pipe and len(line) >= _PIPE_BUF:
+    def _fitting(self, values: Mapping[str, str]) -> bytes:
+        """A line that a pipe which is writable takes at once: of one that is longer, the longest values are cut."""
+        line, cut = self._line(values), dict(values)
+        while self._is_pipe and len(line) > _PIPE_BUF:
             longest = max(cut, key=lambda name: len(cut[name]))
             cut |= {longest: cut[longest][: len(cut[longest]) // 2], "FDBROKER_CUT": "1"}
-            line = json.dumps(cut)
-        return f"{line}\n".encode()
+            line = self._line(cut)
+        return line
 
     def prepare(self, values: Mapping[str, str]) -> bytes:
         """A record as it is written; the same bytes may be put several times."""
-        return self._line(values) if self._journal is None else encode_fields(values)
+        return self._fitting(values) if self._journal is None else encode_fields(values)
 
     def write(self, values: Mapping[str, str]) -> None:
         """Write one record. Raises NotRecorded as `put` does."""
