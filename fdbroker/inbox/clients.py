@@ -75,10 +75,13 @@ class Clients:
     _look_timed = timed(_look)
 
     def _answered(self, client: Client) -> None:
-        """The opener needs to answer this one no more: another of the same user may ask."""
+        """The opener needs to answer this one no more: another of the same user may ask, later in this turn.
+
+        Not now: what that one asks can end it, while somebody goes through the connections and closes this one.
+        """
         after = self.turns.answered(client.user, client)
         if after is not None:
-            self._work(after)
+            self._more[after.number] = after
 
     def _go_on(self, clients: Iterable[Client]) -> None:
         for client in clients:

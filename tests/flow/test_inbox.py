@@ -11,13 +11,14 @@ import sqlite3
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 from fakes import came
 
 from fdbroker.errors import ClientNotReading, Denied, RateLimited
-from fdbroker.inbox import deadlines, dispatch, service
+from fdbroker.inbox import deadlines, dispatch, service, turns
 from fdbroker.inbox.client import Client
 from fdbroker.inbox.client import User as Somebody
 from fdbroker.inbox.reserve import Reserve
@@ -483,6 +484,31 @@ def test_who_rests_for_less_than_that_is_served_and_each_such_message_has_a_time
             assert isinstance(opener.next(), link.Open)  # after the rest
             opener.send(denied)
             assert len(replies(client, 3)) == 3
+
+
+def test_who_closes_one_of_a_user_closes_no_other_one_with_it(monkeypatch):
+    """Another one of the user could ask then, in the middle of that, and be closed itself: a KeyError ended the service."""
+    monkeypatch.setattr(turns, "_SHARE_ALONE", turns._SHARE)  # as while several users have work
+    monkeypatch.setattr(deadlines, "_ATTACHED_S", 1.0)
+    # a clock by which all of them are late at once
+    monkeypatch.setattr(deadlines, "time", SimpleNamespace(monotonic=lambda: float(int(time.monotonic()))))
+    send = call("Send", topic="plain", payload="x")
+    time.sleep(1.05 - time.monotonic() % 1)
+    with inbox(policy=POLICY._replace(messages=Messages((PLAIN,)))) as opener, contextlib.ExitStack() as clients:
+        for _ in range(2):  # ASKED_AT_ONCE
+            socket.send_fds(clients.enter_context(opener.client(MAY)), [OPEN + send], [0])
+            assert isinstance(opener.next(), link.Open)
+        for _ in range(2):
+            socket.send_fds(clients.enter_context(opener.client(MAY)), [LIST + send], [0])
+        user = next(iter(opener.inbox._by_number.values())).user
+        end_s = time.monotonic() + 0.8
+        while len(user.waiting) < 2:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+        said = [opener.next() for _ in range(4)]
+        assert {one.connection for one in said} == {1, 2, 3, 4}
+        assert {type(one) for one in said} == {link.Closed}
+        assert opener.error is None
 
 
 # ---- stored messages
