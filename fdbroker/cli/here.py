@@ -16,6 +16,7 @@ from collections.abc import Collection
 from fdbroker import connect as broker
 from fdbroker.client.calls import About
 from fdbroker.client.calls import address as broker_address
+from fdbroker.client.unreachable import DEFAULT_GROUP, cure_for_root_alone
 from fdbroker.errors import FdbrokerError
 from fdbroker.kernel.devices import nodes_matching
 from fdbroker.kernel.sockets import peer_label
@@ -24,7 +25,7 @@ from fdbroker.policy.fit import Facts
 from fdbroker.policy.lint import Look, Machine
 
 _NETNS = "/run/netns"  # ip-netns(8)
-_GROUP = "fdbroker"  # the socket's, by default
+_GROUP = DEFAULT_GROUP
 _ANSWER_S = 3.0  # for a broker that is idle a thousand times what it needs
 _LINKS = 40  # as many as the kernel follows: path_resolution(7)
 _WRITE, _SEARCH = 2, 1  # connect(2) asks for no more than to write
@@ -136,6 +137,7 @@ def connect(uid: int, gids: Collection[int]) -> str | None:
                 return f"it may not enter {folder}"
         if _may(address, uid, gids, _WRITE):
             return ""
+        of_root = os.stat(address).st_gid == 0
         group, there = names.group_name(os.stat(address).st_gid), f"{address} is"
     except FileNotFoundError:
         gid = names.gid_of(_GROUP)
@@ -143,9 +145,12 @@ def connect(uid: int, gids: Collection[int]) -> str | None:
             return None
         if uid == 0 or gid in gids:
             return ""
+        of_root = gid == 0
         group, there = _GROUP, f"{address} is not there now, and will be"
     except OSError:
         return None
+    if of_root:  # who is a member of root's group may do more than connect
+        return f"{there} for the group {group}: {cure_for_root_alone(_GROUP)}"
     if name.isdecimal():  # no account, so usermod(8) cannot help
         return f"{there} for the group {group}: an ACL entry lets it in, `setfacl -m u:{uid}:rw {address}`"
     return f"{there} for the group {group}: `usermod -aG {group} {name}`, and log in again"

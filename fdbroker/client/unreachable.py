@@ -18,6 +18,7 @@ from typing import NamedTuple
 from fdbroker.client.calls import DEFAULT_ADDRESS
 from fdbroker.terms import UNMAPPED_ID
 
+DEFAULT_GROUP = "fdbroker"  # the socket's, where there is one: `fdbroker serve --help`
 _UNIT = "fdbroker.socket"
 # linux/posix_acl_xattr.h: a version, then entries of a tag, permissions and an id, all little-endian
 _ACL_NAME = "system.posix_acl_access"
@@ -49,6 +50,14 @@ def why(path: str, error: OSError) -> str:
         case errno.EAGAIN:
             return f"too many clients wait to be let in at {path}: try again; `systemctl status fdbroker` says more"
     return f"nobody answers at {path}: {error.strerror or error}"
+
+
+def cure_for_root_alone(group: str = DEFAULT_GROUP) -> str:
+    """What an admin does about a socket of the group root, of which nobody else is to be a member."""
+    if _group_exists(group):
+        return f"it is root's alone: an admin starts the broker with `--group {group}`"
+    made = f"`groupadd --system {group}`, and starts the broker again"
+    return f"it is root's alone: an admin makes the group {group}, {made}, or starts it with `--group GROUP`"
 
 
 def _is_socket(path: str) -> bool:
@@ -141,14 +150,26 @@ def _how_to_join(gids: list[int]) -> str:
     try:
         user = pwd.getpwuid(os.geteuid())
     except KeyError:
-        name = next(iter(named.values()))
+        name = next((name for gid, name in named.items() if gid), "")
+        if not name:
+            return cure_for_root_alone()
         return f"uid {os.geteuid()} is no user of the database: start this program with the group {name}"
     listed = named.keys() & os.getgrouplist(user.pw_name, user.pw_gid)
     if listed:
         name = named[min(listed)]
         return f"{user.pw_name} is a member of {name}, but this session is not: log in again, or run `newgrp {name}`"
+    named.pop(0, None)
+    if not named:
+        return cure_for_root_alone()
     name = next(iter(named.values()))
     return f"{user.pw_name} is no member: an admin runs `sudo usermod -aG {name} {user.pw_name}`, then log in again"
+
+
+def _group_exists(name: str) -> bool:
+    try:
+        return bool(grp.getgrnam(name))
+    except KeyError:
+        return False
 
 
 def _group_name(gid: int) -> str:

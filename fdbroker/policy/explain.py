@@ -270,7 +270,7 @@ def _for_others(rule: AnyRule, user: str, new_rule: str) -> Near:
     kind, _, group = rule.source.partition(" ")
     # usermod(8) takes an account by its name, and groups that the databases have
     account = names.name_of(int(user)) if user.isdecimal() else user
-    if kind == "group" and not account.isdecimal() and names.has_group(group):
+    if kind == "group" and not account.isdecimal() and names.has_group(group) and names.gid_of(group):
         change = f"make {account} a member: `usermod -aG {group} {account}`, and log in again"
     else:
         change = new_rule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import grp
 import os
 import random
 import re
@@ -172,6 +173,23 @@ def test_whatever_mode_and_acl_are_the_kernel_agrees(listening):
             if whom and name in whom[1]:
                 assert as_user(CAROL, [gid], _blocking, str(listening)) == ""
     assert refused > 20
+
+
+@pytest.mark.parametrize("uid", [BOB, CAROL])
+def test_nobody_is_told_to_become_a_member_of_roots_group(listening, uid):
+    """The socket of a broker that was started by hand where there is no group for it: the mode 0660, root:root."""
+    listening.chmod(0o660)
+    ours = "fdbroker" in {group.gr_name for group in grp.getgrall()}
+    makes = "makes the group fdbroker, `groupadd --system fdbroker`, and starts the broker again, or starts it"
+    cure = "starts the broker with `--group fdbroker`" if ours else f"{makes} with `--group GROUP`"
+    assert as_user(uid, [], said, str(listening)) == (
+        f"you may not connect to {listening}: the socket is for group root; it is root's alone: an admin {cure} "
+        f"(this session's groups: {uid})"
+    )
+    acl(listening, groups=[(OTHER_GROUP, 6)])
+    text = as_user(uid, [], said, str(listening))
+    assert "fdbaudio" in text.partition(";")[2]
+    assert "-aG root" not in text
 
 
 IDS = ((ALICE, BOB), (GROUP, OTHER_GROUP))

@@ -233,6 +233,14 @@ def test_the_advice_for_a_number_works(tmp_path, user, advice):
     assert explain(policy, subject, Device("/dev/x", "ro"), user).change == advice
 
 
+def test_no_advice_makes_anybody_a_member_of_roots_group(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\ngroups: {root: {devices: [{path: /dev/x}]}}\n")
+    policy = load_policy(str(path), trusted=False).policy
+    subject = Subject(1, frozenset({6}), 6, 0, "", "", foreign=False)
+    assert explain(policy, subject, Device("/dev/x", "ro"), "daemon").change.startswith("add under users: `daemon: ")
+
+
 def test_no_advice_names_a_group_that_there_is_not(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text("version: 1\ngroups: {54322: {devices: [{path: /dev/x}]}}\n")

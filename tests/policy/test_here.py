@@ -119,6 +119,22 @@ def test_the_cure_is_one_that_works(monkeypatch):
         assert f"`setfacl -m u:{NAMELESS}:rw {where}/socket`" in here.connect(NAMELESS, frozenset())
 
 
+@pytest.mark.parametrize("uid", [1, NAMELESS])
+def test_the_cure_is_never_the_group_root(monkeypatch, uid):
+    """The socket that a broker makes by hand, where there is no group for it: what `serve` takes says who may connect."""
+    need_root()
+    with folder() as where, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        monkeypatch.setenv("FDBROKER_SOCKET", f"{where}/socket")
+        listener.bind(f"{where}/socket")
+        os.chmod(f"{where}/socket", 0o660)
+        there = f"{where}/socket is for the group root: it is root's alone: an admin "
+        monkeypatch.setattr(here, "_GROUP", "nogroupofthisname")
+        makes = "`groupadd --system nogroupofthisname`, and starts the broker again, or starts it with `--group GROUP`"
+        assert here.connect(uid, frozenset()) == f"{there}makes the group nogroupofthisname, {makes}"
+        monkeypatch.setattr(here, "_GROUP", "audio")
+        assert here.connect(uid, frozenset()) == f"{there}starts the broker with `--group audio`"
+
+
 def test_explain_says_whether_the_user_can_connect_and_how_it_could(dev):
     """`policy explain`, beside what the rules say: the line, and `cannotConnect` with --json, are true and name a cure."""
     node("/dev/x/node", MEM["zero"], 0o666)
