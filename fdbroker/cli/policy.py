@@ -142,8 +142,9 @@ def explain_(
         except ValueError as error:
             raise click.BadParameter(f"{escaped(word)}: {error}", param_hint="RESOURCE") from None
         look = here.look(resource.path) if isinstance(resource, Device) and well_formed(resource) else None
-        explained.append((resource, explain(loaded.policy, subject, resource, show.typable(name), look)))
-    use = [usable(resource, subject, itself=user is None) if one.allowed else None for resource, one in explained]
+        one = explain(loaded.policy, subject, resource, show.typable(name), look, documents=loaded.documents)
+        explained.append((resource, one))
+    use = [usable(asked, subject, itself=user is None) if said.allowed else None for asked, said in explained]
     cannot = here.connect(subject.uid, subject.gids)
     used = here.in_service()
     other = used is not None and used.digest != loaded.policy.digest

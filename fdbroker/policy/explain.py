@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fdbroker.policy import names
@@ -19,6 +20,7 @@ from fdbroker.policy.decide import View, denying_rule, rules_of, view
 from fdbroker.policy.fit import Facts, dangerous_node, is_device, misfit
 from fdbroker.policy.globs import as_glob, dangerous_name
 from fdbroker.policy.lint import Look, as_keys
+from fdbroker.policy.load import Node
 from fdbroker.policy.messages import AnyRule, Asked, Verdict, covers, judge, message_view, messages, topic_rules
 from fdbroker.policy.messages import names as can_be_named
 from fdbroker.policy.paths import matcher
@@ -68,18 +70,27 @@ class Explanation(NamedTuple):
     refused: str | None = None
 
 
-def explain(policy: Policy, subject: Subject, resource: Asked, user: str, look: Look | None = None) -> Explanation:
+def explain(
+    policy: Policy,
+    subject: Subject,
+    resource: Asked,
+    user: str,
+    look: Look | None = None,
+    *,
+    documents: Sequence[Node] = (),
+) -> Explanation:
     """Judge as the opener would, and say why. `user` is the subject's name, or its number, in the text.
 
-    `look` describes the node that a device's path leads to now, None when it is not known.
+    `look` describes the node that a device's path leads to now, None when it is not known. `documents` are the trees
+    of the policy's files: what is to be added goes to what stands there.
     """
     seen = view(policy, subject)
     decision = judge(policy, subject, resource)
     node = look.facts if look else None
     if isinstance(resource, TopicUse) and not _has_topic(policy, resource):
-        return _denied(policy, subject, resource, user, Verdict(()), None)
+        return _denied(policy, subject, resource, user, Verdict(()), None, documents)
     if not decision.rules:
-        return _denied(policy, subject, resource, user, decision, node)
+        return _denied(policy, subject, resource, user, decision, node, documents)
     first = decision.rules[0]
     reason = f"{first.where} ({first.source}{_with_label(first)}) allows it{_condition(first)}"
     explained = Explanation(True, decision.rules, None, reason, (), "")
@@ -142,8 +153,9 @@ def _denied(
     user: str,
     decision: Verdict,
     node: Facts | None,
+    documents: Sequence[Node],
 ) -> Explanation:
-    new_rule = _new_rule(resource, user, node)
+    new_rule = _new_rule(subject, resource, user, node, documents)
     near = () if subject.uid in NOBODY else tuple(_near(policy, subject, resource, user, new_rule)[:_NEAR_MOST])
     if subject.uid in NOBODY:
         reason = f"uid {subject.uid} stands for users that the kernel cannot map: nothing is for it"
@@ -191,9 +203,24 @@ def _never(resource: Asked, node: Facts | None) -> tuple[str, str] | None:
     return f"a device of class {node.kernel_class} can be opened {most} only", f"ask for {most}"
 
 
-def _new_rule(resource: Asked, user: str, node: Facts | None) -> str:
+def _new_rule(subject: Subject, resource: Asked, user: str, node: Facts | None, documents: Sequence[Node]) -> str:
     key, text = _as_rule(resource, node)
+    entries = list(_entries(subject, documents))
+    for place, entry in entries:
+        if key in entry.value:
+            rules = entry.value[key]
+            return f"add to `{key}` of users.{place.value} at {rules.file}:{rules.line}: `- {text}`"
+    for place, _ in entries:  # a second one would be the same key again
+        return f"add to users.{place.value} at {place.file}:{place.line}: `{key}: [{text}]`"
     return f"add under users: `{_quoted(user)}: {{{key}: [{text}]}}`"
+
+
+def _entries(subject: Subject, documents: Iterable[Node]) -> Iterable[tuple[Node, Node]]:
+    """The entries of `users:` for the subject, by name or by number: the key of each and what stands there."""
+    for document in documents:
+        for name, (place, entry) in (document.get("users") or {}).items():
+            if names.uid_of(name) == subject.uid:
+                yield place, entry
 
 
 def _as_rule(resource: Asked, node: Facts | None) -> tuple[str, str]:

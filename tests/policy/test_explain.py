@@ -233,6 +233,36 @@ def test_the_advice_for_a_number_works(tmp_path, user, advice):
     assert explain(policy, subject, Device("/dev/x", "ro"), user).change == advice
 
 
+@pytest.mark.parametrize(
+    ("entry", "advice"),
+    [
+        ("daemon: {devices: [{path: /dev/other}]}", "add to `devices` of users.daemon at FILE:2: `- {path: /dev/y9}`"),
+        ("1:\n    devices:\n      - path: /dev/other", "add to `devices` of users.1 at FILE:5: `- {path: /dev/y9}`"),
+        ("daemon: {limits: {burst: 9}}", "add to users.daemon at FILE:2: `devices: [{path: /dev/y9}]`"),
+        (
+            "1: {}, daemon: {devices: [{path: /dev/other}]}",
+            "add to `devices` of users.daemon at FILE:2: `- {path: /dev/y9}`",
+        ),
+        ("bin: {devices: [{path: /dev/other}]}", "add under users: `daemon: {devices: [{path: /dev/y9}]}`"),
+    ],
+)
+def test_a_rule_is_to_be_added_to_the_users_entry_where_there_is_one(tmp_path, entry, advice):
+    """A second entry for the user would be a duplicate key, which is an error."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(f"version: 1\nusers: {{{entry}}}\n" if "\n" not in entry else f"version: 1\nusers:\n  {entry}\n")
+    arguments = ("--policy", str(path), "--user", "daemon", "--json", "/dev/y9")
+    (said,) = json.loads(_fdbroker("policy", "explain", *arguments).stdout)
+    assert said["change"].replace(str(path), "FILE") == advice
+
+
+def test_a_topic_is_to_be_added_to_what_the_user_may_send_to(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\ntopics: {news: {}, alarm: {}}\nusers: {daemon: {send: [news]}}\n")
+    arguments = ("--policy", str(path), "--user", "daemon", "--json", "send:alarm")
+    (said,) = json.loads(_fdbroker("policy", "explain", *arguments).stdout)
+    assert said["change"] == f"add to `send` of users.daemon at {path}:3: `- alarm`"
+
+
 def test_no_advice_makes_anybody_a_member_of_roots_group(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text("version: 1\ngroups: {root: {devices: [{path: /dev/x}]}}\n")
