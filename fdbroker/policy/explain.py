@@ -43,6 +43,7 @@ from fdbroker.topics import TopicUse
 _KINDS = {Device: "path", Namespace: "namespace", Socket: "socket", TopicUse: "topic"}
 _NEAR_MOST = 3
 _ALIKE_LEAST = 0.6  # difflib's own idea of close
+_NO_PATH = 4  # as far as a rule whose path is another
 
 
 class Near(NamedTuple):
@@ -156,7 +157,7 @@ def _denied(
     documents: Sequence[Node],
 ) -> Explanation:
     new_rule = _new_rule(subject, resource, user, node, documents)
-    near = () if subject.uid in NOBODY else tuple(_near(policy, subject, resource, user, new_rule)[:_NEAR_MOST])
+    near = () if subject.uid in NOBODY else tuple(_near(policy, subject, resource, user, node, new_rule)[:_NEAR_MOST])
     if subject.uid in NOBODY:
         reason = f"uid {subject.uid} stands for users that the kernel cannot map: nothing is for it"
         change = "run the program as a user of this machine, or in a user namespace whose ids are mapped"
@@ -251,7 +252,9 @@ def _quoted(text: str) -> str:
     return text if plain else "'" + text.replace("'", "''") + "'"
 
 
-def _near(policy: Policy, subject: Subject, resource: Asked, user: str, new_rule: str) -> list[Near]:
+def _near(
+    policy: Policy, subject: Subject, resource: Asked, user: str, node: Facts | None, new_rule: str
+) -> list[Near]:
     """The rules that almost allow it, nearest first; `new_rule` is the change where none of them is one to change."""
     seen = view(policy, subject)
     mine: set[AnyRule] = {*seen.devices, *seen.others, *message_view(policy, subject).rules}
@@ -260,31 +263,44 @@ def _near(policy: Policy, subject: Subject, resource: Asked, user: str, new_rule
     found: list[tuple[float, Near]] = []
     for rule in all_rules(policy):
         if rule in but_for_label and covers(rule, resource):
-            found.append((0.5, _for_label(rule, subject)))
+            one: tuple[float, Near] | None = (0.5, _for_label(rule, subject))
+        elif isinstance(resource, Device) and isinstance(rule, DeviceRule):
+            one = _near_device(rule, resource, user, node, new_rule, is_mine=rule in mine)
+        else:
+            one = _near_other(rule, resource, user, new_rule, is_mine=rule in mine)
+        if one is None:
             continue
-        if not isinstance(resource, Device) or not isinstance(rule, DeviceRule):
-            found += _near_other(rule, resource, user, new_rule, is_mine=rule in mine)
-            continue
-        named = matcher(rule.pattern).fullmatch(resource.path) is not None
-        enough = resource.access in ACCESS_COVERS[rule.access]
-        if named and rule in mine and not enough:
-            wanted = "rw" if {rule.access, resource.access} == {"ro", "wo"} else resource.access
-            change = f"at {rule.where} set `access: {wanted}`"
-            found.append((0, Near(rule, f"it gives {rule.access} only", change)))
-        elif named and rule not in mine and enough:
-            found.append((1, _for_others(rule, user, new_rule)))
-        elif named and rule not in mine:
-            missing = f"it is for {rule.source}, and gives {rule.access} only"
-            found.append((2, Near(rule, missing, new_rule)))
-        elif rule in mine and not named:
-            alike = difflib.SequenceMatcher(None, rule.pattern, resource.path).ratio()
-            if alike >= _ALIKE_LEAST:
-                missing = f"its path {rule.pattern} does not match"
-                if rule.pattern.count("/") != resource.path.count("/") and "*" in rule.pattern:
-                    missing += ": * never matches a slash"
-                change = f"at {rule.where} widen the path, or add `- path: {_quoted(as_glob(resource.path))}` beside it"
-                found.append((4 - alike, Near(rule, missing, change)))
+        far, near = one
+        if isinstance(rule, DeviceRule) and node and (unfit := misfit(rule, node)):
+            far, near = far + _NO_PATH, Near(rule, f"{near.missing}; and of the node there now {unfit}", new_rule)
+        found.append((far, near))
     return [near for _, near in sorted(found, key=lambda one: one[0])]
+
+
+def _near_device(
+    rule: DeviceRule, resource: Device, user: str, node: Facts | None, new_rule: str, *, is_mine: bool
+) -> tuple[float, Near] | None:
+    """How far a rule for devices is from allowing one, and what is missing; None for too far."""
+    enough = resource.access in ACCESS_COVERS[rule.access]
+    if matcher(rule.pattern).fullmatch(resource.path):
+        if is_mine and not enough:
+            wanted = "rw" if {rule.access, resource.access} == {"ro", "wo"} else resource.access
+            return 0, Near(rule, f"it gives {rule.access} only", f"at {rule.where} set `access: {wanted}`")
+        if is_mine:
+            return None
+        if enough:
+            return 1, _for_others(rule, user, new_rule)
+        return 2, Near(rule, f"it is for {rule.source}, and gives {rule.access} only", new_rule)
+    if not is_mine or (node and misfit(rule, node)):  # with a wider path it would still be refused
+        return None
+    alike = difflib.SequenceMatcher(None, rule.pattern, resource.path).ratio()
+    if alike < _ALIKE_LEAST:
+        return None
+    missing = f"its path {rule.pattern} does not match"
+    if rule.pattern.count("/") != resource.path.count("/") and "*" in rule.pattern:
+        missing += ": * never matches a slash"
+    _, text = _as_rule(resource, node)
+    return _NO_PATH - alike, Near(rule, missing, f"at {rule.where} widen the path, or add `- {text}` beside it")
 
 
 def _for_label(rule: AnyRule, subject: Subject) -> Near:
@@ -306,10 +322,12 @@ def _for_others(rule: AnyRule, user: str, new_rule: str) -> Near:
     return Near(rule, f"it is for {rule.source}{_with_label(rule)}", change)
 
 
-def _near_other(rule: AnyRule, resource: Asked, user: str, new_rule: str, *, is_mine: bool) -> list[tuple[float, Near]]:
+def _near_other(
+    rule: AnyRule, resource: Asked, user: str, new_rule: str, *, is_mine: bool
+) -> tuple[float, Near] | None:
     """Whether a rule for namespaces or sockets almost allows one."""
     if covers(rule, resource):
-        return [] if is_mine else [(1, _for_others(rule, user, new_rule))]
+        return None if is_mine else (1, _for_others(rule, user, new_rule))
     match rule, resource:
         case NamespaceRule(types), Namespace(kind) if kind not in types and covers(
             rule._replace(types=(kind,)), resource
@@ -321,8 +339,8 @@ def _near_other(rule: AnyRule, resource: Asked, user: str, new_rule: str, *, is_
             missing = f"it is for {', '.join((*rule.families, *rule.types, *map(str, rule.ports)))} only"
             change = f"at {rule.where} add what is missing to `families`, `types` or `bind`"
         case _:
-            return []
+            return None
     if is_mine:
-        return [(0, Near(rule, missing, change))]
+        return 0, Near(rule, missing, change)
     missing = f"it is for {rule.source}, and {missing.removeprefix('it is ')}"
-    return [(2, Near(rule, missing, new_rule))]
+    return 2, Near(rule, missing, new_rule)

@@ -242,6 +242,30 @@ def test_what_explain_suggests_for_a_node_has_its_class_and_number(dev):
             assert not said["refused"]
 
 
+def test_a_rule_that_the_node_does_not_fit_is_not_near_or_it_is_said_what_else_does_not_fit(dev):
+    """To widen its path, or to make somebody a member of its group, would lead to a refusal."""
+    node("/dev/z/one", MEM["zero"], 0o666)
+    with folder() as where:
+        policy = where / "policy.yaml"
+
+        def explained(text):
+            policy.write_text(f"version: 1\n{text}\n")
+            words = ("policy", "explain", "--policy", str(policy), "--user", "daemon", "--json", "/dev/z/one")
+            return json.loads(command("/nowhere", *words)[1])[0]
+
+        item = '{path: /dev/z/one, class: mem, device: "1:5"}'
+        for keys in ("class: sound", 'device: "1:3"'):
+            said = explained(f"users: {{1: {{devices: [{{path: /dev/z/two, {keys}}}]}}}}")
+            assert said["near"] == []
+            assert said["change"] == f"add to `devices` of users.1 at {policy}:2: `- {item}`"
+        for keys in ("", ", class: mem", ', device: "1:*"'):
+            said = explained(f"users: {{1: {{devices: [{{path: /dev/z/two{keys}}}]}}}}")
+            assert said["change"] == f"at {policy}:2 widen the path, or add `- {item}` beside it"
+        said = explained("groups: {audio: {devices: [{path: /dev/z/one, class: sound}]}}")
+        assert said["near"][0]["missing"].endswith("; and of the node there now its class is mem, not sound")
+        assert said["change"] == f"add under users: `daemon: {{devices: [{item}]}}`"
+
+
 def test_check_shows_what_it_read_and_what_it_warns_of(dev):
     """Also what `serve` would refuse; `--json` has the same, and the exit code is 0."""
     with folder() as where:
