@@ -54,6 +54,12 @@ def paths(pattern: str) -> list[str]:
     return sorted(path for path in nodes_matching(pattern, set()) if os.path.lexists(path))
 
 
+def beside(path: str) -> list[str]:
+    """The paths that are there now as deep below /dev as this one is, but for folders and links to nothing."""
+    every = paths("/dev" + "/*" * (path.count("/") - 1))
+    return [one for one in every if os.path.exists(one) and not os.path.isdir(one)]
+
+
 def namespaces() -> list[str]:
     """The network namespaces that have names."""
     try:

@@ -68,7 +68,7 @@ def check(policy_file: str, json_: bool) -> None:
             for finding in error.findings:
                 click.echo(show.typable(str(finding)), err=True)
         raise click.exceptions.Exit(error.exit_code) from None
-    warned = in_order([*distrusted(loaded.files), *warnings(loaded.policy, here.machine())], "warnings")
+    warned = in_order([*distrusted(loaded.files), *warnings(loaded.policy, here.machine(), loaded.idle)], "warnings")
     if json_:
         show.as_json([{**finding._asdict(), "severity": "warning"} for finding in warned])
         return
@@ -77,7 +77,7 @@ def check(policy_file: str, json_: bool) -> None:
     for file in loaded.files:
         show.line(show.typable(f"read: {file}"))
     counts = (
-        (len(list(all_rules(loaded.policy))), "rule"),
+        (len([*all_rules(loaded.policy), *loaded.idle]), "rule"),
         (len(loaded.policy.deny), "deny rule"),
         (len(loaded.tests), "test"),
     )
@@ -142,7 +142,11 @@ def explain_(
         except ValueError as error:
             raise click.BadParameter(f"{escaped(word)}: {error}", param_hint="RESOURCE") from None
         look = here.look(resource.path) if isinstance(resource, Device) and well_formed(resource) else None
-        one = explain(loaded.policy, subject, resource, show.typable(name), look, documents=loaded.documents)
+        nodes = here.beside(resource.text) if look and not look.facts else ()
+        trees, idle = loaded.documents, loaded.idle
+        one = explain(
+            loaded.policy, subject, resource, show.typable(name), look, documents=trees, idle=idle, nodes=nodes
+        )
         explained.append((resource, one))
     use = [usable(asked, subject, itself=user is None) if said.allowed else None for asked, said in explained]
     cannot = here.connect(subject.uid, subject.gids)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from fdbroker.policy import names
@@ -34,6 +34,7 @@ from fdbroker.terms import (
     DeviceRule,
     Namespace,
     NamespaceRule,
+    Rule,
     Socket,
     SocketRule,
     Subject,
@@ -43,6 +44,7 @@ from fdbroker.topics import TopicUse
 _KINDS = {Device: "path", Namespace: "namespace", Socket: "socket", TopicUse: "topic"}
 _NEAR_MOST = 3
 _ALIKE_LEAST = 0.6  # difflib's own idea of close
+_MEANT_LEAST = 0.9  # of whole paths, whose beginning is always the same
 _NO_PATH = 4  # as far as a rule whose path is another
 
 
@@ -79,19 +81,24 @@ def explain(
     look: Look | None = None,
     *,
     documents: Sequence[Node] = (),
+    idle: Sequence[Rule] = (),
+    nodes: Collection[str] = (),
 ) -> Explanation:
     """Judge as the opener would, and say why. `user` is the subject's name, or its number, in the text.
 
     `look` describes the node that a device's path leads to now, None when it is not known. `documents` are the trees
-    of the policy's files: what is to be added goes to what stands there.
+    of the policy's files: what is to be added goes to what stands there. `idle` are rules that nobody has now. `nodes`
+    are paths of nodes that are there now, for one that is not.
     """
     seen = view(policy, subject)
     decision = judge(policy, subject, resource)
     node = look.facts if look else None
     if isinstance(resource, TopicUse) and not _has_topic(policy, resource):
-        return _denied(policy, subject, resource, user, Verdict(()), None, documents)
+        return _denied(policy, subject, resource, user, Verdict(()), None, documents, idle)
+    absent = _absent(resource, nodes) if look and not node and not look.trouble else ""
     if not decision.rules:
-        return _denied(policy, subject, resource, user, decision, node, documents)
+        said = _denied(policy, subject, resource, user, decision, node, documents, idle)
+        return said._replace(now=said.now or absent)
     first = decision.rules[0]
     reason = f"{first.where} ({first.source}{_with_label(first)}) allows it{_condition(first)}"
     explained = Explanation(True, decision.rules, None, reason, (), "")
@@ -99,13 +106,19 @@ def explain(
         return explained
     refused = _refused(seen, decision, look)
     if node is None and not refused:
-        return explained._replace(now="now it is not there")
+        return explained._replace(now=absent)
     now = f"now {_there(node)}: would be refused: {refused}" if refused else f"now {_there(node)}, as the rule says"
     return explained._replace(now=now, refused=refused)
 
 
 def _has_topic(policy: Policy, use: TopicUse) -> bool:
     return any(topic.name == use.topic for topic in messages(policy).topics)
+
+
+def _absent(resource: Asked, nodes: Collection[str]) -> str:
+    """That there is no such node, and which one may have been meant."""
+    meant = difflib.get_close_matches(resource.text, nodes, 1, _MEANT_LEAST)
+    return "now it is not there" + (f": did you mean {meant[0]}?" if meant else "")
 
 
 def _there(node: Facts | None) -> str:
@@ -155,9 +168,14 @@ def _denied(
     decision: Verdict,
     node: Facts | None,
     documents: Sequence[Node],
+    idle: Sequence[Rule],
 ) -> Explanation:
     new_rule = _new_rule(subject, resource, user, node, documents)
-    near = () if subject.uid in NOBODY else tuple(_near(policy, subject, resource, user, node, new_rule)[:_NEAR_MOST])
+    near = (
+        ()
+        if subject.uid in NOBODY
+        else tuple(_near(policy, idle, subject, resource, user, node, new_rule)[:_NEAR_MOST])
+    )
     if subject.uid in NOBODY:
         reason = f"uid {subject.uid} stands for users that the kernel cannot map: nothing is for it"
         change = "run the program as a user of this machine, or in a user namespace whose ids are mapped"
@@ -253,7 +271,13 @@ def _quoted(text: str) -> str:
 
 
 def _near(
-    policy: Policy, subject: Subject, resource: Asked, user: str, node: Facts | None, new_rule: str
+    policy: Policy,
+    idle: Sequence[Rule],
+    subject: Subject,
+    resource: Asked,
+    user: str,
+    node: Facts | None,
+    new_rule: str,
 ) -> list[Near]:
     """The rules that almost allow it, nearest first; `new_rule` is the change where none of them is one to change."""
     seen = view(policy, subject)
@@ -261,7 +285,7 @@ def _near(
     every: tuple[AnyRule, ...] = (*rules_of(policy, subject), *topic_rules(policy, subject))
     but_for_label = {rule for rule in every if rule.labels} - mine
     found: list[tuple[float, Near]] = []
-    for rule in all_rules(policy):
+    for rule in (*all_rules(policy), *idle):
         if rule in but_for_label and covers(rule, resource):
             one: tuple[float, Near] | None = (0.5, _for_label(rule, subject))
         elif isinstance(resource, Device) and isinstance(rule, DeviceRule):
@@ -271,6 +295,8 @@ def _near(
         if one is None:
             continue
         far, near = one
+        if rule in idle:
+            near = near._replace(missing=f"{near.missing}, in which nobody is now")
         if isinstance(rule, DeviceRule) and node and (unfit := misfit(rule, node)):
             far, near = far + _NO_PATH, Near(rule, f"{near.missing}; and of the node there now {unfit}", new_rule)
         found.append((far, near))

@@ -6,7 +6,7 @@ Runs in: command line. Only the admin writes policies. Nothing is looked up here
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from fdbroker.errors import Finding
@@ -46,13 +46,13 @@ class Machine(NamedTuple):
     connect: Callable[[int, frozenset[int]], str | None]
 
 
-def warnings(policy: Policy, machine: Machine) -> list[Finding]:
-    """All warnings about a policy that has no error."""
+def warnings(policy: Policy, machine: Machine, idle: Sequence[Rule] = ()) -> list[Finding]:
+    """All warnings about a policy that has no error; `idle` are its rules by the group database that nobody has."""
     found: dict[Finding, None] = {}
     netns = machine.namespaces()
     topics = [topic.name for topic in messages(policy).topics]
     looks: dict[str, Look | None] = {}
-    for rule in all_rules(policy):
+    for rule in (*all_rules(policy), *idle):
         match rule:
             case DeviceRule():
                 about = _device(rule, machine, looks)
@@ -65,6 +65,7 @@ def warnings(policy: Policy, machine: Machine) -> list[Finding]:
             case _:
                 continue
         found.update((_finding(rule.where, what, hint), None) for what, hint in about)
+    found.update((_finding(rule.where, f"nobody is in {rule.source} now"), None) for rule in idle)
     found.update((one, None) for one in _shadowed(policy))
     found.update((one, None) for one in _unconnected(policy, machine))
     return list(found)

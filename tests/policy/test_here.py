@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import struct
+from pathlib import Path
 
 import pytest
 from harness import (
@@ -22,6 +23,7 @@ from harness import (
     need_root,
     node,
     outcome,
+    replaced_file,
     running,
 )
 
@@ -264,6 +266,48 @@ def test_a_rule_that_the_node_does_not_fit_is_not_near_or_it_is_said_what_else_d
         said = explained("groups: {audio: {devices: [{path: /dev/z/one, class: sound}]}}")
         assert said["near"][0]["missing"].endswith("; and of the node there now its class is mem, not sound")
         assert said["change"] == f"add under users: `daemon: {{devices: [{item}]}}`"
+
+
+def test_explain_says_of_a_path_that_nothing_is_there_and_which_one_may_be_meant(dev):
+    node("/dev/snd/timer", os.makedev(116, 33))
+    with folder() as where:
+        policy = where / "policy.yaml"
+        policy.write_text("version: 1\neveryone: {devices: [{path: /dev/urandon, class: mem}]}\n")
+        words = ("policy", "explain", "--policy", str(policy), "--user", "daemon")
+        for path, meant, code in (
+            ("/dev/nul", ": did you mean /dev/null?", 77),
+            ("/dev/urandon", ": did you mean /dev/urandom?", 0),
+            ("/dev/sdn/timer", ": did you mean /dev/snd/timer?", 77),
+            ("/dev/snd", "", 77),
+            ("/dev/other", "", 77),
+            ("/dev/snd/other", "", 77),
+        ):
+            (said,) = json.loads(command("/nowhere", *words, "--json", path)[1])
+            assert said["now"] == ("now it is no device" if path == "/dev/snd" else f"now it is not there{meant}")
+            done, out, _ = command("/nowhere", *words, path)
+            assert done == code
+            assert f"  {said['now']}\n" in out
+
+
+def test_a_rule_for_the_members_of_a_group_that_has_none_does_not_vanish(dev):
+    """It is counted, warned of, and near: the first member of the group has it."""
+    rows = [line for line in Path("/etc/group").read_text().splitlines() if line.split(":")[2] != str(GROUP)]
+    with folder() as where, replaced_file("/etc/group", "\n".join([*rows, f"fdbempty:x:{GROUP}:\n"])):
+        policy = where / "policy.yaml"
+        rule = "{path: /dev/null, class: mem, membership: nss}"
+        policy.write_text(f"version: 1\ngroups: {{fdbempty: {{devices: [{rule}]}}}}\n")
+        code, out, err = command("/nowhere", "policy", "check", str(policy))
+        assert (code, out.splitlines()[-1]) == (0, f"{policy}: valid, 1 rule, 0 deny rules, 0 tests")
+        assert err == f"warning: {policy}:2: nobody is in group fdbempty now\n"
+        words = ("policy", "explain", "--policy", str(policy), "--user", "daemon", "--json", "/dev/null")
+        (said,) = json.loads(command("/nowhere", *words)[1])
+        assert said["reason"] == "no rule allows ro of this path to daemon"
+        advice = "make daemon a member: `usermod -aG fdbempty daemon`, and log in again"
+        missing = "it is for group fdbempty, in which nobody is now"
+        assert said["near"] == [{"rule": f"{policy}:2", "missing": missing, "change": advice}]
+        assert said["change"] == advice
+        policy.write_text(policy.read_text().replace("/dev/null", "/dev/none"))
+        assert "nothing here matches /dev/none now" in command("/nowhere", "policy", "check", str(policy))[2]
 
 
 def test_check_shows_what_it_read_and_what_it_warns_of(dev):
