@@ -25,6 +25,7 @@ from fdbroker.policy.fit import Facts
 from fdbroker.policy.lint import Look, Machine
 
 _NETNS = "/run/netns"  # ip-netns(8)
+_INTERFACES = "/sys/class/net"
 _GROUP = DEFAULT_GROUP
 _ANSWER_S = 3.0  # for a broker that is idle a thousand times what it needs
 _LINKS = 40  # as many as the kernel follows: path_resolution(7)
@@ -37,7 +38,7 @@ _USER, _GROUP_OBJ, _GROUP_TAG, _MASK = 0x02, 0x04, 0x08, 0x10
 
 def machine() -> Machine:
     """This machine."""
-    return Machine(paths, look, namespaces, connect)
+    return Machine(paths, look, namespaces, connect, bridge)
 
 
 def in_service() -> About | None:
@@ -66,6 +67,11 @@ def namespaces() -> list[str]:
         return sorted(os.listdir(_NETNS))
     except OSError:
         return []
+
+
+def bridge(name: str) -> bool | None:
+    """Whether this network namespace has a bridge of that name; None without /sys. Source: linux/if_bridge.h, sysfs."""
+    return os.path.isdir(f"{_INTERFACES}/{name}/bridge") if os.path.isdir(_INTERFACES) else None
 
 
 def look(path: str) -> Look | None:

@@ -17,7 +17,7 @@ from fdbroker.policy.globs import within
 from fdbroker.policy.messages import messages
 from fdbroker.policy.paths import matcher
 from fdbroker.policy.rules import all_rules, rule_text
-from fdbroker.terms import NOBODY, DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule
+from fdbroker.terms import NOBODY, DenyRule, DeviceRule, NamespaceRule, Rule, SocketRule, Uplink
 from fdbroker.topics import TopicRule
 
 
@@ -36,6 +36,8 @@ class Look(NamedTuple):
 class Machine(NamedTuple):
     """Functions that look at a machine: the paths that a glob matches, the node of a path, the names in /run/netns.
 
+    `bridge` says whether there is a bridge of that name, None if that cannot be told.
+
     `look` returns None for a node that the program has no right to see.
     `connect` says of a uid with these gids why it cannot connect to the service, "" if it can, None if nobody knows.
     """
@@ -44,6 +46,7 @@ class Machine(NamedTuple):
     look: Callable[[str], Look | None]
     namespaces: Callable[[], list[str]]
     connect: Callable[[int, frozenset[int]], str | None]
+    bridge: Callable[[str], bool | None]
 
 
 def warnings(policy: Policy, machine: Machine, idle: Sequence[Rule] = ()) -> list[Finding]:
@@ -56,6 +59,8 @@ def warnings(policy: Policy, machine: Machine, idle: Sequence[Rule] = ()) -> lis
         match rule:
             case DeviceRule():
                 about = _device(rule, machine, looks)
+            case NamespaceRule(uplink=uplink) if uplink:
+                about = _uplink(uplink, machine)
             case NamespaceRule(name=pattern) if pattern:
                 about = _names(pattern, netns, "in /run/netns")
             case SocketRule(namespace=pattern):
@@ -65,6 +70,8 @@ def warnings(policy: Policy, machine: Machine, idle: Sequence[Rule] = ()) -> lis
             case _:
                 continue
         found.update((_finding(rule.where, what, hint), None) for what, hint in about)
+    for deny in policy.deny:
+        found.update((_finding(deny.where, *one), None) for one in _denied(deny, machine, netns))
     found.update((_finding(rule.where, f"nobody is in {rule.source} now"), None) for rule in idle)
     found.update((one, None) for one in _shadowed(policy))
     found.update((one, None) for one in _unconnected(policy, machine))
@@ -79,6 +86,23 @@ def _finding(where: str, what: str, hint: str = "") -> Finding:
 def _names(pattern: str, known: Iterable[str], where: str) -> Iterator[tuple[str, str]]:
     if not any(map(matcher(pattern).fullmatch, known)):
         yield f"nothing {where} matches {pattern} now", ""
+
+
+def _uplink(uplink: Uplink, machine: Machine) -> Iterator[tuple[str, str]]:
+    if machine.bridge(uplink.bridge) is False:
+        yield f"there is no bridge {uplink.bridge} now", ""
+
+
+def _denied(deny: DenyRule, machine: Machine, netns: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The warnings about what a deny rule names: a name that is written wrong would leave the right one allowed."""
+    hint = "it denies nothing now"
+    for pattern in deny.patterns:
+        if not machine.paths(pattern):
+            yield f"nothing here matches {pattern} now", hint
+    for rule in deny.rules:
+        pattern = rule.namespace if isinstance(rule, SocketRule) else rule.name
+        for what, _ in _names(pattern, netns, "in /run/netns") if pattern else ():
+            yield what, hint
 
 
 def _device(rule: DeviceRule, machine: Machine, looks: dict[str, Look | None]) -> Iterator[tuple[str, str]]:

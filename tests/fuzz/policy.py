@@ -153,6 +153,7 @@ MACHINE = Machine(
     lambda path: Look((path,), NODES[path]),
     lambda: ["vpn"],
     lambda uid, gids: "no" if uid not in gids else "",
+    lambda name: name == "br0",
 )
 
 

@@ -20,11 +20,15 @@ from harness import (
     as_user,
     command,
     folder,
+    ip,
+    mount,
     need_root,
     node,
     outcome,
+    own_network,
     replaced_file,
     running,
+    unmount,
 )
 
 from fdbroker.cli import here
@@ -308,6 +312,40 @@ def test_a_rule_for_the_members_of_a_group_that_has_none_does_not_vanish(dev):
         assert said["change"] == advice
         policy.write_text(policy.read_text().replace("/dev/null", "/dev/none"))
         assert "nothing here matches /dev/none now" in command("/nowhere", "policy", "check", str(policy))[2]
+
+
+def test_check_looks_for_the_bridge_that_new_namespaces_are_to_be_connected_to(dev):
+    """Another interface of that name is none."""
+    with folder() as where, own_network():
+        mount("sys", "/sys", "sysfs")  # as this network namespace has it
+        try:
+            policy = where / "policy.yaml"
+            link = "link: {bridge: fdb0, address: 10.88.0.0/24}"
+            policy.write_text(f"version: 1\neveryone: {{namespaces: [{{type: net, create: true, {link}}}]}}\n")
+
+            def warned():
+                return command("/nowhere", "policy", "check", str(policy))[2]
+
+            missing = f"warning: {policy}:2: there is no bridge fdb0 now\n"
+            assert warned() == missing
+            ip("link", "add", "fdb0", "type", "veth", "peer", "name", "fdb1")
+            assert warned() == missing
+            ip("link", "del", "fdb0")
+            ip("link", "add", "fdb0", "type", "bridge")
+            assert warned() == ""
+        finally:
+            unmount("/sys")
+
+
+def test_check_warns_of_a_deny_rule_that_denies_nothing(dev):
+    """A typo there is the most dangerous one: what was to be denied is not."""
+    node("/dev/snd/timer", os.makedev(116, 33))
+    with folder() as where:
+        policy = where / "policy.yaml"
+        policy.write_text("version: 1\ndeny: [{everyone: true, devices: [/dev/snd/*, /dev/sdn/*]}]\n")
+        code, _, err = command("/nowhere", "policy", "check", str(policy))
+        assert code == 0
+        assert err == f"warning: {policy}:2: nothing here matches /dev/sdn/* now; it denies nothing now\n"
 
 
 def test_check_shows_what_it_read_and_what_it_warns_of(dev):

@@ -35,6 +35,7 @@ MACHINE = Machine(
     lambda path: None if path == "/dev/hidden" else LINKS.get(path) or Look((path,), NODES[path]),
     lambda: ["vpn-a"],
     connect,
+    {"br0": True, "br1": False}.get,
 )
 
 
@@ -43,6 +44,9 @@ def said(tmp_path, text):
     path.write_text("version: 1\n" + text)
     loaded = load_policy(str(path), trusted=False)
     return [str(one).replace(f"{path}:", "") for one in warnings(loaded.policy, MACHINE)]
+
+
+LINKED = "everyone: {namespaces: [{type: net, create: true, link: {bridge: br0, address: 10.88.0.0/24}}]}\n"
 
 
 def rule(text):
@@ -89,6 +93,19 @@ def rule(text):
             "3: nothing among the topics matches alarm* now",
         ),
         (
+            "deny: [{everyone: true, devices: [/dev/null, /dev/sdn/*]}]\n",
+            "2: nothing here matches /dev/sdn/* now; it denies nothing now",
+        ),
+        (
+            "deny: [{everyone: true, namespaces: [{type: net, name: vpm-a}, {type: net, create: true}]}]\n",
+            "2: nothing in /run/netns matches vpm-a now; it denies nothing now",
+        ),
+        (
+            "deny: [{everyone: true, sockets: [{namespace: 'vpm-*'}, {namespace: 'vpn-*'}]}]\n",
+            "2: nothing in /run/netns matches vpm-* now; it denies nothing now",
+        ),
+        (LINKED.replace("br0", "br1"), "2: there is no bridge br1 now"),
+        (
             f"users: {{{os.getuid()}: {{devices: [{{path: /dev/null, class: mem}}]}}, 6: {{send: [news]}}}}\ntopics: {{news: {{}}}}\n",
             f"2: user {pwd.getpwuid(6).pw_name} has rules and cannot connect: 6 is not let in",
         ),
@@ -110,9 +127,11 @@ everyone:
 users:
   7: {devices: [{path: /dev/null, device: "1:3"}]}
 topics: {news: {}}
-deny: [{users: [7], devices: ["/dev/snd/*"]}]
+deny: [{users: [7], devices: ["/dev/snd/*"], sockets: [{namespace: vpn-a}], namespaces: [{type: net, name: "*"}]}]
 """,
     )
+    assert not said(tmp_path, LINKED)
+    assert not said(tmp_path, LINKED.replace("br0", "unseen"))
 
 
 def test_members_of_a_group_with_rules_are_users_with_rules(tmp_path):
@@ -213,5 +232,5 @@ def test_a_thousand_rules_and_deny_rules_are_judged_in_time(tmp_path):
     path.write_text(f"version: 1\neveryone:\n  devices:\n{rules}\ndeny:\n{denies}\n")
     loaded = load_policy(str(path), trusted=False)
     began = time.process_time()
-    assert len(warnings(loaded.policy, MACHINE)) == 1000
+    assert len(warnings(loaded.policy, MACHINE)) == 1200
     assert time.process_time() - began < 5
