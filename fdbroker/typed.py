@@ -6,6 +6,7 @@ Runs in: command line, client library, and the launcher, for the tests of a poli
 from __future__ import annotations
 
 from fdbroker.terms import (
+    ACCESS_NAMES,
     FAMILIES,
     NAMESPACE_TYPES,
     NEW_NAMESPACE_TYPES,
@@ -23,6 +24,7 @@ _FORMS = (
     "a resource is a path below /dev, net:NAME, TYPE:pid:PID, TYPE:new or socket:net:NAME; "
     f"TYPE is one of {', '.join(NAMESPACE_TYPES)}"
 )
+_ENDINGS = tuple(f":{name}" for name in ACCESS_NAMES)
 
 
 def typed(text: str) -> str:
@@ -31,6 +33,24 @@ def typed(text: str) -> str:
     In a path, two backslashes are one; any other backslash stands for itself, as in a path that a shell completed.
     """
     return text.replace("\\\\", "\\") if text.startswith("/") else text
+
+
+def split_access(word: str, access: str) -> tuple[str, str]:
+    """RESOURCE[:ACCESS] as the resource and its access, which is `access` where the word says none.
+
+    Only a path has an access, and a path may have colons: only a final :ro, :wo or :rw is one. A path that ends so
+    itself must be written with its access.
+    """
+    if word.startswith("/") and word.endswith(_ENDINGS):
+        return word[:-3], word[-2:]
+    return word, access
+
+
+def join_access(resource: str, access: str, default: str) -> str:
+    """The word that `split_access` with `default` takes apart again; without the access where none is needed."""
+    if resource.startswith("/") and (access != default or resource.endswith(_ENDINGS)):
+        return f"{resource}:{access}"
+    return resource
 
 
 def parse_asked(text: str, access: str) -> Resource | TopicUse:

@@ -16,11 +16,11 @@ import click
 
 from fdbroker import __version__, connect, errors
 from fdbroker.cli import bridge, handover, policy, show
-from fdbroker.cli.words import Group, join_access, split_access
+from fdbroker.cli.words import Group
 from fdbroker.errors import Denied, FdbrokerError
 from fdbroker.limits import inbox as limits
 from fdbroker.terms import ACCESS_NAMES, Device, Resource
-from fdbroker.typed import parse, typed
+from fdbroker.typed import join_access, parse, split_access, typed
 from fdbroker.wire.journal import escaped
 
 DEFAULT_STATE = "/var/lib/fdbroker"

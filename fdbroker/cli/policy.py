@@ -16,7 +16,7 @@ from fdbroker import errors
 from fdbroker.cli import here, show
 from fdbroker.cli.here import own_label
 from fdbroker.cli.usable import usable
-from fdbroker.cli.words import Group, split_access
+from fdbroker.cli.words import Group
 from fdbroker.errors import PolicyError
 from fdbroker.policy import names
 from fdbroker.policy.compile import Loaded, load_policy
@@ -32,7 +32,7 @@ from fdbroker.policy.schema import json_schema
 from fdbroker.policy.tried import failed_tests
 from fdbroker.terms import ACCESS_NAMES, Device, Namespace, Resource, Subject
 from fdbroker.topics import TopicUse
-from fdbroker.typed import parse_asked
+from fdbroker.typed import parse_asked, split_access
 from fdbroker.wire.journal import escaped
 
 DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"

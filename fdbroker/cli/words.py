@@ -1,4 +1,4 @@
-"""What may stand on a command line: each option once, and a resource with its access.
+"""What may stand on a command line: each option once.
 
 Runs in: the command line.
 """
@@ -6,10 +6,6 @@ Runs in: the command line.
 from __future__ import annotations
 
 import click
-
-from fdbroker.terms import ACCESS_NAMES
-
-_ENDINGS = tuple(f":{name}" for name in ACCESS_NAMES)
 
 
 class Command(click.Command):
@@ -28,21 +24,3 @@ class Group(click.Group):
     """A group of such commands."""
 
     command_class = Command
-
-
-def split_access(word: str, access: str) -> tuple[str, str]:
-    """RESOURCE[:ACCESS] as the resource and its access, which is `access` where the word says none.
-
-    Only a path has an access, and a path may have colons: only a final :ro, :wo or :rw is one. A path that ends so
-    itself must be written with its access.
-    """
-    if word.startswith("/") and word.endswith(_ENDINGS):
-        return word[:-3], word[-2:]
-    return word, access
-
-
-def join_access(resource: str, access: str, default: str) -> str:
-    """The word that `split_access` with `default` takes apart again; without the access where none is needed."""
-    if resource.startswith("/") and (access != default or resource.endswith(_ENDINGS)):
-        return f"{resource}:{access}"
-    return resource

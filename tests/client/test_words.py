@@ -13,9 +13,9 @@ from harness import MEM, command, node, running
 import fdbroker
 import fdbroker.aio
 from fdbroker.cli.commands import app
-from fdbroker.cli.words import join_access, split_access
 from fdbroker.errors import Denied
 from fdbroker.terms import ACCESS_NAMES
+from fdbroker.typed import join_access, split_access
 
 BY_PATH = "/dev/input/by-path/pci-0000:00:14.0-usb-0:3:1.0-event-kbd"
 

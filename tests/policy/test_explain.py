@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import stat
 import subprocess
 import sys
@@ -261,6 +262,32 @@ def test_a_topic_is_to_be_added_to_what_the_user_may_send_to(tmp_path):
     arguments = ("--policy", str(path), "--user", "daemon", "--json", "send:alarm")
     (said,) = json.loads(_fdbroker("policy", "explain", *arguments).stdout)
     assert said["change"] == f"add to `send` of users.daemon at {path}:3: `- alarm`"
+
+
+@pytest.mark.parametrize(
+    ("subject", "asked", "words"),
+    [
+        ("user: daemon", "open: /dev/other, expect: allow", "--user daemon /dev/other"),
+        ("user: daemon, groups: [29, audio]", "open: /dev/snd/pcm0, access: rw, expect: deny", "--user daemon --groups 29,audio /dev/snd/pcm0:rw"),
+        ("user: 5", "open: /dev/fives, expect: deny", "--user 5 /dev/fives"),
+        ("user: 1, groups: [44], label: player (enforce)", "open: /dev/video1, expect: deny", "--user 1 --groups 44 --label 'player (enforce)' /dev/video1"),
+        ("user: 1, groups: [44], label: other", "open: /dev/video1, expect: allow", "--user 1 --groups 44 --label other /dev/video1"),
+        ("user: 5", "open: '/dev/a b:ro', expect: allow", "--user 5 '/dev/a b:ro:ro'"),
+        ("user: 5", "open: 'send:news', expect: deny", "--user 5 send:news"),
+    ],
+)  # fmt: skip
+def test_a_failing_test_names_the_command_that_says_why_it_came_out_so(tmp_path, subject, asked, words):
+    """With all that the test says: without its groups or its label the answer is the opposite."""
+    path = tmp_path / "the policy.yaml"
+    more = "  44:\n    devices:\n      - {path: /dev/video1, label: player}\n"
+    topics = "topics: {news: {}}\neveryone: {send: [news]}\n"
+    path.write_text(
+        POLICY.replace("  44:\n    devices:\n", more) + f"{topics}tests: [{{as: {{{subject}}}, {asked}}}]\n"
+    )
+    (failed,) = json.loads(_fdbroker("policy", "test", "--json", str(path)).stdout)["failed"]
+    assert failed["hint"] == f"try `fdbroker policy explain --policy '{path}' {words}`"
+    (said,) = json.loads(_fdbroker(*shlex.split(failed["hint"].split("`")[1])[1:], "--json").stdout)
+    assert said["decision"] == failed["found"]
 
 
 def test_no_advice_makes_anybody_a_member_of_roots_group(tmp_path):

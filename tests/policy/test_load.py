@@ -144,7 +144,7 @@ def test_a_failing_test_says_how_it_came_out(tmp_path):
     (failed,) = failed_tests(load_policy(str(path), trusted=False))
     assert (
         str(failed)
-        == f"{path}:3:5: this test fails, expected allow, found deny; try `fdbroker policy explain` for uid 0 and /dev/x"
+        == f"{path}:3:5: this test fails, expected allow, found deny; try `fdbroker policy explain --policy {path} --user 0 --groups 0 /dev/x`"
     )
 
 

@@ -171,7 +171,7 @@ tests:
   - {as: {user: 5}, open: "net:pid:1", expect: allow}
 """
     (failed,) = failed_tests(loaded(tmp_path, text))
-    assert "for uid 5 and net:pid:1" in str(failed)
+    assert " --user 5 net:pid:1`" in str(failed)
     with pytest.raises(PolicyError) as caught:
         loaded(tmp_path, "tests: [{as: {user: 5}, open: nets, expect: deny}]\n")
     assert "open 'nets', expected a resource is a path" in str(caught.value)
