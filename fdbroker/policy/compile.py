@@ -393,7 +393,7 @@ class _Compiler:
             parts += [f"{label} {one.value}" for one in nodes]
         if node.get("everyone"):
             parts.append("everyone")
-        if not parts:
+        if not parts and not node.partial and "users" not in node.value and "groups" not in node.value:
             self.findings.append(node.finding("a deny rule for nobody", hint="`everyone: false` names nobody"))
         source = ", ".join(parts)
         globs = self.labels(node, allows=False)
@@ -402,7 +402,7 @@ class _Compiler:
         patterns = tuple(self.glob(one) for one in node.items("devices"))
         others: list[NamespaceRule | SocketRule] = [self.namespace(one, source) for one in node.items("namespaces")]
         others += [self.socket(one, source) for one in node.items("sockets")]
-        if not any(key in node.value for key in ("devices", "namespaces", "sockets")):
+        if not node.partial and not any(key in node.value for key in ("devices", "namespaces", "sockets")):
             self.findings.append(node.finding("a deny rule without any of devices, namespaces, sockets"))
         unknown = len(self.findings)
         gids = self.ids(groups, "group")

@@ -33,12 +33,16 @@ _HINTED = 20  # findings with a hint
 
 
 class Node(NamedTuple):
-    """A value and where it stands. `value` is a str, int, bool, list of Node or dict of Node by key."""
+    """A value and where it stands. `value` is a str, int, bool, list of Node or dict of Node by key.
+
+    `partial`: a key of a mapping was wrong, and is left out, so that nothing is to be said of what the mapping lacks.
+    """
 
     value: Any
     file: str
     line: int
     column: int
+    partial: bool = False
 
     def get(self, key: str) -> Any:
         """The plain value of a mapping's key, or None."""
@@ -220,6 +224,7 @@ class _Walk:
     def __init__(self, file: str, findings: list[Finding]) -> None:
         self.file = file
         self.findings = findings
+        self.partial: set[yaml.Node] = set()
 
     def wrong(self, node: yaml.Node, what: str, expected: str = "", found: str = "", hint: str = "") -> None:
         mark = node.start_mark
@@ -248,7 +253,8 @@ class _Walk:
                 value = self.scalar(node, kind, what)
         if value is None:
             return None
-        return Node(value, self.file, node.start_mark.line + 1, node.start_mark.column + 1)
+        partial = node in self.partial
+        return Node(value, self.file, node.start_mark.line + 1, node.start_mark.column + 1, partial)
 
     def scalar(self, node: yaml.Node, kind: schema.Kind, what: str) -> str | int | bool | None:
         expected = ""
@@ -303,14 +309,16 @@ class _Walk:
 
     def mapping(self, node: yaml.Node, kind: schema.Mapping) -> dict[str, Node] | None:
         children: dict[str, Node] = {}
-        seen = set()
+        seen, meant = set(), set()
         for name, key, value in self.keys(node, kind.what):
             seen.add(name)
             field = kind.fields.get(name)
             if field is None:
                 known = [known for known, one in kind.fields.items() if not isinstance(one.kind, schema.Later)]
                 expected = "one of " + ", ".join(known)
-                hint = close(name, known) if hinted(self.findings) else ""
+                near = [closest(name, known)] if hinted(self.findings) else known
+                meant.update(near)
+                hint = f"did you mean {near[0]}?" if len(near) == 1 and near[0] else ""
                 self.wrong(key, f"unknown key {name!r} in {kind.what}", expected, "", hint)
                 continue
             child = self.node(key if isinstance(field.kind, schema.Later) else value, field.kind, name)
@@ -318,13 +326,16 @@ class _Walk:
                 children[name] = child
         if not isinstance(node, yaml.MappingNode):
             return None
+        if seen & kind.fields.keys() - children.keys() or any(meant):
+            self.partial.add(node)
         required = [name for name, field in kind.fields.items() if field.required]
         for name in required:
-            if name not in seen:
+            if name not in seen | meant:  # a key that is there by another name does not lack as well
                 self.wrong(node, f"{kind.what} without {name}")
         given = [name for name in kind.one_of if name in seen]
         if kind.one_of and not given:
-            self.wrong(node, f"{kind.what} without any of {', '.join(kind.one_of)}")
+            if meant.isdisjoint(kind.one_of):
+                self.wrong(node, f"{kind.what} without any of {', '.join(kind.one_of)}")
             return None
         if kind.only and len(given) > 1:
             self.wrong(node, f"{kind.what} with {' and '.join(given)}", f"one of {', '.join(kind.one_of)}")
@@ -348,8 +359,13 @@ def hinted(findings: list[Finding]) -> bool:
 
 def close(word: str, words: Iterable[str]) -> str:
     """A hint with the most alike of `words`, or ""."""
-    near = difflib.get_close_matches(word, list(words), 1)
-    return f"did you mean {near[0]}?" if near else ""
+    near = closest(word, words)
+    return f"did you mean {near}?" if near else ""
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """The most alike of `words`, or ""."""
+    return next(iter(difflib.get_close_matches(word, list(words), 1)), "")
 
 
 def did_you_mean(text: str, kind: schema.Kind) -> str:

@@ -86,6 +86,34 @@ def errors(tmp_path, text):
             "version: 1\ndeny: [{everyone: false, devices: [/dev/x]}]\n",
             "F:2:8: a deny rule for nobody; `everyone: false` names nobody",
         ),
+        (
+            "version: 1\ndeny: [{users: daemon, devices: [/dev/x]}]\n",
+            "F:2:16: users, expected a list of at least one item, found 'daemon'",
+        ),
+        (
+            "version: 1\ndeny: [{users: [{}], devices: [/dev/x]}]\n",
+            "F:2:17: users, expected a name or a number, found a mapping",
+        ),
+        (
+            "version: 1\ndeny: [{users: [daemon], devices: /dev/x}]\n",
+            "F:2:35: devices, expected a list of at least one item, found '/dev/x'",
+        ),
+        (
+            "version: 1\ndeny: [{user: [daemon], devices: [/dev/x]}]\n",
+            "F:2:9: unknown key 'user' in a deny rule, expected one of groups, users, everyone, label, devices, namespaces, sockets; did you mean users?",
+        ),
+        (
+            "version: 1\ndeny: [{users: [daemon], device: [/dev/x]}]\n",
+            "F:2:26: unknown key 'device' in a deny rule, expected one of groups, users, everyone, label, devices, namespaces, sockets; did you mean devices?",
+        ),
+        (
+            "version: 1\neveryone: {devices: [{paths: /dev/x}]}\n",
+            "F:2:23: unknown key 'paths' in a device rule, expected one of path, access, class, device, dangerous, label; did you mean path?",
+        ),
+        (
+            "verson: 1\n",
+            "F:1:1: unknown key 'verson' in a policy, expected one of version, administrators, limits, groups, users, everyone, deny, tests, topics; did you mean version?",
+        ),
         ("version: 1\nadministrators: {}\n", "F:2:17: administrators without any of users, groups"),
         (
             "version: 1\nusers: {rooot: {devices: [{path: /dev/x}]}}\n",
@@ -102,7 +130,7 @@ def errors(tmp_path, text):
         ),
         ("version: 1\nusers:\n", "F:2:7: a user, expected a mapping, found nothing"),
     ],
-    ids=range(21),
+    ids=range(28),
 )
 def test_an_error_says_where_what_was_expected_and_what_to_do(tmp_path, text, error):
     assert errors(tmp_path, text) == [error]
@@ -118,6 +146,23 @@ limits: {burst: 0}
 """
     lines = [error.split(": ")[0] for error in errors(tmp_path, text)]
     assert lines == ["F:3:3", "F:5:16", "F:5:34", "F:6:17"]
+
+
+def test_what_a_rule_lacks_is_said_beside_a_key_that_means_nothing(tmp_path):
+    """Such a key is none of those that the rule needs."""
+    found = errors(tmp_path, "version: 1\ndeny: [{everyone: true, zzz: 1}, {devices: [/dev/x], zzz: 1}]\n")
+    assert [one.split(",")[0] for one in found] == [
+        "F:2:8: a deny rule without any of devices",
+        "F:2:25: unknown key 'zzz' in a deny rule",
+        "F:2:34: a deny rule without any of groups",
+        "F:2:54: unknown key 'zzz' in a deny rule",
+    ]
+
+
+def test_nothing_untrue_is_said_of_a_rule_where_no_more_hints_are_given(tmp_path):
+    unknown = "".join(f"key{index}: 1\n" for index in range(load._HINTED))
+    found = errors(tmp_path, f"version: 1\n{unknown}deny: [{{user: [daemon], device: [/dev/x]}}]\n")
+    assert [one for one in found if "without" in one] == []
 
 
 def test_too_many_errors_are_counted(tmp_path):
