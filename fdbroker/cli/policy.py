@@ -46,8 +46,8 @@ def group() -> None:
     """Check, test and explain a policy, without a running broker."""
 
 
-def _load(policy_file: str) -> Loaded:
-    return load_policy(policy_file, trusted=False)
+def _load_argument(policy_file: str) -> Loaded:
+    return load_policy(policy_file, trusted=False, another="an argument names another file")
 
 
 @group.command()
@@ -60,7 +60,7 @@ def check(policy_file: str, json_: bool) -> None:
     `serve` would refuse.
     """
     try:
-        loaded = _load(policy_file)
+        loaded = _load_argument(policy_file)
     except PolicyError as error:
         if json_:
             show.as_json([{**finding._asdict(), "severity": "error"} for finding in error.findings])
@@ -90,7 +90,7 @@ def check(policy_file: str, json_: bool) -> None:
 @_as_json
 def test(policy_file: str, json_: bool) -> None:
     """Run the tests that stand in the policy. Exits with 1 when one fails, with 78 when the policy has errors."""
-    loaded = _load(policy_file)
+    loaded = _load_argument(policy_file)
     failed = failed_tests(loaded)
     if json_:
         show.as_json({"tests": len(loaded.tests), "failed": [finding._asdict() for finding in failed]})
@@ -132,7 +132,7 @@ def explain_(
 
     Exits with 0 when all are allowed, with 77 when one is denied.
     """
-    loaded = _load(policy_file)
+    loaded = load_policy(policy_file, trusted=False)
     subject = _subject(loaded.policy, user, groups, label)
     name = user or str(subject.uid)
     explained = []

@@ -15,6 +15,7 @@ from fdbroker.limits import policy as limits
 from fdbroker.limits.inbox import MESSAGE_BYTES
 from fdbroker.policy import names
 from fdbroker.policy.compiled import Policy
+from fdbroker.policy.files import ANOTHER
 from fdbroker.policy.globs import dangerous_rule
 from fdbroker.policy.literals import is_literal
 from fdbroker.policy.load import Digest, Node, close, hinted, in_order, load
@@ -45,7 +46,6 @@ _R = TypeVar("_R")
 
 # What a class's devices can do at all, where that is less than everything. Source: the drivers' file_operations.
 CLASS_ACCESS = {"rtc": "ro", "pps": "ro", "watchdog": "wo"}
-
 
 # With so many errors no more names are looked up, for each that nobody has takes a look at all accounts.
 _SOUGHT = 1000
@@ -78,14 +78,14 @@ class Loaded(NamedTuple):
         return tuple(document.file for document in self.documents)
 
 
-def load_policy(path: str, *, trusted: bool) -> Loaded:
+def load_policy(path: str, *, trusted: bool, another: str = ANOTHER) -> Loaded:
     """Load and compile all files of a policy. Raises PolicyError with everything that is wrong in any of them.
 
-    Rules add up over the files; of a limit that several files set the last one counts.
+    Rules add up over the files; of a limit that several files set the last one counts. `another`: see files.py.
     """
     findings: list[Finding] = []
     digest = Digest()
-    documents = load(path, findings, trusted=trusted, digest=digest)
+    documents = load(path, findings, trusted=trusted, digest=digest, another=another)
     return compile_documents(path, documents, findings, digest.text())
 
 

@@ -23,6 +23,10 @@ _LINKS = 40  # as many as the kernel follows: path_resolution(7)
 _DENIED = "Landlock denies root this until fdbroker is restarted, or AppArmor or SELinux do by their policy"
 
 
+# how a command whose policy is an option is given another one
+ANOTHER = "`--policy FILE` takes another file"
+
+
 def policy_files(policy: str, findings: list[Finding], *, trusted: bool = False) -> list[str]:
     """The policy file and the *.yaml of the folder policy.d beside it, in order of name, as absolute paths.
 
@@ -51,8 +55,10 @@ def policy_files(policy: str, findings: list[Finding], *, trusted: bool = False)
             if os.path.isdir(path):
                 findings.append(Finding(path, 0, 0, "is a folder", "files alone"))
             else:
-                right = re.sub(r"\.ya?ml$", "", name, flags=re.IGNORECASE) + ".yaml"
-                hint = f"rename it to {right}, or remove it"
+                right = re.sub(r"\.ya?ml$", ".yaml", name, flags=re.IGNORECASE)
+                # any other name may be a backup's: with .yaml behind it, it would be in force
+                elsewhere = "remove it, or move it elsewhere"
+                hint = elsewhere if right == name else f"rename it to {right}, or remove it"
                 findings.append(Finding(path, 0, 0, "is not read", "a name that ends in .yaml", hint=hint))
     if len(files) >= limits.POLICY_FILES:
         raise PolicyError([Finding(folder, 0, 0, f"over {limits.POLICY_FILES} files")])
@@ -136,10 +142,11 @@ def _distrust(file: str, way: list[tuple[str, os.stat_result]]) -> Iterator[Find
             yield Finding(file, 0, 0, f"its folder {path} {trouble}")
 
 
-def read(file: str, findings: list[Finding], *, trusted: bool) -> str | None:
+def read(file: str, findings: list[Finding], *, trusted: bool, another: str = ANOTHER) -> str | None:
     """The text of one file, or None and what is wrong in `findings`. Raises nothing.
 
     With `trusted`, a file that somebody else than root can change or replace is a finding, and is not even opened.
+    `another` is a hint for one that cannot be read.
     """
 
     def wrong(what: str, expected: str = "", hint: str = "") -> None:
@@ -166,7 +173,7 @@ def read(file: str, findings: list[Finding], *, trusted: bool) -> str | None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        hint = _DENIED if trusted and error.errno == errno.EACCES else "`--policy FILE` takes another file"
+        hint = _DENIED if trusted and error.errno == errno.EACCES else another
         wrong(f"cannot be read: {error.strerror}", hint=hint)
         return None
     if len(data) > limits.POLICY_FILE_BYTES:

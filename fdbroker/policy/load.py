@@ -24,12 +24,13 @@ from fdbroker.errors import Finding
 from fdbroker.limits import policy as limits
 from fdbroker.limits.opener import POLICY_FINDINGS
 from fdbroker.policy import schema
-from fdbroker.policy.files import policy_files, read
+from fdbroker.policy.files import ANOTHER, policy_files, read
 
 # What YAML 1.1 calls printable (its c-printable), but for what ends a line beside the line feed, and for the tab.
 _NOT_TEXT = re.compile("[^\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 _HINTED = 20  # findings with a hint
+_QUOTE = "quote a value that begins with `*`"
 
 
 class Node(NamedTuple):
@@ -75,17 +76,24 @@ class Digest:
         return self._hash.hexdigest()
 
 
-def load(policy: str, findings: list[Finding], *, trusted: bool, digest: Digest | None = None) -> list[Node]:
+def load(
+    policy: str,
+    findings: list[Finding],
+    *,
+    trusted: bool,
+    digest: Digest | None = None,
+    another: str = ANOTHER,
+) -> list[Node]:
     """All files of a policy, each a tree of what fits the schema; what is wrong is added to `findings`.
 
-    `digest` takes the names and the text of all files.
+    `digest` takes the names and the text of all files. `another` says how the caller is given another file.
 
     With `trusted`, every file and the folders above it must be root's and not writable by others. Raises PolicyError
     when the folder cannot be listed.
     """
     documents, size = [], 0
     for file in policy_files(policy, findings, trusted=trusted):
-        text = read(file, findings, trusted=trusted)
+        text = read(file, findings, trusted=trusted, another=another)
         size += len((text or "").encode())
         if size > limits.POLICY_BYTES:  # nobody hears from the launcher while it loads: systemd's watchdog waits
             findings.append(
@@ -152,7 +160,8 @@ def parse(file: str, text: str, findings: list[Finding]) -> Node | None:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
         what = " ".join(part for part in (error.context, error.problem) if part)
-        findings.append(Finding(file, line, column, f"not YAML: {what}"))
+        hint = _QUOTE if error.context == "while scanning an alias" else ""
+        findings.append(Finding(file, line, column, f"not YAML: {what}", hint=hint))
         return None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         findings.append(Finding(file, 0, 0, f"not YAML: {error}"))
@@ -180,7 +189,7 @@ def _check_events(file: str, text: str, findings: list[Finding]) -> list[yaml.Ev
                 break
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent):
-            wrong(event, f"the alias *{anchor}", "aliases are not allowed: write it out")
+            wrong(event, f"the alias *{anchor}", f"aliases are not allowed: write it out; {_QUOTE}")
         elif anchor:
             wrong(event, f"the anchor &{anchor}", "anchors are not allowed")
         if tag:
@@ -265,7 +274,7 @@ class _Walk:
                 if plain and text and (not pattern or re.fullmatch(pattern, text)):
                     return str(text)
             case schema.Integer(least, most):
-                expected = f"a number from {least} to {most}"
+                expected = f"a number from {least} to {most}" if least < most else str(least)
                 if plain and re.fullmatch("0|[1-9][0-9]{0,17}", text) and least <= int(text) <= most:
                     return int(text)
             case schema.Flag():
@@ -286,7 +295,7 @@ class _Walk:
     def sequence(self, node: yaml.Node, item: schema.Kind, what: str) -> list[Node] | None:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             found = "an empty list" if isinstance(node, yaml.SequenceNode) else _kind_of(node)
-            self.wrong(node, what, "a list of at least one item", found)
+            self.wrong(node, what, "a list of at least one item", found, _as_list(node, item))
             return None
         children = [self.node(child, item, what) for child in node.value]
         return [child for child in children if child is not None]
@@ -331,7 +340,9 @@ class _Walk:
         required = [name for name, field in kind.fields.items() if field.required]
         for name in required:
             if name not in seen | meant:  # a key that is there by another name does not lack as well
-                self.wrong(node, f"{kind.what} without {name}")
+                only = kind.fields[name].kind
+                hint = f"add `{name}: {only.least}`" if isinstance(only, schema.Integer) else ""
+                self.wrong(node, f"{kind.what} without {name}", hint=hint)
         given = [name for name in kind.one_of if name in seen]
         if kind.one_of and not given:
             if meant.isdisjoint(kind.one_of):
@@ -350,6 +361,15 @@ class _Walk:
                 place = Node(name, self.file, key.start_mark.line + 1, key.start_mark.column + 1)
                 children[name] = (place, child)
         return children if isinstance(node, yaml.MappingNode) else None
+
+
+def _as_list(node: yaml.Node, item: schema.Kind) -> str:
+    """A hint how one word is written as a list of one item, or ""."""
+    if not isinstance(node, yaml.ScalarNode) or _kind_of(node) == "nothing" or isinstance(item, schema.Mapping):
+        return ""
+    plain = re.fullmatch(r"[A-Za-z0-9/_][A-Za-z0-9/._+@*-]*", node.value)
+    text = node.value if plain else "'" + node.value.replace("'", "''") + "'"
+    return f"write `[{text}]`"
 
 
 def hinted(findings: list[Finding]) -> bool:
@@ -380,4 +400,9 @@ def did_you_mean(text: str, kind: schema.Kind) -> str:
             if meant in words:
                 return f"did you mean {meant}?"
             return close(text, words)
+        case schema.Text(_, pattern) if text[:1].isdecimal() and pattern:
+            # a number is written without zeros before it, and that of a device with its minor, or a star
+            short = re.sub(r"(?<![0-9])0+(?=[0-9])", "", text)
+            meant = next((one for one in (short, f"{short}:*") if re.fullmatch(pattern, one)), "")
+            return f'did you mean "{meant}"?' if meant else ""
     return ""

@@ -115,7 +115,9 @@ _DEVICE = {
         "The kernel subsystem that the opened node must belong to, e.g. `sound` or `input`.",
     ),
     "device": Field(
-        Text("MAJOR:MINOR, each a number or *", r"^(0|[1-9][0-9]{0,7}|\*):(0|[1-9][0-9]{0,7}|\*)$"),
+        Text(
+            "MAJOR:MINOR, each a number without leading zeros or *", r"^(0|[1-9][0-9]{0,7}|\*):(0|[1-9][0-9]{0,7}|\*)$"
+        ),
         "The device number that the opened node must have, e.g. `116:*`.",
     ),
     "dangerous": Field(

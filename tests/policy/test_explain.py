@@ -290,6 +290,17 @@ def test_a_failing_test_names_the_command_that_says_why_it_came_out_so(tmp_path,
     assert said["decision"] == failed["found"]
 
 
+def test_only_a_command_that_takes_another_policy_by_an_option_names_that_option():
+    for words, hint in (
+        (("check",), "an argument names another file"),
+        (("test",), "an argument names another file"),
+        (("explain", "/dev/null", "--policy"), "`--policy FILE` takes another file"),
+    ):
+        result = _fdbroker("policy", *words, "/nonexistent/policy.yaml")
+        assert result.returncode == 78
+        assert result.stderr.endswith(f"cannot be read: No such file or directory; {hint}\n")
+
+
 def test_no_advice_makes_anybody_a_member_of_roots_group(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text("version: 1\ngroups: {root: {devices: [{path: /dev/x}]}}\n")

@@ -46,9 +46,9 @@ def test_what_editors_and_package_managers_leave_is_skipped(place, name):
         ("99-deny.yml", "is not read, expected a name that ends in .yaml; rename it to 99-deny.yaml, or remove it"),
         ("99-deny.YAML", "is not read, expected a name that ends in .yaml; rename it to 99-deny.yaml, or remove it"),
         ("99-deny.Yml", "is not read, expected a name that ends in .yaml; rename it to 99-deny.yaml, or remove it"),
-        ("README", "is not read, expected a name that ends in .yaml; rename it to README.yaml, or remove it"),
-        ("x.yaml.bak", "is not read, expected a name that ends in .yaml; rename it to x.yaml.bak.yaml, or remove it"),
-        ("#x.yaml#", "is not read, expected a name that ends in .yaml; rename it to #x.yaml#.yaml, or remove it"),
+        ("README", "is not read, expected a name that ends in .yaml; remove it, or move it elsewhere"),
+        ("x.yaml.bak", "is not read, expected a name that ends in .yaml; remove it, or move it elsewhere"),
+        ("#x.yaml#", "is not read, expected a name that ends in .yaml; remove it, or move it elsewhere"),
     ],
 )
 def test_whatever_else_is_there_is_an_error(place, name, said):

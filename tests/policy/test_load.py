@@ -88,7 +88,7 @@ def errors(tmp_path, text):
         ),
         (
             "version: 1\ndeny: [{users: daemon, devices: [/dev/x]}]\n",
-            "F:2:16: users, expected a list of at least one item, found 'daemon'",
+            "F:2:16: users, expected a list of at least one item, found 'daemon'; write `[daemon]`",
         ),
         (
             "version: 1\ndeny: [{users: [{}], devices: [/dev/x]}]\n",
@@ -96,7 +96,7 @@ def errors(tmp_path, text):
         ),
         (
             "version: 1\ndeny: [{users: [daemon], devices: /dev/x}]\n",
-            "F:2:35: devices, expected a list of at least one item, found '/dev/x'",
+            "F:2:35: devices, expected a list of at least one item, found '/dev/x'; write `[/dev/x]`",
         ),
         (
             "version: 1\ndeny: [{user: [daemon], devices: [/dev/x]}]\n",
@@ -114,6 +114,36 @@ def errors(tmp_path, text):
             "verson: 1\n",
             "F:1:1: unknown key 'verson' in a policy, expected one of version, administrators, limits, groups, users, everyone, deny, tests, topics; did you mean version?",
         ),
+        ("version: 2\n", "F:1:10: version, expected 1, found '2'"),
+        ("users: {5: {limits: {burst: 9}}}\n", "F:1:1: a policy without version; add `version: 1`"),
+        (
+            "version: 1\neveryone: {devices: [{path: /dev/x, device: '01:07'}]}\n",
+            "F:2:45: device, expected MAJOR:MINOR, each a number without leading zeros or *, found '01:07'; did you mean \"1:7\"?",
+        ),
+        (
+            "version: 1\neveryone: {devices: [{path: /dev/x, device: 116}]}\n",
+            "F:2:45: device, expected MAJOR:MINOR, each a number without leading zeros or *, found '116'; did you mean \"116:*\"?",
+        ),
+        (
+            "version: 1\neveryone: {devices: [{path: /dev/x, device: '1:2:3'}]}\n",
+            "F:2:45: device, expected MAJOR:MINOR, each a number without leading zeros or *, found '1:2:3'",
+        ),
+        (
+            "version: 1\neveryone: {devices: [{path: *.x}]}\n",
+            "F:2:30: not YAML: while scanning an alias expected alphabetic or numeric character, but found '.'; quote a value that begins with `*`",
+        ),
+        (
+            "version: 1\neveryone: {send: [*x]}\n",
+            "F:2:19: the alias *x; aliases are not allowed: write it out; quote a value that begins with `*`",
+        ),
+        (
+            "version: 1\neveryone: {send: '*, x'}\n",
+            "F:2:18: send, expected a list of at least one item, found '*, x'; write `['*, x']`",
+        ),
+        (
+            "version: 1\neveryone: {devices: /dev/x}\n",
+            "F:2:21: devices, expected a list of at least one item, found '/dev/x'",
+        ),
         ("version: 1\nadministrators: {}\n", "F:2:17: administrators without any of users, groups"),
         (
             "version: 1\nusers: {rooot: {devices: [{path: /dev/x}]}}\n",
@@ -130,7 +160,7 @@ def errors(tmp_path, text):
         ),
         ("version: 1\nusers:\n", "F:2:7: a user, expected a mapping, found nothing"),
     ],
-    ids=range(28),
+    ids=range(37),
 )
 def test_an_error_says_where_what_was_expected_and_what_to_do(tmp_path, text, error):
     assert errors(tmp_path, text) == [error]
