@@ -330,7 +330,10 @@ class _Walk:
                 hint = f"did you mean {near[0]}?" if len(near) == 1 and near[0] else ""
                 self.wrong(key, f"unknown key {name!r} in {kind.what}", expected, "", hint)
                 continue
-            child = self.node(key if isinstance(field.kind, schema.Later) else value, field.kind, name)
+            later = isinstance(field.kind, schema.Later)
+            if later:  # it may be what would do for one of these
+                meant.update(kind.one_of)
+            child = self.node(key if later else value, field.kind, name)
             if child is not None:
                 children[name] = child
         if not isinstance(node, yaml.MappingNode):

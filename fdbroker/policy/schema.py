@@ -94,6 +94,8 @@ class Later(NamedTuple):
 
 Kind = Text | Integer | Flag | Choice | Sequence | OneOrMore | Short | Mapping | Named | Later
 
+# leases, conditions on devices and on sessions, passwords: the design has them
+_LATER = Field(Later(), "Of a later version.")
 _KEEP = f"{limits.KEEP_SECONDS // 86_400}d"
 _GLOB = Text("an absolute path below /dev; * ? [..] never match a slash", "^/dev/[^/](.|\n)*$")
 _NAME = Text("a name or a number")
@@ -124,8 +126,13 @@ _DEVICE = {
         Flag(),
         "Needed for terminals, block devices and other nodes that give power over the machine. Default: `false`.",
     ),
-    "revoke": Field(Later(), "Take the descriptor back when the client disconnects."),
-    "require": Field(Later(), "Ask for a password first."),
+    **dict.fromkeys(
+        (
+            *("revoke", "require", "remember", "leases", "for", "until", "session", "exclusive"),
+            *("kind", "bus", "usb", "serial"),
+        ),
+        _LATER,
+    ),
 }
 _NETNS = Text("a name in /run/netns; * ? [..] match any part of it", "^[^/]+$")
 _NAMESPACE = {
@@ -220,7 +227,7 @@ def _entry(more: dict[str, Field]) -> Mapping:
                 Sequence(Mapping("a socket rule", {**_SOCKET, "label": _LABEL, **more})),
                 "Sockets inside namespaces that may be had.",
             ),
-            "secrets": Field(Later(), "Secrets."),
+            "secrets": _LATER,
             "send": Field(_TOPICS, "Topics that messages may be sent to."),
             "subscribe": Field(_TOPICS, "Topics whose messages may be had."),
         },
@@ -251,6 +258,7 @@ POLICY = Mapping(
                         "groups": Field(_NAMES, "Members of these groups."),
                         "users": Field(_NAMES, "These users."),
                         "everyone": Field(Flag(), "All, root too."),
+                        "units": _LATER,
                         "label": Field(
                             _LABELS,
                             "Of these only programs with this label, or one of these, in whatever mode; and all whose "
@@ -311,6 +319,7 @@ POLICY = Mapping(
             ),
             "Run by `fdbroker policy test`, at the start, and before a reload takes effect.",
         ),
+        **dict.fromkeys(("authentication", "leases", "require", "revoke", "secrets", "socket", "units"), _LATER),
         "topics": Field(
             Named(
                 "a topic",

@@ -178,6 +178,43 @@ limits: {burst: 0}
     assert lines == ["F:3:3", "F:5:16", "F:5:34", "F:6:17"]
 
 
+LATER = "is not in this version; remove it; nothing else would enforce it"
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        (
+            "secrets: {}\nrevoke:\nrequire: password\nleases: 9\nsocket: {groups: [audio]}\nauthentication: {service: x}\nunits: {}\n",
+            ["2:1", "3:1", "4:1", "5:1", "6:1", "7:1", "8:1"],
+        ),
+        ("everyone: {secrets: [{name: x, credential: x}]}\n", ["2:12"]),
+        ("groups: {29: {secrets: []}}\nusers: {5: {secrets: {}}}\n", ["2:15", "3:13"]),
+        (
+            "everyone:\n  devices:\n  - path: /dev/x\n    leases: 1\n    revoke: [on-lock]\n    require: password\n    remember: {for: 5m}\n    session: active\n    for: 30m\n    until: 0\n",
+            [f"{line}:5" for line in range(5, 12)],
+        ),
+        (
+            "users:\n  5:\n    devices:\n    - path: /dev/x\n      kind: mouse\n      bus: usb\n      usb: '1:2'\n      serial: A5*\n      exclusive: true\n",
+            [f"{line}:7" for line in range(6, 11)],
+        ),
+        ("deny: [{units: [x.service], devices: [/dev/x]}]\n", ["2:9"]),
+    ],
+    ids=range(6),
+)
+def test_a_key_of_a_later_version_is_called_that_wherever_it_can_stand(tmp_path, text, places):
+    """Its author would rely on it; that it was misspelt was not true."""
+    found = errors(tmp_path, f"version: 1\n{text}")
+    assert [one.partition(": ")[0].removeprefix("F:") for one in found] == places
+    assert [one for one in found if not one.endswith(f" {LATER}")] == []
+
+
+def test_the_limit_leases_is_no_key_of_a_later_version(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("version: 1\nlimits: {leases: 9}\neveryone: {limits: {leases: 8}}\n")
+    assert load_policy(str(path), trusted=False).policy.limits["leases"] == 9
+
+
 def test_what_a_rule_lacks_is_said_beside_a_key_that_means_nothing(tmp_path):
     """Such a key is none of those that the rule needs."""
     found = errors(tmp_path, "version: 1\ndeny: [{everyone: true, zzz: 1}, {devices: [/dev/x], zzz: 1}]\n")
