@@ -49,6 +49,7 @@ __all__ = [
     "EX_UNAVAILABLE",
     "EX_USAGE",
     "MESSAGE_REFUSALS",
+    "NOT_RELOADED",
     "REFUSALS",
     "RETRY_CAUSES",
     "BrokerUnavailable",
@@ -73,6 +74,9 @@ __all__ = [
     "RestartNeeded",
     "TopicDenied",
 ]
+
+
+NOT_RELOADED = "the policy is NOT reloaded, the old one stays in force"  # in the log, and for who asked
 
 
 class Finding(NamedTuple):

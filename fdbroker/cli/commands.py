@@ -17,7 +17,7 @@ import click
 from fdbroker import __version__, connect, errors
 from fdbroker.cli import bridge, handover, policy, show
 from fdbroker.cli.words import Group
-from fdbroker.errors import Denied, FdbrokerError
+from fdbroker.errors import Denied, FdbrokerError, PolicyError
 from fdbroker.limits import inbox as limits
 from fdbroker.terms import ACCESS_NAMES, Device, Resource
 from fdbroker.typed import join_access, parse, split_access, typed
@@ -317,7 +317,11 @@ def reload(address: str | None) -> None:
     """
     # loading reads the databases of users, which may be on the network
     with connect(address, timeout_s=_RELOAD_S) as client:
-        client.reload()
+        try:
+            client.reload()
+        except PolicyError:
+            show.error(errors.NOT_RELOADED)
+            raise  # `run` says what is wrong
         about = client.about()
     show.line(f"the policy is in force, the number {about.generation} since the service started", "green")
 

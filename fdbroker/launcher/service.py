@@ -418,7 +418,7 @@ class Launcher:
 
     def _keep_policy(self, findings: list[Finding], asked: list[int]) -> None:
         why = "\n".join(map(str, findings))
-        say(f"the policy is NOT reloaded, the old one stays in force:\n{why}", priority=3)
+        say(f"{errors.NOT_RELOADED}:\n{why}", priority=3)
         self._notify.tell(READY=1, STATUS="The last reload failed, the policy before it is in force")
         self._tell_reloaded(asked, findings)
 

@@ -113,6 +113,7 @@ def test_a_policy_that_is_refused_ends_the_command_with_78_and_all_that_is_wrong
         broker.policy.write_text(policy)
         code, out, err = command(broker.socket, "reload")
         assert (code, out) == (78, "")
+        assert err.startswith("fdbroker: the policy is NOT reloaded, the old one stays in force\nfdbroker: ")
         assert all(word in err for word in said), err
         for client in (by_sync, by_asyncio):
             (finding,) = client(broker.socket)
