@@ -1053,7 +1053,7 @@ def test_limits_of_users_have_limits(tmp_path, name):
 
 
 def test_a_copy_of_so_many_mounts_and_not_of_one_more():
-    """MOUNTS: what a caller sees is counted before a copy of it is made."""
+    """MOUNTS: what a caller sees is counted before a copy of it is made, and the copy, for more may have come meanwhile."""
 
     class Work(answer._Work):
         def __init__(self):
@@ -1062,17 +1062,19 @@ def test_a_copy_of_so_many_mounts_and_not_of_one_more():
         def raised(self, *_):
             return contextlib.nullcontext()
 
-    def make(count):
+    def make(*counts):
         with (
-            mock.patch.object(answer.namespaces, "setns", side_effect=KeyError),
+            mock.patch.object(answer.namespaces, "setns"),
+            mock.patch.object(answer.namespaces, "unshare"),
+            mock.patch.object(answer.namespaces, "identity", return_value=(1, 2)),
             mock.patch.object(answer.os, "open", return_value=-1),
-            mock.patch.object(answer.os, "stat"),
-            mock.patch.object(answer, "count_mounts", return_value=count),
+            mock.patch.object(answer.os, "stat", return_value=mock.Mock(st_dev=1, st_ino=2)),
+            mock.patch.object(answer, "count_mounts", side_effect=counts),
         ):
-            return Work().make_there("mnt", mock.Mock(), None, os.getpid())
+            return Work().make_there("mnt", mock.Mock(), mock.Mock(), os.getpid())
 
-    with pytest.raises(KeyError):  # it goes on
-        make(limits.MOUNTS)
-    with pytest.raises(OSError, match="too many mounts") as refused:
-        make(limits.MOUNTS + 1)
-    assert refused.value.errno == errno.ENOSPC
+    assert make(limits.MOUNTS, limits.MOUNTS) == -1
+    for counts in ((limits.MOUNTS + 1,), (limits.MOUNTS, limits.MOUNTS + 1)):
+        with pytest.raises(OSError, match="too many mounts") as refused:
+            make(*counts)
+        assert refused.value.errno == errno.ENOSPC

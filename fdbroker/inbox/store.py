@@ -180,9 +180,6 @@ class Store:
 
     def check(self, sender: int, size: int, messages_max: int, bytes_max: int) -> None:
         """Raises QueueFull when one message more of that size is too much for its sender."""
-        if time.monotonic() >= self._expire_at_s:
-            self._expire_at_s = time.monotonic() + _EXPIRE_S
-            self._expire()
         times = 0
         while (full := self._full(sender, size, messages_max, bytes_max)) is not None:
             if times == _OWN_TIMES or not self._expire(sender):
@@ -230,6 +227,15 @@ class Store:
                 self._database.executemany("INSERT INTO waiting VALUES (?, ?)", rows)
             for one in done:
                 self._acknowledged(one)
+
+    def expire(self) -> None:
+        """From time to time, remove what was not acknowledged in time, whoever had sent it.
+
+        Not where a message is taken: there its sender would pay for the work.
+        """
+        if time.monotonic() >= self._expire_at_s:
+            self._expire_at_s = time.monotonic() + _EXPIRE_S
+            self._expire()
 
     def _expire(self, sender: int | None = None) -> int:
         """Remove what has not been acknowledged in time, of one sender or of all, some of it: nobody waits for all.

@@ -244,6 +244,8 @@ class Topics:
         for delivery in delivered:
             if refusal is None or not delivery.stored:
                 self._deliver(delivery)
+        if self._store is not None:
+            self._store.expire()
         return refusal, unacknowledged
 
     def say(self, text: str) -> None:

@@ -228,20 +228,22 @@ class _Work:
         return descriptors[0]
 
     def make_there(self, kind: str, process: Process, caller: Caller, parent: int) -> int:
-        own = os.open(_OWN, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        status = os.stat("user", dir_fd=own)
+        own = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        status = os.stat("ns/user", dir_fd=own)
         with self.raised("CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE"):
             if kind == "mnt":  # a copy of what the caller sees, not of what we do
                 theirs = process.namespace("mnt")
-                if count_mounts(process, theirs, _MOUNTS) > _MOUNTS:  # each copy's memory counts for this service
-                    raise OSError(errno.ENOSPC, "too many mounts")
+                _check_mounts(process.folder, theirs)
                 namespaces.setns(theirs, CLONE["mnt"])
             if namespaces.identity(caller.user) != (status.st_dev, status.st_ino):
                 # From here on the caller may signal this process. It cannot trace it: its memory is still ours.
                 namespaces.setns(caller.user, CLONE["user"])
                 confine.die_with(parent)
             namespaces.unshare(CLONE[kind])
-            return os.open(_NEW_LINKS.get(kind, kind), os.O_RDONLY | os.O_CLOEXEC, dir_fd=own)
+            made = os.open(f"ns/{_NEW_LINKS.get(kind, kind)}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=own)
+            if kind == "mnt":  # once more: the caller may have stopped this process, and mounted meanwhile
+                _check_mounts(own, made)
+            return made
 
     def set_up(self, namespace: int) -> None:
         """Bring `lo` up, and connect it, if the rule says so."""
@@ -281,16 +283,23 @@ def _open_named(name: str) -> int:
         raise NotWhatItWas(str(error)) from None
 
 
-def count_mounts(process: Process, namespace: int, most: int) -> int:
-    """How many mounts are in a process' mount namespace, of which the borrowed descriptor is.
+def _check_mounts(folder: int, namespace: int) -> None:
+    """Raises OSError, ENOSPC, for a mount namespace with too many: each copy's memory counts for this service."""
+    if count_mounts(folder, namespace, _MOUNTS) > _MOUNTS:
+        raise OSError(errno.ENOSPC, "too many mounts")
 
-    Before Linux 6.12, which does not say that, those that the process sees, all below its root; of more than `most`,
-    some number above that. Needs CAP_SYS_PTRACE over it.
+
+def count_mounts(folder: int, namespace: int, most: int) -> int:
+    """How many mounts are in a mount namespace, of which the borrowed `namespace` is a descriptor.
+
+    `folder` is that of a process in it, below /proc, borrowed. Before Linux 6.12, which does not say how many there
+    are, those that the process sees, all below its root; of more than `most`, some number above that. Needs
+    CAP_SYS_PTRACE over it.
     """
     there = namespaces.mounts_in(namespace)
     if there is not None:
         return there
-    descriptor, count = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process.folder), 0
+    descriptor, count = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), 0
     try:
         while count <= most and (part := os.read(descriptor, 65536)):
             count += part.count(b"\n")

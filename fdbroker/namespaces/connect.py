@@ -30,7 +30,16 @@ def connect(namespace: int, uplink: Uplink, owner: int, maximum: int, enter: Bra
     process is good for nothing else afterwards. Raises QuotaExceeded when the user has `maximum` of them already,
     NotWhatItWas when there is no such bridge, OpenFailed when no address is left, OSError.
     """
-    with change, RtNetlink() as here:
+    with change:
+        here = RtNetlink()
+    with here:
+        _connect(here, namespace, uplink, owner, maximum, enter, change)
+
+
+def _connect(
+    here: RtNetlink, namespace: int, uplink: Uplink, owner: int, maximum: int, enter: Bracket, change: Bracket
+) -> None:
+    with change:
         bridge = _bridge(here, uplink.bridge)
         addresses = here.addresses(bridge.number)
         if len([link for link in here.links() if link.alias.startswith(f"{_MARK}{owner_text(owner)} ")]) >= maximum:
@@ -41,8 +50,6 @@ def connect(namespace: int, uplink: Uplink, owner: int, maximum: int, enter: Bra
         here.add_veth(name, _OURS, _INSIDE, inside_mac, namespace)
         ours = here.link(name)
         address = _claim(here, ours, uplink.address, owner, addresses)
-        here.add_to_bridge(ours.number, bridge.number, inside_mac, isolated=uplink.isolated)
-        here.set_up(ours.number)
     with enter:
         namespaces.setns(namespace, namespaces.CLONE["net"])
     with change, RtNetlink() as inside:
@@ -53,6 +60,9 @@ def connect(namespace: int, uplink: Uplink, owner: int, maximum: int, enter: Bra
         ways = [one.ip for one in addresses if one.ip in address.network]
         if ways:
             inside.add_default_route(theirs.number, ways[0])
+    with change:  # last: one that could not be finished reaches nothing, whoever has kept it
+        here.add_to_bridge(ours.number, bridge.number, inside_mac, isolated=uplink.isolated)
+        here.set_up(ours.number)
 
 
 def _bridge(here: RtNetlink, name: str) -> Link:

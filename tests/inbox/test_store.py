@@ -120,9 +120,21 @@ def test_what_nobody_acknowledges_goes_when_its_time_is_over(store, monkeypatch)
     store.commit()
     assert numbers(store, 1) == [2]
     monkeypatch.setattr(module.time, "monotonic", lambda: 1e9)
-    store.check(9, 10, 2, 100)  # would be full with the one that is over
+    store.check(9, 10, 2, 100)  # full with the one that is over
+    store.expire()
     assert store._database.execute("SELECT number FROM messages").fetchall() == [(2,)]
     assert store._database.execute("SELECT number FROM waiting").fetchall() == [(2,)]
+
+
+def test_what_is_over_of_others_is_not_removed_where_a_message_is_taken(store, monkeypatch):
+    """Its sender paid for that work, and paused."""
+    put(store, 1, expires_us=1000)
+    store.commit()
+    monkeypatch.setattr(module.time, "monotonic", lambda: 1e9)
+    store.check(8, 1, 10, 100)
+    assert store._database.execute("SELECT number FROM messages").fetchall() == [(1,)]
+    store.expire()
+    assert store._database.execute("SELECT number FROM messages").fetchall() == []
 
 
 def test_what_is_over_of_a_sender_is_no_reason_to_refuse_it(store, monkeypatch):
@@ -164,7 +176,9 @@ def test_a_full_disk_while_the_expired_are_removed_keeps_the_count(store, monkey
         raise sqlite3.OperationalError("disk I/O error")
 
     monkeypatch.setattr(store, "_remove", fail)
-    store.check(9, 1, 3, 100)
+    store.expire()
+    with pytest.raises(QueueFull):
+        store.check(9, 1, 2, 100)
     assert store._used == {9: (2, 4)}
     monkeypatch.undo()
     store.commit()
@@ -334,7 +348,7 @@ def test_what_is_over_is_removed_in_pieces(store, monkeypatch, messages, recipie
     left = []
     for _ in range(4):
         now[0] += 1
-        store.check(9, 1, 10000, 10000)
+        store.expire()
         left.append(store._database.execute("SELECT count(*) FROM waiting").fetchone()[0])
     assert left == [140, 40, 0, 0]
     assert store._used == {}

@@ -17,7 +17,7 @@ def _count(most, pid=None):
     descriptor = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
     try:
         with Process(pid) as process:
-            return count_mounts(process, descriptor, most)
+            return count_mounts(process.folder, descriptor, most)
     finally:
         os.close(descriptor)
 

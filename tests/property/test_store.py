@@ -117,8 +117,8 @@ class Machine(RuleBasedStateMachine):
         self.look()
 
     def look(self):
-        """The next message makes us look for those that are over, and they count for nobody."""
-        self.store.check(9, 0, 1, 1)
+        """Those that are over go, and count for nobody."""
+        self.store.expire()
         self.kept = {number: row for number, row in self.kept.items() if row[0].expires_us > self.now_us}
 
     @invariant()
