@@ -382,9 +382,11 @@ def test_nobody_is_answered_while_connections_come_again(dev, tmp_path):
 def test_nobody_is_refused_for_its_rate_by_a_policy_that_is_no_more(dev, tmp_path):
     with world(tmp_path) as one:
         one.came(1)
-        for _ in range(30):
+        for _ in range(10_000):  # on a slow machine some of its rate comes meanwhile
             one.ask(1)
             last = one.hear()
+            if isinstance(last, ListRefused):
+                break
         assert isinstance(last, ListRefused)
         one.hand_on(1, OTHER + "limits: {burst: 1000, requests_per_second: 1000}\n")
         assert one.pinged() == link.Pong()
