@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 
-from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded
+from fdbroker.errors import Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, Refused
 from fdbroker.kernel import confine, namespaces, sockets
 from fdbroker.kernel.capabilities import Bracket
 from fdbroker.kernel.namespaces import CLONE, Caller, NotANamespace
@@ -23,7 +23,7 @@ from fdbroker.kernel.processes import is_alive
 from fdbroker.kernel.rtnetlink import RtNetlink
 from fdbroker.limits import namespaces as limits
 from fdbroker.namespaces.connect import connect
-from fdbroker.namespaces.living import living
+from fdbroker.namespaces.living import in_own_user_namespaces, living
 from fdbroker.terms import UNMAPPED_ID, Namespace, Socket
 from fdbroker.wire.worker import UNKNOWN, Ask, Made, Opened
 
@@ -45,7 +45,8 @@ def answer(
     `pidfd`, borrowed, is the process that asks. At `until_s` the worker ends this one. `held` are inode numbers of what
     was opened for the owner's requests that are not answered yet: nobody but the worker holds these.
 
-    Raises Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, and OSError for what the kernel refuses.
+    Raises Denied, NoSuchResource, NotWhatItWas, OpenFailed, QuotaExceeded, OSError for what the kernel refuses, and
+    Unfinished.
     """
     work = _Work(ask, pidfd, permitted, until_s - _MARGIN_S, held)
     match ask.wanted[0].resource:
@@ -57,6 +58,15 @@ def answer(
             return work.of_process(kind, pid)
         case Namespace(kind):
             return work.new(kind)
+
+
+class Unfinished(Exception):
+    """A new mount namespace is not given, and its caller may have it all the same: `known` counts from now on."""
+
+    def __init__(self, why: Refused | OSError, known: tuple[int, ...]) -> None:
+        super().__init__(why)
+        self.why = why
+        self.known = known
 
 
 class _Work:
@@ -164,12 +174,15 @@ class _Work:
         process, caller = asking
         if process.status().uids[0] != self.ask.uid:
             raise Denied("the program is not who it was when it connected")
-        living = self.count_living()
-        descriptor = self.make(kind, process, caller)
-        if namespaces.type_of(descriptor) != kind:
-            raise NotWhatItWas(f"it is no {kind} namespace")
-        if namespaces.identity(namespaces.owner(descriptor)) != namespaces.identity(caller.user):
-            raise NotWhatItWas("it does not belong to the caller's user namespace")
+        living, before = self.count_living(), self.listed(kind, sure=False)
+        try:
+            descriptor = self.make(kind, process, caller)
+            if namespaces.type_of(descriptor) != kind:
+                raise NotWhatItWas(f"it is no {kind} namespace")
+            if namespaces.identity(namespaces.owner(descriptor)) != namespaces.identity(caller.user):
+                raise NotWhatItWas("it does not belong to the caller's user namespace")
+        except (Refused, OSError) as error:
+            raise Unfinished(error, (*living, *(self.listed(kind, sure=True) - before))) from None
         inode = os.fstat(descriptor).st_ino  # of one that was, perhaps: the kernel gives numbers again
         made = self.made(descriptor, kind, caller, (*(one for one in living if one != inode), inode))
         if kind == "net":
@@ -186,6 +199,17 @@ class _Work:
         if len(still) >= maximum:
             raise QuotaExceeded("namespaces", maximum)
         return tuple(inode for inode in known if inode in still)
+
+    def listed(self, kind: str, *, sure: bool) -> set[int]:
+        """The owner's own mount namespaces, to be compared: before one is made, and after that has failed.
+
+        From Linux 6.18 on root of a user namespace can open a new one by its file handle while it is made there, and
+        kill the process that makes it.
+        """
+        if kind != "mnt":  # the others are not listed, and are small
+            return set()
+        with self.raised("CAP_SYS_ADMIN", "CAP_SYS_PTRACE"):
+            return in_own_user_namespaces(self.ask, sure=sure)
 
     def make(self, kind: str, process: Process, caller: Caller) -> int:
         """A new namespace in the caller's user namespace, by a child that goes there and does not come back."""

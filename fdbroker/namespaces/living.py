@@ -48,6 +48,15 @@ def living(ask: Ask, until_s: float) -> set[int]:
     return set(ask.known) - search.missing
 
 
+def in_own_user_namespaces(ask: Ask, *, sure: bool) -> set[int]:
+    """The mount namespaces, as far as the kernel lists them, of user namespaces that an owner's uids have made.
+
+    If it need not be `sure`, one that is just ending may hide some.
+    """
+    found = _listed(time.monotonic() + _OTHERS_S, _TRIES if sure else 1)
+    return {os.fstat(one).st_ino for one in found if _is_of(one, ask, its=False)}
+
+
 class _Search:
     """The owner's processes come first, then root's: a user starts such a one by each setuid program of root's.
 
@@ -91,27 +100,14 @@ class _Search:
                 step(pid)
 
     def _look_at_list(self, until_s: float) -> None:
-        """All mount namespaces that were made since this service's own, where the kernel lists them."""
-        found, tries = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), 0
-        try:
-            while self.missing and time.monotonic() < until_s and tries < _TRIES:
-                before = found
-                try:
-                    found = namespaces.next_mount_namespace(before)
-                except FileNotFoundError:  # the end; or one is just ending, and hides those behind it for a moment
-                    tries += 1
-                    time.sleep(_TRY_S)
-                    continue
-                os.close(before)
-                tries, number = 0, os.fstat(found).st_ino
-                if number in self.missing and _is_of(found, self.ask, its=False):
-                    self.missing.discard(number)
-                elif number in self.missing and _is_of(found, self.ask, its=True):
-                    self._listed.add(number)
-        except OSError:  # this kernel has no list, or not for us
-            pass
-        finally:
-            os.close(found)
+        for found in _listed(until_s):
+            number = os.fstat(found).st_ino
+            if number in self.missing and _is_of(found, self.ask, its=False):
+                self.missing.discard(number)
+            elif number in self.missing and _is_of(found, self.ask, its=True):
+                self._listed.add(number)
+            if not self.missing:
+                return
 
     def _in_time(self) -> None:
         if time.monotonic() >= self.until_s:
@@ -197,6 +193,28 @@ class _Search:
                 self._whole[link] = whole or not _is_of(descriptor, self.ask, its=False)
             finally:
                 os.close(descriptor)
+
+
+def _listed(until_s: float, tries_max: int = _TRIES) -> Iterator[int]:
+    """A borrowed descriptor of each mount namespace made since this service's own, where the kernel lists them."""
+    found, tries = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), 0
+    try:
+        while time.monotonic() < until_s and tries < tries_max:
+            before = found
+            try:
+                found = namespaces.next_mount_namespace(before)
+            except FileNotFoundError:  # the end; or one is just ending, and hides those behind it for a moment
+                tries += 1
+                if tries < tries_max:
+                    time.sleep(_TRY_S)
+                continue
+            os.close(before)
+            tries = 0
+            yield found
+    except OSError:  # this kernel has no list, or not for us
+        pass
+    finally:
+        os.close(found)
 
 
 def _belongs(ask: Ask, uid: int) -> bool:

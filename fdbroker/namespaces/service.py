@@ -23,7 +23,7 @@ from fdbroker.kernel import confine
 from fdbroker.kernel.link import Link
 from fdbroker.limits import namespaces as limits
 from fdbroker.limits.opener import BUSY_RETRY_MS, NAMESPACE_WAIT_SECONDS
-from fdbroker.namespaces.answer import answer
+from fdbroker.namespaces.answer import Unfinished, answer
 from fdbroker.namespaces.ending import Ending, reap
 from fdbroker.namespaces.queue import Queue, Request
 from fdbroker.wire import worker
@@ -231,11 +231,10 @@ class Worker:
             try:
                 made, descriptors = answer(ask, caller, self._permitted, until_s, held)
                 message = _to_opener(made)
-            except Refused as refusal:
-                message, descriptors = _to_opener(worker.Failed(ask.request, refusal)), []
-            except OSError as error:
-                failed = OpenFailed(error.errno or errno.EIO)
-                message, descriptors = _to_opener(worker.Failed(ask.request, failed)), []
+            except (Unfinished, Refused, OSError) as error:
+                why, known = (error.why, error.known) if isinstance(error, Unfinished) else (error, ())
+                refusal = why if isinstance(why, Refused) else OpenFailed(why.errno or errno.EIO)
+                message, descriptors = _to_opener(worker.Failed(ask.request, refusal, known[-worker.KNOWN :])), []
             out.send_with_descriptors(message, descriptors)
             code = 0
         except Exception as error:  # noqa: BLE001 -- said here, for nothing above us does
@@ -264,19 +263,18 @@ class Worker:
         request, (data, descriptors) = child.request, received
         try:
             said = worker.FROM_WORKER.decode(data) if data else None
+            if said is not None and not isinstance(said, worker.Lost) and said.known:
+                self._known[request.ask.owner] = said.known
             if isinstance(said, worker.Failed):
                 self._refuse(request, said.refusal)
             elif not isinstance(said, worker.Made) or descriptors is None:  # it was killed; or no descriptor is left
                 self._refuse(request, OpenFailed(errno.EIO if descriptors is not None else errno.EMFILE))
             elif len(said.opened) != 1 or len(descriptors) != 1 + request.of_process:
                 self._refuse(request, OpenFailed(errno.EIO))
-            else:
-                if said.known:
-                    self._known[request.ask.owner] = said.known
-                if request.ask.request in self._requests:
-                    request.take(said.opened[0], descriptors)
-                    descriptors.clear()
-                    (self._grant if request.complete else self._queue.put)(request)
+            elif request.ask.request in self._requests:
+                request.take(said.opened[0], descriptors)
+                descriptors.clear()
+                (self._grant if request.complete else self._queue.put)(request)
         finally:
             if descriptors and request.mounts:
                 self._ending.put(request.ask.owner, descriptors)

@@ -65,10 +65,14 @@ class Made(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The answer when one of the resources is not to be had: how to refuse. Its index is one of what was wanted."""
+    """The answer when one of the resources is not to be had: how to refuse. Its index is one of what was wanted.
+
+    `known`, if a child of the worker's says it to the worker, replaces that of the question.
+    """
 
     request: int
     refusal: Refused
+    known: tuple[int, ...] = ()
 
 
 class Lost(NamedTuple):
@@ -104,7 +108,7 @@ TO_WORKER: codec.Table[Ask] = codec.Table(
 Answer = Made | Failed | Lost
 FROM_WORKER: codec.Table[Answer] = codec.Table(
     (1, Made, (codec.U64, codec.Some(_OPENED, WANTED, 1), _KNOWN)),
-    (2, Failed, (codec.U64, link.REFUSAL_AND_WHY)),
+    (2, Failed, (codec.U64, link.REFUSAL_AND_WHY, _KNOWN)),
     (4, Lost, ()),
 )
 LOST = FROM_WORKER.encode(Lost())

@@ -19,7 +19,7 @@ from subordinate import crowd
 
 from fdbroker.kernel import namespaces
 from fdbroker.limits import every as limits
-from fdbroker.namespaces import living
+from fdbroker.namespaces import answer, living
 from fdbroker.terms import Namespace
 from fdbroker.wire.worker import Ask, Wanted
 
@@ -502,3 +502,56 @@ def test_a_list_that_ends_early_is_asked_again(monkeypatch, ending, found):
     search = living._Search(ask(inode, BOB), time.monotonic() + 60)
     search._look_at_list(time.monotonic() + 60)
     assert (inode not in search.missing) is found
+
+
+def _made_for(pid, kept):
+    """What counts once a new mount namespace could not be given to that process; whoever made it lets `kept` have it."""
+    there = answer._Work.make_there
+
+    def ends(*asked):
+        socket.send_fds(kept, [b"x"], [there(*asked)])
+        os._exit(1)  # as its caller can have it end
+
+    pidfd = os.pidfd_open(pid)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with mock.patch.object(answer._Work, "make_there", ends):
+                wanted = (Wanted(Namespace("mnt")),)
+                asked = Ask(1, BOB, BOB, wanted, maximum=4, uids=((BOB, BOB),))
+                answer.answer(asked, pidfd, frozenset(), time.monotonic() + 60)
+        except answer.Unfinished as unfinished:
+            os.write(writing, " ".join(map(str, unfinished.known)).encode() or b"nothing")
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.close(pidfd)
+    found = os.read(reading, 1000)
+    os.close(reading)
+    os.waitpid(child, 0)
+    return found
+
+
+def test_a_new_one_that_was_not_given_and_that_its_caller_has_counts(root):
+    """Root of a user namespace opens it by its file handle while it is made there, and kills who makes it: 248 of 4."""
+    _need_list_of_mount_namespaces()
+    ours, theirs = socket.socketpair()
+
+    def lives(said):
+        harness.become_root_of_user_namespace()
+        os.write(said, b"x")
+
+    with ours, theirs, doing(lives) as pid:
+        counts, end_s = False, time.monotonic() + 60
+        while not counts:  # others that are ending hide it, as SECURITY.md says, and other tests end many
+            assert time.monotonic() < end_s
+            found = _made_for(pid, theirs)
+            _, (held,), _, _ = socket.recv_fds(ours, 1, 1)
+            counts = str(os.fstat(held).st_ino).encode() in found.split()
+            os.close(held)
+        nobody, nobodys = socket.socketpair()
+        nobody.close()
+        with nobodys:
+            found = _made_for(pid, nobodys)  # it cannot keep it, so nothing counts
+        assert found == b"nothing"
