@@ -198,7 +198,7 @@ def _time_stages(name: str, folder: str) -> None:
 def _child(module: str, order: str, folder: str) -> int:
     from fdbroker.kernel import orders  # noqa: PLC0415 -- it is changed before others import it
 
-    setattr(orders, "confine", lambda _: False)  # noqa: B010 -- it is not orders' to give away
+    setattr(orders, "confine", lambda *_: False)  # noqa: B010 -- it is not orders' to give away
     name = module.rpartition(".")[2]
     if folder and name in STAGES:
         _time_stages(name, folder)
