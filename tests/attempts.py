@@ -50,6 +50,11 @@ ANOTHER = 4711  # a uid and gid that is nobody's
 _BUFFER = ctypes.create_string_buffer(4096)
 
 
+def _queue() -> bytes:
+    """The name of a message queue: of each process another one, for they try it at the same time."""
+    return f"fdbroker-tried-{os.getpid()}".encode()
+
+
 def sc(name: str | int, *arguments: Any) -> int:
     """One system call. Raises OSError."""
     number = NUMBERS[name] if isinstance(name, str) else name
@@ -533,7 +538,7 @@ TABLE: dict[str, list[Attempt]] = {
         Attempt("shared memory", "shmget", lambda w: shared(lambda: sc("shmget", 0, 4096, 0o1600), lambda number: sc("shmctl", number, 0, None)), _HARMLESS),
         Attempt("semaphores", "semget", lambda w: shared(lambda: sc("semget", 0, 1, 0o1600), lambda number: sc("semctl", number, 0, 0)), _HARMLESS),
         Attempt("message queues", "msgget", lambda w: shared(lambda: sc("msgget", 0, 0o1600), lambda number: sc("msgctl", number, 0, None)), _HARMLESS),
-        Attempt("POSIX message queues", "mq_open", lambda w: shared(lambda: sc("mq_open", b"fdbroker-tried", 0o102, 0o600, None), lambda number: sc("mq_unlink", b"fdbroker-tried"))),
+        Attempt("POSIX message queues", "mq_open", lambda w: shared(lambda: sc("mq_open", _queue(), 0o102, 0o600, None), lambda number: sc("mq_unlink", _queue()))),
     ],
 }
 # fmt: on
