@@ -111,10 +111,8 @@ class Link:
             return None
         except ConnectionResetError:
             return b"", []
-        except sockets.NoRoomLeft:
-            raise
         except OSError as error:
-            if error.errno == errno.EMSGSIZE:
+            if error.errno == errno.EMSGSIZE and not isinstance(error, sockets.NoRoomLeft):
                 raise LinkViolation(str(error)) from None
             raise
         return bytes(self._view[:size]), descriptors

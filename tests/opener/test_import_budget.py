@@ -78,7 +78,7 @@ OURS = {
 
 # Lines of our code in the opener, without blanks, comments and docstrings. The design asks for 1,500, which takes a keeper
 # for what is no part of a request; what is added before that takes something else out.
-LINES = 3_637
+LINES = 3_636
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
