@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -45,12 +46,14 @@ class Signals:
         It can come at any instruction: the block must do nothing that is to be undone.
         """
         self._breaks_off = True
+        sys.unraisablehook = _say_unless_stopped
         try:
             if self._stops:
                 raise Stopped
             yield
         finally:
             self._breaks_off = False
+            sys.unraisablehook = sys.__unraisablehook__
 
     def ignore(self) -> None:
         """For good: at its own end Python would give them back what they did, which is to kill."""
@@ -72,3 +75,9 @@ class Signals:
         """Close the pipe."""
         os.close(self._read)
         os.close(self._write)
+
+
+def _say_unless_stopped(lost: sys.UnraisableHookArgs) -> None:
+    """A finalizer, in which it came, has swallowed it: then the block goes on, and `read` has the signal."""
+    if not isinstance(lost.exc_value, Stopped):
+        sys.__unraisablehook__(lost)
