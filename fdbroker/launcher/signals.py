@@ -78,6 +78,6 @@ class Signals:
 
 
 def _say_unless_stopped(lost: sys.UnraisableHookArgs) -> None:
-    """A finalizer, in which it came, has swallowed it: then the block goes on, and `read` has the signal."""
-    if not isinstance(lost.exc_value, Stopped):
+    """A finalizer, in which it came, has swallowed it, or closes a file that was opened when it came."""
+    if not isinstance(lost.exc_value, Stopped | ResourceWarning):
         sys.__unraisablehook__(lost)
