@@ -45,15 +45,20 @@ class Signals:
 
         It can come at any instruction: the block must do nothing that is to be undone.
         """
-        self._breaks_off = True
-        sys.unraisablehook = _say_unless_stopped
+        said = sys.unraisablehook  # for what a finalizer raises
+
+        def say(lost: sys.UnraisableHookArgs) -> None:
+            """Not that a stop came in a finalizer, which swallows it, or just when a file had been opened."""
+            if not (self._stops and isinstance(lost.exc_value, Stopped | ResourceWarning)):
+                said(lost)
+
+        self._breaks_off, sys.unraisablehook = True, say
         try:
             if self._stops:
                 raise Stopped
             yield
         finally:
-            self._breaks_off = False
-            sys.unraisablehook = sys.__unraisablehook__
+            self._breaks_off, sys.unraisablehook = False, said
 
     def ignore(self) -> None:
         """For good: at its own end Python would give them back what they did, which is to kill."""
@@ -75,9 +80,3 @@ class Signals:
         """Close the pipe."""
         os.close(self._read)
         os.close(self._write)
-
-
-def _say_unless_stopped(lost: sys.UnraisableHookArgs) -> None:
-    """A finalizer, in which it came, has swallowed it, or closes a file that was opened when it came."""
-    if not isinstance(lost.exc_value, Stopped | ResourceWarning):
-        sys.__unraisablehook__(lost)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -46,6 +48,49 @@ def test_a_signal_to_stop_breaks_off_what_may_be(signals, number):
     os.kill(os.getpid(), number)  # nothing is broken off: it is read
     assert signals.read() == bytes([number, number])
     assert signals.read() == b""
+
+
+class _Ends:
+    """Does something when it ends, where nobody above hears of an error."""
+
+    def __init__(self, does):
+        self.does = does
+
+    def __del__(self):
+        self.does()
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The errors of finalizers that are said."""
+    errors = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: errors.append(type(lost.exc_value)))
+    return errors
+
+
+def test_a_stop_that_a_finalizer_swallows_is_heard_later_and_no_error(signals, said):
+    with signals.breaking_off():
+        _Ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert said == []
+    assert signals.read() == bytes([signal.SIGTERM])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_file_that_is_left_open_is_said_but_for_one_that_a_stop_has_left(signals, said, stopped):
+    def warns():
+        raise ResourceWarning
+
+    def fails():
+        raise ValueError
+
+    with contextlib.suppress(Stopped), signals.breaking_off():
+        if stopped:
+            _Ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        _Ends(warns)
+        _Ends(fails)
+    assert said == ([ValueError] if stopped else [ResourceWarning, ValueError])
+    _Ends(warns)
+    assert said[-1] is ResourceWarning  # outside of the block all are
 
 
 def test_a_hangup_breaks_off_nothing(signals):
